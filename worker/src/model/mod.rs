@@ -1,0 +1,107 @@
+//! Model families: which tensors a decoder has, and how hidden states go through it.
+//!
+//! A family turns `config.json` into a [`Decoder`]; a decoder loads one [`DecoderLayer`] at a time. A layer runs **group by
+//! group**: sublayers of a group share their input, and the group after it sees what the (pruned) group before it gives.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use espalier_common::checkpoint::Checkpoint;
+use espalier_common::ids::LayerIndex;
+use espalier_common::outline::LayerOutline;
+
+/// One sequence on its way through one layer: everything that the groups ahead still need.
+#[derive(Debug, Clone)]
+pub struct Carry {
+    /// The residual stream, `[tokens, hidden]`.
+    pub residual: Tensor,
+    /// The input of the group that is next, `[tokens, in]`; after the last group, the layer's output `[tokens, hidden]`.
+    pub input: Tensor,
+}
+
+/// One decoder layer with its weights, f32 on one device.
+pub trait DecoderLayer: Send + Sync {
+    /// Number of groups.
+    fn groups(&self) -> usize;
+    /// Starts a sequence: `hidden` `[tokens, hidden]` is the layer's input.
+    ///
+    /// # Errors
+    /// What the tensor backend says.
+    fn begin(&self, hidden: &Tensor) -> Result<Carry, ModelError>;
+    /// Runs group `group` on `carry.input` and everything between it and the next group's input.
+    ///
+    /// # Errors
+    /// What the tensor backend says.
+    fn advance(&self, group: usize, carry: Carry) -> Result<Carry, ModelError>;
+    /// The weight `[out, in]` of sublayer `member` of group `group`, in the order of the outline.
+    fn weight(&self, group: usize, member: usize) -> &Tensor;
+    /// Puts a new weight of the same shape in its place.
+    fn set_weight(&mut self, group: usize, member: usize, weight: Tensor);
+    /// A copy that shares all tensors until one is replaced.
+    fn share(&self) -> Box<dyn DecoderLayer>;
+
+    /// Runs the whole layer on one sequence: `[tokens, hidden]` to `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// What the tensor backend says.
+    fn forward(&self, hidden: &Tensor) -> Result<Tensor, ModelError> {
+        let mut carry = self.begin(hidden)?;
+        for group in 0..self.groups() {
+            carry = self.advance(group, carry)?;
+        }
+        Ok(carry.input)
+    }
+}
+
+/// The end of a decoder: final norm and language-model head.
+pub trait Head: Send + Sync {
+    /// Logits `[tokens, vocabulary]` of hidden states `[tokens, hidden]`, the output of the last layer.
+    ///
+    /// # Errors
+    /// What the tensor backend says.
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor, ModelError>;
+}
+
+/// A decoder whose shape is known and whose weights are loaded piece by piece.
+pub trait Decoder: Send + Sync {
+    /// Name of the family, e.g. `llama`.
+    fn family(&self) -> &'static str;
+    /// Number of layers.
+    fn layers(&self) -> usize;
+    /// Width of the residual stream.
+    fn hidden_size(&self) -> usize;
+    /// Number of token ids.
+    fn vocabulary_size(&self) -> usize;
+    /// Longest sequence the model can take (learned positions) or was made for.
+    fn max_sequence_length(&self) -> Option<usize>;
+    /// What a layer is made of, its tensors checked against the checkpoint: present, of the expected shape, a float type.
+    ///
+    /// # Errors
+    /// `MissingTensor`, `Shape`, with the tensor's name.
+    fn outline(&self, layer: LayerIndex) -> Result<LayerOutline, ModelError>;
+    /// Hidden states `[tokens, hidden]` of one sequence, the input of layer 0. Reads only the rows it needs.
+    ///
+    /// # Errors
+    /// `TokenOutOfRange`, `SequenceTooLong`, or what the checkpoint says.
+    fn embed(&self, tokens: &[u32]) -> Result<Tensor, ModelError>;
+    /// Loads one layer as f32, refusing NaN and infinity by tensor name.
+    ///
+    /// # Errors
+    /// `NotFinite`, or what the checkpoint says.
+    fn load_layer(&self, layer: LayerIndex) -> Result<Box<dyn DecoderLayer>, ModelError>;
+    /// Loads the final norm and the head.
+    ///
+    /// # Errors
+    /// As `load_layer`.
+    fn load_head(&self) -> Result<Box<dyn Head>, ModelError>;
+}
+
+/// One row of [`FAMILIES`].
+pub struct ModelFamily {
+    /// Short name, e.g. `llama`.
+    pub name: &'static str,
+    /// The `architectures` entries of `config.json` that it reads.
+    pub architectures: &'static [&'static str],
+    /// Reads the config and checks it against the checkpoint's headers.
+    pub open: fn(Arc<dyn Checkpoint>, &Device) -> Result<Box<dyn Decoder>, ModelError>,
+}

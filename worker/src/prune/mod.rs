@@ -1,0 +1,114 @@
+//! Pruning methods: one file each, all behind [`Solver`].
+
+pub mod problem;
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use espalier_common::fault::FaultClass;
+use espalier_common::pattern::Pattern;
+
+pub use problem::{InputStats, Problem, Solution, SolveCtx, Statistics};
+
+/// One pruning algorithm with its parameters.
+///
+/// Blocking. The same problem, parameters and seed give the same bits, for any number of threads.
+pub trait Solver: Send + Sync {
+    /// The poorest input statistics this method can work from; capture gathers no more.
+    fn needs(&self) -> Statistics;
+    /// Refuses patterns the method does not cover.
+    ///
+    /// # Errors
+    /// `Unsupported`.
+    fn supports(&self, pattern: Pattern) -> Result<(), SolveError>;
+    /// Does once what all sublayers of a group share: conditioning and factorising their statistics.
+    ///
+    /// # Errors
+    /// `NotPositiveDefinite` once damping is exhausted.
+    fn prepare(&self, stats: Arc<InputStats>, ctx: &SolveCtx) -> Result<Box<dyn GroupSolver>, SolveError>;
+}
+
+/// A solver made ready for the inputs of one group.
+pub trait GroupSolver: Send + Sync {
+    /// Minimises ‖X̂·W'ᵀ − X·Wᵀ‖²_F over the W' that obey `problem.pattern`. May be called from several threads at once.
+    ///
+    /// # Errors
+    /// See [`SolveError`].
+    fn solve(&self, problem: &Problem<'_>, ctx: &SolveCtx) -> Result<Solution, SolveError>;
+    /// Rows per block if row blocks may be solved apart with the same result (`None`: the whole matrix shares one budget).
+    fn row_block(&self) -> Option<usize>;
+}
+
+/// One row of [`METHODS`].
+pub struct Method {
+    /// As a job names it.
+    pub name: &'static str,
+    /// Changes whenever the method's output bits may change; part of a run's fingerprint.
+    pub version: &'static str,
+    /// One line for `espalier-worker methods`.
+    pub summary: &'static str,
+    /// Reads the parameters (unknown ones are errors) and returns the solver and the parameters with every default filled in.
+    pub build: fn(&serde_json::Value) -> Result<(Box<dyn Solver>, serde_json::Value), ParamsError>,
+}
+
+/// Parameters that a method cannot take.
+#[derive(Debug, thiserror::Error)]
+#[error("parameters of method {method}")]
+pub struct ParamsError {
+    /// The method.
+    pub method: &'static str,
+    /// What is wrong with them.
+    #[source]
+    pub source: serde_json::Error,
+}
+
+/// Why a problem has no solution.
+#[derive(Debug, thiserror::Error)]
+pub enum SolveError {
+    /// The method does not cover the pattern.
+    #[error("method {method} cannot prune to {pattern}: {reason}")]
+    Unsupported {
+        /// The method.
+        method: &'static str,
+        /// What was asked.
+        pattern: Pattern,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// Damping was raised as often as it may be.
+    #[error("gram of {columns} inputs is not positive definite at pivot {pivot} with damping {damping:e}")]
+    NotPositiveDefinite {
+        /// Width of the gram.
+        columns: usize,
+        /// Where the factorisation stopped.
+        pivot: usize,
+        /// Share of the mean diagonal that had been added.
+        damping: f64,
+    },
+    /// A statistic holds NaN or infinity.
+    #[error("{what} holds a value that is not finite")]
+    NotFinite {
+        /// Which one.
+        what: &'static str,
+    },
+    /// The run was cancelled.
+    #[error("cancelled")]
+    Cancelled,
+    /// The tensor library failed.
+    #[error("tensor backend failed")]
+    Backend(#[from] candle_core::Error),
+}
+
+impl SolveError {
+    /// What may be done about it.
+    pub fn class(&self) -> FaultClass {
+        match self {
+            Self::Unsupported { .. } | Self::NotPositiveDefinite { .. } | Self::NotFinite { .. } => FaultClass::Reject,
+            Self::Cancelled => FaultClass::RetryElsewhere,
+            Self::Backend(_) => FaultClass::RetryElsewhere,
+        }
+    }
+}
+
+/// Convenience for solvers: a tensor or a backend error.
+pub(crate) type TensorResult = Result<Tensor, SolveError>;

@@ -1,0 +1,96 @@
+//! What a solver is given and what it gives back.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use candle_core::Tensor;
+use espalier_common::pattern::Pattern;
+
+use super::SolveError;
+
+/// How much must be known of a group's inputs. Each level includes the ones before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Statistics {
+    /// Nothing: weights only.
+    Nothing,
+    /// ‖X̂_j‖² of each input channel.
+    Norms,
+    /// X̂ᵀX̂.
+    Gram,
+    /// X̂ᵀX̂, X̂ᵀX and XᵀX: dense against corrected inputs.
+    GramAndCross,
+}
+
+/// Second moments of a group's inputs over calibration tokens: X dense, X̂ corrected inputs `[tokens, in]`.
+///
+/// Whatever a method needs, the report needs the gram to measure errors with; so `gram` is always there, and a method that
+/// asks for less just does not look at it.
+#[derive(Debug, Clone)]
+pub struct InputStats {
+    /// X̂ᵀX̂ / tokens, `[in, in]` f32, symmetric.
+    pub gram: Tensor,
+    /// The statistics of dense against corrected inputs; `None` when X̂ = X is assumed (targets are W·X̂).
+    pub dense: Option<DenseStats>,
+    /// Number of calibration tokens.
+    pub tokens: usize,
+    /// The same over the held-out tokens, if any were held out.
+    pub held_out: Option<Arc<InputStats>>,
+}
+
+/// The dense side of [`InputStats`].
+#[derive(Debug, Clone)]
+pub struct DenseStats {
+    /// X̂ᵀX / tokens, `[in, in]` f32.
+    pub cross: Tensor,
+    /// XᵀX / tokens, `[in, in]` f32.
+    pub gram: Tensor,
+}
+
+/// One sublayer to prune.
+#[derive(Debug, Clone, Copy)]
+pub struct Problem<'a> {
+    /// Full tensor name, for messages and seeds.
+    pub tensor: &'a str,
+    /// Dense weight `[out, in]`, f32.
+    pub weight: &'a Tensor,
+    /// The zeros it must get.
+    pub pattern: Pattern,
+}
+
+/// A pruned sublayer.
+#[derive(Debug, Clone)]
+pub struct Solution {
+    /// `[out, in]`, f32, obeying the pattern exactly.
+    pub weight: Tensor,
+    /// Iterations of the method's main loop; 1 for one-shot methods.
+    pub iterations: u32,
+    /// Share of the mean diagonal that was added to the gram.
+    pub damping: f64,
+    /// How often damping had to be raised.
+    pub damping_raised: u32,
+    /// Input channels that were never active (zero on the gram's diagonal).
+    pub dead_channels: u32,
+    /// Floating-point operations of the matrix products and factorisations (shared ones are counted by the first user).
+    pub flops: f64,
+}
+
+/// What a solver may know of its surroundings: a cancellation flag, and nothing that changes its result.
+#[derive(Debug, Clone, Default)]
+pub struct SolveCtx {
+    cancelled: Arc<AtomicBool>,
+}
+
+impl SolveCtx {
+    /// A context that is cancelled when `flag` is set.
+    pub fn new(flag: Arc<AtomicBool>) -> Self {
+        Self { cancelled: flag }
+    }
+
+    /// Called once per block or iteration.
+    ///
+    /// # Errors
+    /// `Cancelled`.
+    pub fn check_cancelled(&self) -> Result<(), SolveError> {
+        if self.cancelled.load(Ordering::Relaxed) { Err(SolveError::Cancelled) } else { Ok(()) }
+    }
+}
