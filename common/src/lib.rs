@@ -2,12 +2,11 @@
 //!
 //! In reading order: [`ids`] name things, [`job`] says what is to be computed, [`pattern`] what a sparse matrix must look
 //! like, [`outline`] what a model is made of, [`fault`] why something failed; [`checkpoint`] and [`store`] read and write
-//! the bytes; [`wire`] turns all of them into messages and back.
+//! the bytes.
 
 pub mod calibration;
 pub mod checkpoint;
 pub mod clock;
-pub mod config;
 pub mod digest;
 pub mod fault;
 pub mod ids;
@@ -17,5 +16,4 @@ pub mod pattern;
 pub mod report;
 pub mod store;
 pub mod tasks;
-pub mod telemetry;
 pub mod wire;

@@ -1,1 +1,1 @@
-//! placeholder
+//! Espalier's coordinator.

@@ -1,1 +1,1 @@
-//! placeholder
+//! Test harness.

@@ -1,1 +1,4 @@
-//! placeholder
+//! Espalier's worker.
+
+pub mod model;
+pub mod prune;

@@ -72,3 +72,34 @@ pub trait Checkpoint: Send + Sync {
     fn companion_files(&self) -> Result<Vec<(String, Vec<u8>)>, CheckpointError>;
 }
 
+/// Why a checkpoint cannot be read or written. Every message names the file, and the tensor or key.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The file system failed.
+    #[error("{}", path.display())]
+    Io {
+        /// File or directory.
+        path: PathBuf,
+        /// What it said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// No such tensor.
+    #[error("{} has no tensor {tensor}", path.display())]
+    MissingTensor {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
+}
+
+impl CheckpointError {
+    /// What may be done about it.
+    pub fn class(&self) -> crate::fault::FaultClass {
+        match self {
+            Self::Io { .. } => crate::fault::FaultClass::RetryElsewhere,
+            Self::MissingTensor { .. } => crate::fault::FaultClass::Reject,
+        }
+    }
+}

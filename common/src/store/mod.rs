@@ -1,8 +1,12 @@
 //! Where a run keeps its artifacts: bytes under relative names, put atomically, read by range.
 
+mod error;
+
 use std::ops::Range;
 
 use bytes::Bytes;
+
+pub use error::StoreError;
 
 /// A place for blobs.
 ///

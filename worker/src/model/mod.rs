@@ -3,12 +3,16 @@
 //! A family turns `config.json` into a [`Decoder`]; a decoder loads one [`DecoderLayer`] at a time. A layer runs **group by
 //! group**: sublayers of a group share their input, and the group after it sees what the (pruned) group before it gives.
 
+mod error;
+
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use espalier_common::checkpoint::Checkpoint;
 use espalier_common::ids::LayerIndex;
 use espalier_common::outline::LayerOutline;
+
+pub use error::ModelError;
 
 /// One sequence on its way through one layer: everything that the groups ahead still need.
 #[derive(Debug, Clone)]
@@ -103,5 +107,8 @@ pub struct ModelFamily {
     /// The `architectures` entries of `config.json` that it reads.
     pub architectures: &'static [&'static str],
     /// Reads the config and checks it against the checkpoint's headers.
-    pub open: fn(Arc<dyn Checkpoint>, &Device) -> Result<Box<dyn Decoder>, ModelError>,
+    pub open: OpenDecoder,
 }
+
+/// Opens a checkpoint of a family on a device.
+pub type OpenDecoder = fn(Arc<dyn Checkpoint>, &Device) -> Result<Box<dyn Decoder>, ModelError>;

@@ -4,7 +4,6 @@ pub mod problem;
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
 use espalier_common::fault::FaultClass;
 use espalier_common::pattern::Pattern;
 
@@ -48,8 +47,11 @@ pub struct Method {
     /// One line for `espalier-worker methods`.
     pub summary: &'static str,
     /// Reads the parameters (unknown ones are errors) and returns the solver and the parameters with every default filled in.
-    pub build: fn(&serde_json::Value) -> Result<(Box<dyn Solver>, serde_json::Value), ParamsError>,
+    pub build: fn(&serde_json::Value) -> Result<Built, ParamsError>,
 }
+
+/// A solver, and its parameters with every default filled in.
+pub type Built = (Box<dyn Solver>, serde_json::Value);
 
 /// Parameters that a method cannot take.
 #[derive(Debug, thiserror::Error)]
@@ -109,6 +111,3 @@ impl SolveError {
         }
     }
 }
-
-/// Convenience for solvers: a tensor or a backend error.
-pub(crate) type TensorResult = Result<Tensor, SolveError>;

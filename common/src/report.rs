@@ -1,0 +1,80 @@
+//! What workers report and the journal keeps: plain data, the same on both sides of the wire.
+
+use serde::{Deserialize, Serialize};
+
+use crate::digest::Digest;
+
+/// Bytes in a run's store, named by content.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Artifact {
+    /// Name in the run's store.
+    pub name: String,
+    /// Digest of the bytes.
+    pub sha256: Digest,
+    /// Number of bytes.
+    pub bytes: u64,
+}
+
+/// One pruned sublayer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SublayerReport {
+    /// Full tensor name.
+    pub tensor: String,
+    /// ‖W'X̂ − WX‖² / ‖WX‖² on the calibration inputs, after the cast to the stored type.
+    pub rel_error: f64,
+    /// The same on the held-out inputs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_out_error: Option<f64>,
+    /// Weights that are zero.
+    pub zeros: u64,
+    /// All weights.
+    pub elements: u64,
+    /// Seconds of solving.
+    pub seconds: f64,
+    /// Iterations of the method's main loop.
+    pub iterations: u32,
+    /// Share of the mean diagonal that was added to the gram.
+    pub damping: f64,
+    /// How often damping had to be raised.
+    pub damping_raised: u32,
+    /// Input channels that were never active.
+    pub dead_channels: u32,
+}
+
+/// Time and arithmetic of one phase of one unit.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PhaseSeconds {
+    /// `load`, `forward`, `gram`, `solve`, `verify`, `store`, `fetch`, `evaluate`.
+    pub phase: String,
+    /// Wall-clock seconds.
+    pub seconds: f64,
+    /// Floating-point operations of the matrix products done in it.
+    pub flops: f64,
+}
+
+/// How a unit ended well.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// A layer was pruned.
+    Pruned {
+        /// Its pruned tensors.
+        artifact: Artifact,
+        /// One entry a sublayer, in dataflow order.
+        sublayers: Vec<SublayerReport>,
+        /// Where the time went.
+        phases: Vec<PhaseSeconds>,
+    },
+    /// A dense layer was run.
+    Forwarded {
+        /// Where the time went.
+        phases: Vec<PhaseSeconds>,
+    },
+    /// Windows were evaluated.
+    Evaluated {
+        /// Sum of negative log-likelihoods of each window in nats, in the order asked for.
+        window_nll: Vec<f64>,
+        /// Where the time went.
+        phases: Vec<PhaseSeconds>,
+    },
+}

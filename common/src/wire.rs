@@ -1,0 +1,354 @@
+//! Between messages and domain types: the one file that sees both.
+
+use espalier_proto::v1 as pb;
+
+use crate::digest::Digest;
+use crate::fault::{Fault, FaultClass};
+use crate::ids::{Attempt, Boundary, LayerIndex, Lease, RunId, Unit, WorkerId};
+use crate::outline::{LayerOutline, ModelOutline, SublayerOutline};
+use crate::report::{Artifact, Outcome, PhaseSeconds, SublayerReport};
+
+/// A message that breaks the protocol.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// A field that must be there is not.
+    #[error("message lacks {0}")]
+    Missing(&'static str),
+    /// A field holds something it may not.
+    #[error("field {field} is wrong: {reason}")]
+    Invalid {
+        /// The field.
+        field: &'static str,
+        /// Why.
+        reason: String,
+    },
+}
+
+fn invalid(field: &'static str, reason: impl std::fmt::Display) -> WireError {
+    WireError::Invalid { field, reason: reason.to_string() }
+}
+
+impl From<Unit> for pb::Unit {
+    fn from(unit: Unit) -> Self {
+        let (kind, index) = match unit {
+            Unit::Forward(layer) => (pb::unit::Kind::Forward, layer.0),
+            Unit::Prune(layer) => (pb::unit::Kind::Prune, layer.0),
+            Unit::Evaluate(share) => (pb::unit::Kind::Evaluate, share),
+        };
+        Self { kind: kind.into(), index }
+    }
+}
+
+impl TryFrom<pb::Unit> for Unit {
+    type Error = WireError;
+
+    fn try_from(unit: pb::Unit) -> Result<Self, WireError> {
+        match unit.kind() {
+            pb::unit::Kind::Forward => Ok(Self::Forward(LayerIndex(unit.index))),
+            pb::unit::Kind::Prune => Ok(Self::Prune(LayerIndex(unit.index))),
+            pb::unit::Kind::Evaluate => Ok(Self::Evaluate(unit.index)),
+            pb::unit::Kind::Unspecified => Err(invalid("unit.kind", "unspecified")),
+        }
+    }
+}
+
+/// A lease as it travels: with the run it belongs to.
+pub fn lease_to_wire(run: &RunId, lease: Lease) -> pb::Lease {
+    pb::Lease { run: run.0.clone(), unit: Some(lease.unit.into()), worker: lease.worker.0, attempt: lease.attempt.0 }
+}
+
+/// A lease and its run, from the wire.
+///
+/// # Errors
+/// `Missing` or `Invalid`.
+pub fn lease_from_wire(lease: pb::Lease) -> Result<(RunId, Lease), WireError> {
+    let unit = lease.unit.ok_or(WireError::Missing("lease.unit"))?.try_into()?;
+    let run = run_from_wire(lease.run)?;
+    Ok((run, Lease { unit, worker: WorkerId(lease.worker), attempt: Attempt(lease.attempt) }))
+}
+
+/// A run's id; it becomes part of file names, so only plain ones pass.
+///
+/// # Errors
+/// `Invalid` unless it is 1 to 64 letters, digits, `-` and `_`.
+pub fn run_from_wire(run: String) -> Result<RunId, WireError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if run.is_empty() || run.len() > 64 || !run.chars().all(plain) {
+        return Err(invalid("run", "must be 1 to 64 letters, digits, - and _"));
+    }
+    Ok(RunId(run))
+}
+
+impl From<Artifact> for pb::Artifact {
+    fn from(artifact: Artifact) -> Self {
+        Self { name: artifact.name, sha256: artifact.sha256.to_string(), bytes: artifact.bytes }
+    }
+}
+
+impl TryFrom<pb::Artifact> for Artifact {
+    type Error = WireError;
+
+    fn try_from(artifact: pb::Artifact) -> Result<Self, WireError> {
+        let sha256 = Digest::try_from(artifact.sha256).map_err(|error| invalid("artifact.sha256", error))?;
+        Ok(Self { name: artifact.name, sha256, bytes: artifact.bytes })
+    }
+}
+
+impl From<Fault> for pb::Fault {
+    fn from(fault: Fault) -> Self {
+        let class = match fault.class {
+            FaultClass::RetryHere => pb::fault::Class::RetryHere,
+            FaultClass::RetryElsewhere => pb::fault::Class::RetryElsewhere,
+            FaultClass::Reject => pb::fault::Class::Reject,
+            FaultClass::Bug => pb::fault::Class::Bug,
+        };
+        Self { class: class.into(), message: fault.message }
+    }
+}
+
+impl From<pb::Fault> for Fault {
+    fn from(fault: pb::Fault) -> Self {
+        let class = match fault.class() {
+            pb::fault::Class::RetryHere => FaultClass::RetryHere,
+            pb::fault::Class::RetryElsewhere => FaultClass::RetryElsewhere,
+            pb::fault::Class::Reject => FaultClass::Reject,
+            pb::fault::Class::Bug | pb::fault::Class::Unspecified => FaultClass::Bug,
+        };
+        Self { class, message: fault.message }
+    }
+}
+
+impl From<ModelOutline> for pb::ModelOutline {
+    fn from(outline: ModelOutline) -> Self {
+        let sublayer = |sublayer: SublayerOutline| pb::TensorHeader {
+            name: sublayer.tensor,
+            dtype: sublayer.dtype,
+            shape: vec![sublayer.rows as u64, sublayer.columns as u64],
+        };
+        let layer = |layer: LayerOutline| pb::LayerOutline {
+            groups: layer
+                .groups
+                .into_iter()
+                .map(|group| pb::Group { sublayers: group.into_iter().map(sublayer).collect() })
+                .collect(),
+            bytes: layer.bytes,
+        };
+        Self {
+            family: outline.family,
+            layers: outline.layers.into_iter().map(layer).collect(),
+            hidden_size: outline.hidden_size as u32,
+            vocabulary_size: outline.vocabulary_size as u32,
+            max_sequence_length: outline.max_sequence_length.unwrap_or(0) as u32,
+            other_bytes: outline.other_bytes,
+            method_version: outline.method_version,
+            method_params_json: outline.method_params.to_string(),
+        }
+    }
+}
+
+impl TryFrom<pb::ModelOutline> for ModelOutline {
+    type Error = WireError;
+
+    fn try_from(outline: pb::ModelOutline) -> Result<Self, WireError> {
+        let sublayer = |header: pb::TensorHeader| match header.shape[..] {
+            [rows, columns] => Ok(SublayerOutline {
+                tensor: header.name,
+                rows: rows as usize,
+                columns: columns as usize,
+                dtype: header.dtype,
+            }),
+            _ => Err(invalid("outline.shape", format!("{} is no matrix", header.name))),
+        };
+        let layer = |layer: pb::LayerOutline| {
+            let groups = layer
+                .groups
+                .into_iter()
+                .map(|group| group.sublayers.into_iter().map(sublayer).collect())
+                .collect::<Result<_, WireError>>()?;
+            Ok(LayerOutline { groups, bytes: layer.bytes })
+        };
+        Ok(Self {
+            family: outline.family,
+            layers: outline.layers.into_iter().map(layer).collect::<Result<_, WireError>>()?,
+            hidden_size: outline.hidden_size as usize,
+            vocabulary_size: outline.vocabulary_size as usize,
+            max_sequence_length: (outline.max_sequence_length > 0).then_some(outline.max_sequence_length as usize),
+            other_bytes: outline.other_bytes,
+            method_version: outline.method_version,
+            method_params: serde_json::from_str(&outline.method_params_json)
+                .map_err(|error| invalid("outline.method_params_json", error))?,
+        })
+    }
+}
+
+impl From<SublayerReport> for pb::SublayerReport {
+    fn from(report: SublayerReport) -> Self {
+        Self {
+            tensor: report.tensor,
+            rel_error: report.rel_error,
+            held_out_error: report.held_out_error,
+            zeros: report.zeros,
+            elements: report.elements,
+            seconds: report.seconds,
+            iterations: report.iterations,
+            damping: report.damping,
+            damping_raised: report.damping_raised,
+            dead_channels: report.dead_channels,
+        }
+    }
+}
+
+impl From<pb::SublayerReport> for SublayerReport {
+    fn from(report: pb::SublayerReport) -> Self {
+        Self {
+            tensor: report.tensor,
+            rel_error: report.rel_error,
+            held_out_error: report.held_out_error,
+            zeros: report.zeros,
+            elements: report.elements,
+            seconds: report.seconds,
+            iterations: report.iterations,
+            damping: report.damping,
+            damping_raised: report.damping_raised,
+            dead_channels: report.dead_channels,
+        }
+    }
+}
+
+fn phases_to_wire(phases: Vec<PhaseSeconds>) -> Vec<pb::PhaseSeconds> {
+    phases.into_iter().map(|p| pb::PhaseSeconds { phase: p.phase, seconds: p.seconds, flops: p.flops }).collect()
+}
+
+fn phases_from_wire(phases: Vec<pb::PhaseSeconds>) -> Vec<PhaseSeconds> {
+    phases.into_iter().map(|p| PhaseSeconds { phase: p.phase, seconds: p.seconds, flops: p.flops }).collect()
+}
+
+impl From<Outcome> for pb::report_request::Outcome {
+    fn from(outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::Pruned { artifact, sublayers, phases } => Self::Pruned(pb::Pruned {
+                artifact: Some(artifact.into()),
+                sublayers: sublayers.into_iter().map(Into::into).collect(),
+                phases: phases_to_wire(phases),
+            }),
+            Outcome::Forwarded { phases } => Self::Forwarded(pb::Forwarded { phases: phases_to_wire(phases) }),
+            Outcome::Evaluated { window_nll, phases } => {
+                Self::Evaluated(pb::Evaluated { window_nll, phases: phases_to_wire(phases) })
+            }
+        }
+    }
+}
+
+/// The end of a unit, from the wire: an outcome or a fault.
+///
+/// # Errors
+/// `Missing` or `Invalid`.
+pub fn outcome_from_wire(outcome: pb::report_request::Outcome) -> Result<Result<Outcome, Fault>, WireError> {
+    Ok(match outcome {
+        pb::report_request::Outcome::Pruned(pruned) => Ok(Outcome::Pruned {
+            artifact: pruned.artifact.ok_or(WireError::Missing("pruned.artifact"))?.try_into()?,
+            sublayers: pruned.sublayers.into_iter().map(Into::into).collect(),
+            phases: phases_from_wire(pruned.phases),
+        }),
+        pb::report_request::Outcome::Forwarded(forwarded) => {
+            Ok(Outcome::Forwarded { phases: phases_from_wire(forwarded.phases) })
+        }
+        pb::report_request::Outcome::Evaluated(evaluated) => {
+            Ok(Outcome::Evaluated { window_nll: evaluated.window_nll, phases: phases_from_wire(evaluated.phases) })
+        }
+        pb::report_request::Outcome::Fault(fault) => Err(fault.into()),
+    })
+}
+
+/// Where a unit's input hidden states come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SourceFrom {
+    /// Embed the calibration tokens.
+    Tokens,
+    /// The worker holds this boundary.
+    Held(Boundary),
+    /// Another worker holds it.
+    Peer {
+        /// Where that worker's services are.
+        endpoint: String,
+        /// The boundary.
+        boundary: Boundary,
+    },
+}
+
+/// Where a unit's input comes from, and the committed layers to run before it is the unit's input.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// Where to start.
+    pub from: SourceFrom,
+    /// Committed layers from there up to the unit's layer (`pruned` propagation only).
+    pub replay: Vec<Artifact>,
+}
+
+impl Source {
+    /// The boundary it starts from.
+    pub fn boundary(&self) -> Boundary {
+        match self.from {
+            SourceFrom::Tokens => Boundary(0),
+            SourceFrom::Held(boundary) | SourceFrom::Peer { boundary, .. } => boundary,
+        }
+    }
+}
+
+impl From<Source> for pb::Source {
+    fn from(source: Source) -> Self {
+        let from = match source.from {
+            SourceFrom::Tokens => pb::source::From::Tokens(pb::Tokens {}),
+            SourceFrom::Held(boundary) => pb::source::From::Held(pb::Held { boundary: boundary.0 }),
+            SourceFrom::Peer { endpoint, boundary } => {
+                pb::source::From::Peer(pb::Peer { endpoint, boundary: boundary.0 })
+            }
+        };
+        Self { from: Some(from), replay: source.replay.into_iter().map(Into::into).collect() }
+    }
+}
+
+impl TryFrom<pb::Source> for Source {
+    type Error = WireError;
+
+    fn try_from(source: pb::Source) -> Result<Self, WireError> {
+        let from = match source.from.ok_or(WireError::Missing("source.from"))? {
+            pb::source::From::Tokens(pb::Tokens {}) => SourceFrom::Tokens,
+            pb::source::From::Held(held) => SourceFrom::Held(Boundary(held.boundary)),
+            pb::source::From::Peer(peer) => {
+                SourceFrom::Peer { endpoint: peer.endpoint, boundary: Boundary(peer.boundary) }
+            }
+        };
+        let replay = source.replay.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?;
+        Ok(Self { from, replay })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn leases_round_trip() {
+        let lease = Lease { unit: Unit::Prune(LayerIndex(3)), worker: WorkerId(7), attempt: Attempt(2) };
+        let run = RunId("r-1".into());
+        assert_eq!(lease_from_wire(lease_to_wire(&run, lease)), Ok((run, lease)));
+    }
+
+    #[test]
+    fn a_run_id_cannot_climb_out_of_a_folder() {
+        for bad in ["", "../x", "a/b", &"x".repeat(65)] {
+            assert!(run_from_wire(bad.to_owned()).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sources_round_trip() {
+        let artifact = Artifact { name: "layers/0".into(), sha256: Digest::of(b"x"), bytes: 1 };
+        let source = Source {
+            from: SourceFrom::Peer { endpoint: "http://127.0.0.1:1".into(), boundary: Boundary(4) },
+            replay: vec![artifact],
+        };
+        assert_eq!(Source::try_from(pb::Source::from(source.clone())), Ok(source));
+    }
+}
