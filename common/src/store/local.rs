@@ -28,8 +28,11 @@ impl LocalStore {
     /// # Errors
     /// `Io` if it cannot be created; `UnknownScheme` if its absolute path is not UTF-8, and so has no URL.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
-        let failed =
-            |source| StoreError::Io { url: root.display().to_string(), name: "the store's directory".to_owned(), source };
+        let failed = |source| StoreError::Io {
+            url: root.display().to_string(),
+            name: "the store's directory".to_owned(),
+            source,
+        };
         let root = std::path::absolute(root).map_err(failed)?;
         create_durably(&root).map_err(failed)?;
         match root.to_str() {
@@ -46,7 +49,9 @@ impl LocalStore {
     fn failed(&self, name: &str, source: io::Error) -> StoreError {
         let (url, name) = (self.url.clone(), name.to_owned());
         match source.kind() {
-            ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::IsADirectory => StoreError::NotFound { url, name },
+            ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::IsADirectory => {
+                StoreError::NotFound { url, name }
+            }
             _ => StoreError::Io { url, name, source },
         }
     }
