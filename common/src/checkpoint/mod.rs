@@ -11,6 +11,9 @@ mod json;
 mod reader;
 #[cfg(test)]
 mod reader_tests;
+mod writer;
+#[cfg(test)]
+mod writer_tests;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 pub use error::CheckpointError;
 pub use reader::SafetensorsCheckpoint;
+pub use writer::{CheckpointWriter, WrittenFile, check_target};
 
 /// Opens a checkpoint: a directory of safetensors. Reads headers, no tensor.
 ///
