@@ -293,7 +293,6 @@ impl Run {
         self.setting.events.note(RunEvent::Phase { phase: Phase::Assemble });
         let files = assemble::assemble(&assemble::Parts {
             job: &self.job,
-            run: &self.id,
             dense: self.dense.as_ref(),
             store: self.store.as_ref(),
             layers,
