@@ -7,6 +7,7 @@
 pub mod calibration;
 pub mod checkpoint;
 pub mod clock;
+pub mod config;
 pub mod digest;
 pub mod fault;
 pub mod ids;
@@ -16,4 +17,5 @@ pub mod pattern;
 pub mod report;
 pub mod store;
 pub mod tasks;
+pub mod telemetry;
 pub mod wire;

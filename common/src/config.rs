@@ -1,0 +1,278 @@
+//! The one loader of configuration: defaults < file < `ESPALIER__SECTION__KEY` in the environment < flags.
+//!
+//! An unknown key anywhere is an error that names the nearest known one. Sections of the other programs may stand in the
+//! same environment, because a launcher's children inherit it.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use config::{Config, Environment, File, Value};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::fault::FaultClass;
+
+/// Prefix of every environment variable that is read.
+pub const ENV_PREFIX: &str = "ESPALIER";
+
+/// Top-level sections of all the programs; in the environment, those of another program are passed over.
+const PROGRAM_SECTIONS: [&str; 3] = ["coordinator", "worker", "log"];
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("{}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the file system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A key that nobody knows.
+    #[error("{origin}: unknown key {key}{}", did_you_mean(nearest.as_deref()))]
+    UnknownKey {
+        /// The file, or the environment.
+        origin: String,
+        /// The key, dotted.
+        key: String,
+        /// The known key most like it.
+        nearest: Option<String>,
+    },
+    /// Not the syntax, or not the type.
+    #[error("{origin}: {reason}")]
+    Invalid {
+        /// The file, or what else was being read.
+        origin: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+impl ConfigError {
+    /// What may be done about it: nothing but correcting the configuration.
+    pub fn class(&self) -> FaultClass {
+        match self {
+            Self::Io { .. } | Self::UnknownKey { .. } | Self::Invalid { .. } => FaultClass::Reject,
+        }
+    }
+}
+
+fn did_you_mean(nearest: Option<&str>) -> String {
+    nearest.map(|known| format!(" (did you mean {known}?)")).unwrap_or_default()
+}
+
+/// Values that flags put on top of everything else.
+#[derive(Debug, Clone, Default)]
+pub struct Overrides(Vec<(String, Value)>);
+
+impl Overrides {
+    /// Sets a dotted key, if the flag was given.
+    #[must_use]
+    pub fn set<V: Into<Value>>(mut self, key: &str, value: Option<V>) -> Self {
+        self.0.extend(value.map(|value| (key.to_owned(), value.into())));
+        self
+    }
+}
+
+/// Loads a configuration. Every key that `T` knows must be there when `T::default()` is serialised.
+///
+/// # Errors
+/// See [`ConfigError`].
+pub fn load<T>(file: Option<&Path>, prefix: &str, overrides: Overrides) -> Result<T, ConfigError>
+where
+    T: Default + Serialize + DeserializeOwned,
+{
+    let environment = std::env::vars_os()
+        .filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)))
+        .collect();
+    load_from(file, prefix, environment, overrides)
+}
+
+/// [`load`] with an environment of the caller's choice.
+fn load_from<T>(
+    file: Option<&Path>,
+    prefix: &str,
+    environment: HashMap<String, String>,
+    overrides: Overrides,
+) -> Result<T, ConfigError>
+where
+    T: Default + Serialize + DeserializeOwned,
+{
+    let failed = |origin: &str| {
+        let origin = origin.to_owned();
+        move |error: config::ConfigError| ConfigError::Invalid { origin, reason: error.to_string() }
+    };
+    let defaults = Config::try_from(&T::default()).map_err(failed("defaults"))?;
+    let known = serde_json::to_value(T::default())
+        .map_err(|error| ConfigError::Invalid { origin: "defaults".to_owned(), reason: error.to_string() })?;
+    let mut builder = Config::builder().add_source(defaults);
+    let mut origin = "configuration".to_owned();
+    if let Some(path) = file {
+        // `config` would only say "not found".
+        std::fs::metadata(path).map_err(|source| ConfigError::Io { path: path.to_owned(), source })?;
+        origin = path.display().to_string();
+        let layer = Config::builder().add_source(File::from(path)).build().map_err(failed(&origin))?;
+        refuse_unknown(&layer, &known, &origin, &[])?;
+        builder = builder.add_source(layer);
+    }
+    let environment = Environment::with_prefix(prefix)
+        .prefix_separator("__")
+        .separator("__")
+        .try_parsing(true)
+        .source(Some(environment.into_iter().collect()));
+    let layer = Config::builder().add_source(environment).build().map_err(failed("environment"))?;
+    refuse_unknown(&layer, &known, "environment", &PROGRAM_SECTIONS)?;
+    builder = builder.add_source(own_sections(&layer, &known).map_err(failed("environment"))?);
+    for (key, value) in overrides.0 {
+        builder = builder.set_override(&key, value).map_err(failed(&origin))?;
+    }
+    builder.build().and_then(Config::try_deserialize).map_err(failed(&origin))
+}
+
+/// The part of a layer whose top-level sections `known` has.
+fn own_sections(layer: &Config, known: &serde_json::Value) -> Result<Config, config::ConfigError> {
+    let table: serde_json::Map<String, serde_json::Value> = layer.clone().try_deserialize()?;
+    let own: serde_json::Map<_, _> = table.into_iter().filter(|(section, _)| known.get(section).is_some()).collect();
+    Config::try_from(&own)
+}
+
+/// Refuses the first key of a layer that `known` lacks; top-level sections in `foreign` are somebody else's.
+fn refuse_unknown(
+    layer: &Config,
+    known: &serde_json::Value,
+    origin: &str,
+    foreign: &[&str],
+) -> Result<(), ConfigError> {
+    let table: serde_json::Value = layer
+        .clone()
+        .try_deserialize()
+        .map_err(|error| ConfigError::Invalid { origin: origin.to_owned(), reason: error.to_string() })?;
+    let Some(key) = first_unknown(&table, known, "", foreign) else { return Ok(()) };
+    let (section, name) = key.rsplit_once('.').unwrap_or(("", &key));
+    let siblings = section.split('.').filter(|part| !part.is_empty()).try_fold(known, |at, part| at.get(part));
+    let names = siblings.and_then(serde_json::Value::as_object).into_iter().flat_map(serde_json::Map::keys);
+    let nearest = nearest(name, names.map(String::as_str));
+    Err(ConfigError::UnknownKey { origin: origin.to_owned(), nearest: nearest.map(str::to_owned), key })
+}
+
+fn first_unknown(layer: &serde_json::Value, known: &serde_json::Value, path: &str, foreign: &[&str]) -> Option<String> {
+    let (Some(layer), Some(known)) = (layer.as_object(), known.as_object()) else { return None };
+    layer.iter().find_map(|(key, value)| {
+        let dotted = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+        match known.get(key) {
+            Some(below) => first_unknown(value, below, &dotted, &[]),
+            None => (!foreign.contains(&key.as_str())).then_some(dotted),
+        }
+    })
+}
+
+/// Reads one TOML document (a `job.toml`) with no layers below or above it.
+///
+/// # Errors
+/// `Io`, `Invalid`; an unknown key is told with the nearest known one.
+pub fn load_document<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Io { path: path.to_owned(), source })?;
+    toml::from_str(&text).map_err(|error| {
+        let line = error.span().map(|span| 1 + text[..span.start].matches('\n').count());
+        let place = line.map(|line| format!(":{line}")).unwrap_or_default();
+        ConfigError::Invalid { origin: format!("{}{place}", path.display()), reason: suggest(error.message()) }
+    })
+}
+
+/// Adds the nearest known name to serde's "unknown field" message, and leaves any other message as it is.
+pub fn suggest(message: &str) -> String {
+    let mut quoted = message.split('`').skip(1).step_by(2);
+    let unknown = message.contains("unknown field").then(|| quoted.next()).flatten();
+    let nearest = unknown.and_then(|unknown| nearest(unknown, quoted));
+    format!("{message}{}", did_you_mean(nearest))
+}
+
+/// The candidate most like `name`, if any is like it at all.
+pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    /// Below this, a suggestion would be a guess.
+    const ALIKE: f64 = 0.7;
+    candidates
+        .into_iter()
+        .map(|candidate| (strsim::jaro_winkler(name, candidate), candidate))
+        .filter(|(likeness, _)| *likeness >= ALIKE)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, candidate)| candidate)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields, default)]
+    struct Settings {
+        worker: Section,
+    }
+
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields, default)]
+    struct Section {
+        threads: usize,
+        name: Option<String>,
+        listen: String,
+    }
+
+    impl Default for Section {
+        fn default() -> Self {
+            Self { threads: 1, name: None, listen: "127.0.0.1:0".to_owned() }
+        }
+    }
+
+    fn load_with(file: &str, env: &[(&str, &str)], overrides: Overrides) -> Result<Settings, ConfigError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("worker.toml");
+        std::fs::write(&path, file).unwrap();
+        let env = env.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        load_from(Some(&path), ENV_PREFIX, env, overrides)
+    }
+
+    #[test]
+    fn flags_beat_the_environment_which_beats_the_file_which_beats_defaults() {
+        let file = "[worker]\nthreads = 2\nname = \"file\"";
+        let env = [("ESPALIER__WORKER__THREADS", "3"), ("ESPALIER__WORKER__NAME", "env"), ("PATH", "/bin")];
+        let settings = load_with(file, &env, Overrides::default().set("worker.threads", Some(4_i64))).unwrap();
+        let section = Section { threads: 4, name: Some("env".to_owned()), listen: "127.0.0.1:0".to_owned() };
+        assert_eq!(settings, Settings { worker: section });
+    }
+
+    #[test]
+    fn unknown_keys_name_the_nearest_known_one() {
+        let error = load_with("[worker]\nthraeds = 2", &[], Overrides::default()).unwrap_err().to_string();
+        assert!(error.contains("worker.thraeds") && error.contains("did you mean threads?"), "{error}");
+        let env = [("ESPALIER__WROKER__THREADS", "3")];
+        let error = load_with("", &env, Overrides::default()).unwrap_err().to_string();
+        assert!(error.contains("environment") && error.contains("did you mean worker?"), "{error}");
+    }
+
+    #[test]
+    fn sections_of_other_programs_may_stand_in_the_environment() {
+        let env = [("ESPALIER__COORDINATOR__LISTEN", "x")];
+        assert_eq!(load_with("", &env, Overrides::default()).unwrap(), Settings::default());
+    }
+
+    #[test]
+    fn a_missing_file_and_a_wrong_type_are_told_with_the_file() {
+        let missing = load::<Settings>(Some(Path::new("/no/such.toml")), ENV_PREFIX, Overrides::default());
+        assert!(missing.unwrap_err().to_string().contains("/no/such.toml"));
+        let error = load_with("[worker]\nthreads = \"many\"", &[], Overrides::default()).unwrap_err().to_string();
+        assert!(error.contains("worker.toml") && error.contains("threads"), "{error}");
+    }
+
+    #[test]
+    fn a_document_tells_line_and_nearest_key() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("job.toml");
+        std::fs::write(&path, "[worker]\nlistn = \"x\"").unwrap();
+        let error = load_document::<Settings>(&path).unwrap_err().to_string();
+        assert!(error.contains("job.toml:2") && error.contains("did you mean listen?"), "{error}");
+    }
+}

@@ -1,0 +1,3 @@
+//! Running calibration data through layers and gathering statistics of their inputs.
+
+pub mod cache;

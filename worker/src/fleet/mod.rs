@@ -1,0 +1,173 @@
+//! Being a member of the coordinator's fleet: registering, beating, reporting, leaving.
+//!
+//! Nothing here computes, so a heartbeat is late only when the network is.
+
+mod client;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use espalier_common::wire::lease_to_wire;
+use espalier_proto::v1 as pb;
+use rand::Rng as _;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use crate::device::memory::peak_rss_bytes;
+use crate::session::{Session, UnitReport};
+
+pub use client::{CallError, CoordinatorClient};
+
+/// A coordinator that cannot be registered with for so long at the start is taken for absent.
+const REGISTRATION: Duration = Duration::from_secs(30);
+
+/// A coordinator that has not answered for so long is taken for gone.
+const UNREACHABLE: Duration = Duration::from_secs(60);
+
+/// This worker's place in the fleet.
+#[derive(Debug)]
+pub struct Membership {
+    client: CoordinatorClient,
+    session: Arc<Session>,
+    offer: pb::RegisterRequest,
+    /// The id that the coordinator gave; reports carry the lease's own.
+    worker: AtomicU64,
+}
+
+impl Membership {
+    /// A place that is not taken yet.
+    pub fn new(client: CoordinatorClient, session: Arc<Session>, offer: pb::RegisterRequest) -> Self {
+        Self { client, session, offer, worker: AtomicU64::new(0) }
+    }
+
+    /// Registers, then beats and reports until the coordinator is gone; never returns without an error.
+    ///
+    /// # Errors
+    /// `Refused` if the coordinator will not have this worker, `Unreachable` once it has been silent for too long.
+    pub async fn run(&self, reports: mpsc::Receiver<UnitReport>) -> Result<std::convert::Infallible, CallError> {
+        let interval = self.register(REGISTRATION).await?;
+        tokio::select! {
+            ended = self.beat(interval) => ended,
+            ended = self.deliver(reports) => ended,
+        }
+    }
+
+    /// Tells the coordinator that this worker leaves; what it held is lost.
+    pub async fn leave(&self, patience: Duration) {
+        let worker = self.worker.load(Ordering::Relaxed);
+        if worker != 0 && !matches!(tokio::time::timeout(patience, self.client.leave(worker)).await, Ok(Ok(()))) {
+            tracing::warn!(coordinator = self.client.url(), "the coordinator was not told that this worker leaves");
+        }
+    }
+
+    /// Registers within `patience`; returns the interval of heartbeats.
+    async fn register(&self, patience: Duration) -> Result<Duration, CallError> {
+        let deadline = Instant::now() + patience;
+        let mut backoff = Backoff::default();
+        loop {
+            match self.client.register(self.offer.clone()).await {
+                Ok(answer) => {
+                    self.worker.store(answer.worker, Ordering::Relaxed);
+                    tracing::info!(worker = answer.worker, coordinator = self.client.url(), "registered");
+                    return Ok(Duration::from_millis(u64::from(answer.heartbeat_interval_ms.clamp(10, 60_000))));
+                }
+                Err(error @ CallError::Unreachable { .. }) if Instant::now() < deadline => {
+                    tracing::debug!(%error, "registering again");
+                    tokio::time::sleep(backoff.next()).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn beat(&self, mut interval: Duration) -> Result<std::convert::Infallible, CallError> {
+        let mut heard = Instant::now();
+        loop {
+            tokio::time::sleep(interval).await;
+            match self.client.heartbeat(self.heartbeat()).await {
+                Ok(pb::HeartbeatResponse { known }) => {
+                    heard = Instant::now();
+                    if !known {
+                        tracing::warn!("the coordinator does not know this worker: registering again");
+                        self.session.abandon_all();
+                        interval = self.register(UNREACHABLE).await?;
+                    }
+                }
+                Err(error @ CallError::Unreachable { .. }) if heard.elapsed() < UNREACHABLE => {
+                    tracing::warn!(%error, "missed a heartbeat");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn heartbeat(&self) -> pb::HeartbeatRequest {
+        let progress = self.session.progress().into_iter().map(|(run, lease, progress)| pb::Progress {
+            lease: Some(lease_to_wire(&run, lease)),
+            phase: progress.phase.to_owned(),
+            done: progress.done,
+            total: progress.total,
+        });
+        pb::HeartbeatRequest {
+            worker: self.worker.load(Ordering::Relaxed),
+            progress: progress.collect(),
+            peak_rss_bytes: peak_rss_bytes(),
+            bytes_received: self.session.bytes_received(),
+        }
+    }
+
+    /// Delivers the ends of units, each until it is accepted; the heartbeat knows when to give up.
+    async fn deliver(&self, mut reports: mpsc::Receiver<UnitReport>) -> Result<std::convert::Infallible, CallError> {
+        while let Some(report) = reports.recv().await {
+            let lease = report.lease;
+            let message = self.report(report);
+            let mut backoff = Backoff::default();
+            loop {
+                match self.client.report(message.clone()).await {
+                    Ok(()) => break,
+                    Err(error @ CallError::Unreachable { .. }) => {
+                        tracing::warn!(%lease, %error, "reporting again");
+                        tokio::time::sleep(backoff.next()).await;
+                    }
+                    Err(error) => {
+                        tracing::error!(%lease, %error, "report was refused");
+                        break;
+                    }
+                }
+            }
+        }
+        // The session keeps a sender for as long as this value lives.
+        std::future::pending().await
+    }
+
+    fn report(&self, report: UnitReport) -> pb::ReportRequest {
+        let outcome = match report.result {
+            Ok(outcome) => outcome.into(),
+            Err(fault) => pb::report_request::Outcome::Fault(fault.into()),
+        };
+        pb::ReportRequest {
+            lease: Some(lease_to_wire(&report.run, report.lease)),
+            outcome: Some(outcome),
+            held: report.held.iter().map(|boundary| boundary.0).collect(),
+            peak_rss_bytes: peak_rss_bytes(),
+            bytes_received: self.session.bytes_received(),
+        }
+    }
+}
+
+/// Waits that double up to a bound, with jitter so that a fleet does not call in step.
+#[derive(Debug, Clone, Copy, Default)]
+struct Backoff {
+    failures: u32,
+}
+
+impl Backoff {
+    fn next(&mut self) -> Duration {
+        const FIRST: Duration = Duration::from_millis(100);
+        const LONGEST: Duration = Duration::from_secs(5);
+        let wait = FIRST.saturating_mul(1 << self.failures.min(10)).min(LONGEST);
+        self.failures += 1;
+        wait.mul_f64(rand::rng().random_range(0.5..1.0))
+    }
+}
