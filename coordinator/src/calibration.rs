@@ -171,11 +171,10 @@ pub fn windows(
 }
 
 fn read(source: &Path, checkpoint: &dyn Checkpoint) -> Result<Material, CalibrationError> {
-    let bytes = std::fs::read(source).map_err(|error| CalibrationError::Io { path: source.to_owned(), source: error })?;
-    let text = String::from_utf8(bytes).map_err(|error| CalibrationError::NotUtf8 {
-        path: source.to_owned(),
-        at: error.utf8_error().valid_up_to(),
-    })?;
+    let bytes =
+        std::fs::read(source).map_err(|error| CalibrationError::Io { path: source.to_owned(), source: error })?;
+    let text = String::from_utf8(bytes)
+        .map_err(|error| CalibrationError::NotUtf8 { path: source.to_owned(), at: error.utf8_error().valid_up_to() })?;
     if text.trim().is_empty() {
         return Err(CalibrationError::Empty { path: source.to_owned() });
     }
@@ -218,10 +217,8 @@ fn tokenizer(checkpoint: &dyn Checkpoint) -> Result<Tokenizer, CalibrationError>
         .into_iter()
         .find(|(name, _)| name == "tokenizer.json")
         .ok_or_else(|| CalibrationError::NoTokenizer { path: checkpoint.path().clone() })?;
-    Tokenizer::from_bytes(bytes).map_err(|error| CalibrationError::Tokenizer {
-        path: checkpoint.path().clone(),
-        reason: error.to_string(),
-    })
+    Tokenizer::from_bytes(bytes)
+        .map_err(|error| CalibrationError::Tokenizer { path: checkpoint.path().clone(), reason: error.to_string() })
 }
 
 fn tokenise(tokenizer: &Tokenizer, text: &str, checkpoint: &dyn Checkpoint) -> Result<Vec<u32>, CalibrationError> {

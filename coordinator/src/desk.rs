@@ -90,13 +90,8 @@ impl JobDesk {
         }
         let id = format!("job-{}", inner.order.len() + 1);
         let folder = if run_url.is_empty() { self.root.join(&id) } else { PathBuf::from(run_url) };
-        let ticket = Ticket {
-            id: RunId(id.clone()),
-            events: EventLog::default(),
-            job,
-            folder,
-            stop: CancellationToken::new(),
-        };
+        let ticket =
+            Ticket { id: RunId(id.clone()), events: EventLog::default(), job, folder, stop: CancellationToken::new() };
         inner.keys.insert(key.to_owned(), id.clone());
         inner.tickets.insert(id.clone(), ticket);
         inner.queue.push_back(id.clone());

@@ -205,13 +205,7 @@ impl Driver<'_> {
         })
     }
 
-    fn prepare(
-        &self,
-        worker: WorkerId,
-        purpose: &Arc<dyn Purpose>,
-        calls: &TaskGroup,
-        answer: &mpsc::Sender<Answer>,
-    ) {
+    fn prepare(&self, worker: WorkerId, purpose: &Arc<dyn Purpose>, calls: &TaskGroup, answer: &mpsc::Sender<Answer>) {
         let Some(member) = self.roster.member(worker) else { return };
         let (run, answer, preparation) = (self.run.clone(), answer.clone(), purpose.preparation());
         calls.spawn(async move {

@@ -88,9 +88,10 @@ mod tests {
 
     #[test]
     fn differences_name_the_key() {
-        let job: JobSpec =
-            serde_json::from_value(serde_json::json!({"model": {"source": "m"}, "calibration": {"source": "c"}, "output": {"uri": "o"}}))
-                .unwrap();
+        let job: JobSpec = serde_json::from_value(
+            serde_json::json!({"model": {"source": "m"}, "calibration": {"source": "c"}, "output": {"uri": "o"}}),
+        )
+        .unwrap();
         let mine = Fingerprint { job, model: Digest::of(b"m"), tokens: Digest::of(b"t"), build: "1".into() };
         let mut theirs = mine.clone();
         theirs.job.calibration.seed = 7;

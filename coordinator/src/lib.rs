@@ -10,6 +10,7 @@ pub mod config;
 pub mod desk;
 pub mod driver;
 pub mod error;
+pub mod evaluate;
 pub mod events;
 pub mod fingerprint;
 pub mod fleet;

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use espalier_common::calibration::TokenBlock;
 use espalier_common::checkpoint::{self, Checkpoint};
 use espalier_common::clock::{Clock, Stopwatch, unix_seconds};
 use espalier_common::ids::{LayerIndex, Lease, RunId, Unit};
@@ -22,11 +21,11 @@ use crate::driver::{Driver, Preparation, Purpose};
 use crate::error::RunError;
 use crate::events::{EventLog, Phase, RunEvent};
 use crate::fingerprint::{self, Fingerprint};
-use crate::fleet::{CallError, Roster, UnitCall};
+use crate::fleet::{CallError, FleetEvent, Roster, UnitCall};
 use crate::journal::{EvaluatedModel, FileJournal, Journal, JournalRecord, RunCreated, WorkerTotals};
 use crate::report::{self, Report};
 use crate::schedule::{Limits, Record, Scheduler, Shape};
-use crate::{assemble, calibration};
+use crate::{assemble, calibration, evaluate};
 
 /// Everything about a run that is no part of its job: where and with whom.
 pub struct Setting {
@@ -78,7 +77,7 @@ impl Run {
         let block = calibration::sequences(&source, dense.as_ref(), spec.samples, spec.sequence_length, spec.seed)?;
         // Read now so that a wrong text is found before hours of pruning, not after.
         if let Some(spec) = &job.evaluation {
-            windows(spec, dense.as_ref())?;
+            evaluate::windows(spec, dense.as_ref())?;
         }
         let fingerprint = Fingerprint::take(&job, dense.as_ref(), block.digest())?;
         let existing = setting.folder.join("fingerprint.json");
@@ -91,7 +90,7 @@ impl Run {
         }
         std::fs::create_dir_all(&setting.folder).map_err(|error| RunError::folder(&setting.folder, error))?;
         let store = store::open(&setting.folder.to_string_lossy())?;
-        let tokens = put_block(store.as_ref(), &block)?;
+        let tokens = evaluate::put_block(store.as_ref(), &block)?;
         let (mut journal, mut past) = FileJournal::open(&setting.folder.join("journal"))?;
         if past.is_empty() {
             let id = RunId(format!("{}-{}", unix_seconds(), &fingerprint.model.to_string()[..8]));
@@ -172,7 +171,7 @@ impl Run {
     /// Waits for workers, asks one what the model is, and gives every layer its pattern.
     async fn plan(&mut self) -> Result<(ModelOutline, Vec<Pattern>), RunError> {
         self.setting.events.note(RunEvent::Phase { phase: Phase::Inspect });
-        self.wait_for_workers().await?;
+        wait_for_workers(&self.setting).await?;
         let planned = self.past.iter().find_map(|record| match record {
             JournalRecord::Planned { outline, patterns } => Some((outline.clone(), patterns.clone())),
             _ => None,
@@ -195,33 +194,6 @@ impl Run {
         let patterns = vec![pattern; outline.layers.len()];
         self.append(JournalRecord::Planned { outline: outline.clone(), patterns: patterns.clone() })?;
         Ok((outline, patterns))
-    }
-
-    async fn wait_for_workers(&self) -> Result<(), RunError> {
-        let (present, mut fleet) = self.setting.roster.listen();
-        let mut count = present.len();
-        let wait = async {
-            while count < self.setting.workers_wanted {
-                match fleet.recv().await {
-                    Some(crate::fleet::FleetEvent::Joined(_)) => count += 1,
-                    Some(crate::fleet::FleetEvent::Lost(_)) => return false,
-                    Some(_) => {}
-                    None => return false,
-                }
-            }
-            true
-        };
-        tokio::select! {
-            () = self.setting.stop.cancelled() => Err(RunError::Interrupted),
-            came = tokio::time::timeout(WORKERS_PATIENCE, wait) => match came {
-                Ok(true) => Ok(()),
-                Ok(false) => Err(RunError::WorkerDiedEarly),
-                Err(_) => Err(RunError::TooFewWorkers {
-                    wanted: self.setting.workers_wanted,
-                    seconds: WORKERS_PATIENCE.as_secs(),
-                }),
-            },
-        }
     }
 
     async fn inspect(&self) -> Result<ModelOutline, RunError> {
@@ -302,15 +274,20 @@ impl Run {
     }
 
     async fn evaluate(&mut self, spec: &EvaluationSpec, model: EvaluatedModel, uri: String) -> Result<(), RunError> {
-        let block = windows(spec, self.dense.as_ref())?;
+        let block = evaluate::windows(spec, self.dense.as_ref())?;
         let count = block.sequences();
         self.setting.events.note(RunEvent::Phase { phase: Phase::Evaluate { model, windows: count } });
         let done: Vec<Record> = self.past.iter().filter_map(|record| evaluation_record(record, model)).collect();
-        // The number of shares is frozen by the first one that was recorded: a resumed run must cut the same way.
-        let shares = evaluation_shares(&done, self.setting.roster.members().len(), count);
-        let tokens = put_block(self.store.as_ref(), &block)?;
-        let purpose =
-            Evaluation { model, uri, tokens, run_url: self.store.url().to_owned(), windows: count as u32, shares };
+        let shares = evaluate::shares(&done, self.setting.roster.members().len(), count);
+        let tokens = evaluate::put_block(self.store.as_ref(), &block)?;
+        let purpose = evaluate::Evaluation {
+            model,
+            uri,
+            tokens,
+            run_url: self.store.url().to_owned(),
+            windows: count as u32,
+            shares,
+        };
         let scheduler = Scheduler::replay(Shape::Evaluate { shares }, self.setting.limits, &done);
         self.drive(scheduler, Arc::new(purpose), BTreeMap::new()).await?;
         Ok(())
@@ -318,7 +295,7 @@ impl Run {
 
     fn note_workers(&mut self) -> Result<(), RunError> {
         let mut totals = WorkerTotals {
-            coordinator_peak_rss_bytes: espalier_common::telemetry::peak_rss_bytes(),
+            coordinator_peak_rss_bytes: espalier_common::memory::peak_rss_bytes(),
             ..WorkerTotals::default()
         };
         for member in self.setting.roster.everyone().into_values() {
@@ -340,6 +317,35 @@ impl Run {
     }
 }
 
+/// Waits until as many workers as the setting wants are there.
+///
+/// # Errors
+/// `WorkerDiedEarly`, `TooFewWorkers`, `Interrupted`.
+pub async fn wait_for_workers(setting: &Setting) -> Result<(), RunError> {
+    let (present, mut fleet) = setting.roster.listen();
+    let mut count = present.len();
+    let wait = async {
+        while count < setting.workers_wanted {
+            match fleet.recv().await {
+                Some(FleetEvent::Joined(_)) => count += 1,
+                Some(FleetEvent::Heartbeat { .. } | FleetEvent::Report { .. }) => {}
+                Some(FleetEvent::Lost(_)) | None => return false,
+            }
+        }
+        true
+    };
+    tokio::select! {
+        () = setting.stop.cancelled() => Err(RunError::Interrupted),
+        came = tokio::time::timeout(WORKERS_PATIENCE, wait) => match came {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(RunError::WorkerDiedEarly),
+            Err(_) => {
+                Err(RunError::TooFewWorkers { wanted: setting.workers_wanted, seconds: WORKERS_PATIENCE.as_secs() })
+            }
+        },
+    }
+}
+
 /// A journal that also keeps what it wrote.
 struct Remembering<'a> {
     journal: &'a mut FileJournal,
@@ -352,19 +358,6 @@ impl Journal for Remembering<'_> {
         self.past.push(record.clone());
         Ok(())
     }
-}
-
-fn windows(spec: &EvaluationSpec, dense: &dyn Checkpoint) -> Result<TokenBlock, RunError> {
-    let source = checkpoint::resolve(&spec.source)?;
-    Ok(calibration::windows(&source, dense, spec.sequence_length, spec.max_windows)?)
-}
-
-fn put_block(store: &dyn BlobStore, block: &TokenBlock) -> Result<Artifact, RunError> {
-    let bytes = block.to_bytes();
-    let sha256 = block.digest();
-    let name = format!("tokens/{sha256}.bin");
-    store.put(&name, &bytes)?;
-    Ok(Artifact { name, sha256, bytes: bytes.len() as u64 })
 }
 
 fn created_run(record: &JournalRecord) -> Option<RunId> {
@@ -398,17 +391,6 @@ fn evaluation_record(record: &JournalRecord, wanted: EvaluatedModel) -> Option<R
     }
 }
 
-/// One share a worker, but never more than windows; as many as before if any share was committed before.
-fn evaluation_shares(done: &[Record], workers: usize, windows: usize) -> u32 {
-    let before = done.iter().find_map(|record| match record {
-        Record::Committed { outcome: Outcome::Evaluated { window_nll, .. }, .. } => {
-            Some(windows.div_ceil(window_nll.len().max(1)))
-        }
-        _ => None,
-    });
-    before.unwrap_or_else(|| workers.clamp(1, windows.max(1))) as u32
-}
-
 struct Pruning {
     propagation: Propagation,
     patterns: Vec<Pattern>,
@@ -434,36 +416,5 @@ impl Purpose for Pruning {
 
     fn preparation(&self) -> Option<Preparation> {
         Some(self.preparation.clone())
-    }
-}
-
-struct Evaluation {
-    model: EvaluatedModel,
-    uri: String,
-    tokens: Artifact,
-    run_url: String,
-    windows: u32,
-    shares: u32,
-}
-
-impl Purpose for Evaluation {
-    fn record(&self, record: Record) -> JournalRecord {
-        JournalRecord::Evaluate { model: self.model, record }
-    }
-
-    fn call(&self, lease: Lease, _: Source) -> UnitCall {
-        let share = match lease.unit {
-            Unit::Evaluate(share) => share,
-            Unit::Forward(layer) | Unit::Prune(layer) => layer.0,
-        };
-        // Consecutive windows, so that the shares in order are the windows in order.
-        let size = self.windows.div_ceil(self.shares);
-        let windows = (share * size..((share + 1) * size).min(self.windows)).collect();
-        let (model, tokens, run_url) = (self.uri.clone(), self.tokens.clone(), self.run_url.clone());
-        UnitCall::Evaluate { model, tokens, run_url, windows }
-    }
-
-    fn preparation(&self) -> Option<Preparation> {
-        None
     }
 }

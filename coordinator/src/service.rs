@@ -54,9 +54,8 @@ impl Service {
             .add_service(workers)
             .add_optional_service(admin.map(AdminServer::new));
         tasks.spawn(async move {
-            let served = server
-                .serve_with_incoming_shutdown(TcpListenerStream::new(listener), token.cancelled_owned())
-                .await;
+            let served =
+                server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), token.cancelled_owned()).await;
             if let Err(error) = served {
                 error!(%error, "the coordinator's services ended");
             }

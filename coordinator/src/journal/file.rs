@@ -62,8 +62,7 @@ impl FileJournal {
     /// `Busy`, `Damaged`, `Foreign`, `Io`.
     pub fn open(path: &Path) -> Result<(Self, Vec<JournalRecord>), JournalError> {
         let io = |source| JournalError::Io { path: path.to_owned(), source };
-        let mut file =
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
+        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(std::fs::TryLockError::WouldBlock) => return Err(JournalError::Busy { path: path.to_owned() }),

@@ -312,7 +312,8 @@ impl Scheduler {
         let ready = |unit: &&Unit| {
             self.is_ready_for(**unit, worker)
                 && self.owner(**unit).is_none_or(|owner| {
-                    self.workers.get(&owner).is_none_or(|owner| owner.running.is_some()) || self.is_shunned(**unit, owner)
+                    self.workers.get(&owner).is_none_or(|owner| owner.running.is_some())
+                        || self.is_shunned(**unit, owner)
                 })
         };
         let first = self.units.keys().find(ready)?;
