@@ -7,6 +7,9 @@ mod companion;
 mod error;
 mod gguf;
 mod header;
+pub mod hub;
+#[cfg(test)]
+mod hub_tests;
 mod index;
 mod json;
 mod reader;
