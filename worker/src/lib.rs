@@ -1,4 +1,6 @@
 //! Espalier's worker.
 
+pub mod calibrate;
+pub mod linalg;
 pub mod model;
 pub mod prune;

@@ -1,0 +1,3 @@
+//! Statistics of the inputs of a group.
+
+pub mod gram;
