@@ -140,9 +140,8 @@ impl GramAccumulator {
         if self.tokens == 0 {
             return Err(GramError::Empty);
         }
-        let mean = |sum: &Sum| -> Result<Tensor, GramError> {
-            Ok(matrix(sum.mean(self.tokens)?, self.columns, device)?)
-        };
+        let mean =
+            |sum: &Sum| -> Result<Tensor, GramError> { Ok(matrix(sum.mean(self.tokens)?, self.columns, device)?) };
         let gram = mean(&self.gram)?;
         let dense = match &self.dense {
             Some((cross, gram)) => Some(DenseStats { cross: mean(cross)?, gram: mean(gram)? }),
@@ -248,7 +247,9 @@ mod tests {
         lengths
             .iter()
             .enumerate()
-            .map(|(i, &tokens)| matrix(oracle::inputs(seed + i as u64, tokens, columns), columns, &Device::Cpu).unwrap())
+            .map(|(i, &tokens)| {
+                matrix(oracle::inputs(seed + i as u64, tokens, columns), columns, &Device::Cpu).unwrap()
+            })
             .collect()
     }
 
@@ -266,9 +267,11 @@ mod tests {
             let rows = |tensors: &[Tensor]| tensors.iter().flat_map(|t| values(t).unwrap()).collect::<Vec<_>>();
             let (corrected, dense) = (rows(&corrected), rows(&dense));
             let found = stats.dense.unwrap();
-            for (tensor, a, b) in
-                [(&stats.gram, &corrected, &corrected), (&found.cross, &corrected, &dense), (&found.gram, &dense, &dense)]
-            {
+            for (tensor, a, b) in [
+                (&stats.gram, &corrected, &corrected),
+                (&found.cross, &corrected, &dense),
+                (&found.gram, &dense, &dense),
+            ] {
                 let expected = oracle::gram(a, b, columns);
                 let size = expected.iter().fold(0.0f64, |a, b| a.max(b.abs()));
                 for (x, y) in values(tensor).unwrap().iter().zip(expected) {

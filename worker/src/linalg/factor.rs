@@ -161,9 +161,7 @@ mod tests {
         let n = 700;
         let matrix = spd(5, n);
         let results: Vec<_> = [1, 2, 3, 5]
-            .map(|threads| {
-                oracle::with_threads(threads, || (inverse(matrix.clone(), n), upper_of_inverse(&matrix, n)))
-            })
+            .map(|threads| oracle::with_threads(threads, || (inverse(matrix.clone(), n), upper_of_inverse(&matrix, n))))
             .into();
         assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
     }

@@ -79,15 +79,18 @@ pub fn product(a: &[f32], b: &[f32], inner: usize, columns: usize) -> Vec<f32> {
     let rows = a.len() / inner.max(1);
     let mut out = vec![0.0; rows * columns];
     let right = View::new(b, inner, columns, columns);
-    out.par_chunks_mut((ROW_TILE * columns).max(1)).zip(a.par_chunks((ROW_TILE * inner).max(1))).for_each(|(out, a)| {
-        gemm(out, columns, 0.0, View::new(a, a.len() / inner, inner, inner), right, 1.0);
-    });
+    out.par_chunks_mut((ROW_TILE * columns).max(1)).zip(a.par_chunks((ROW_TILE * inner).max(1))).for_each(
+        |(out, a)| {
+            gemm(out, columns, 0.0, View::new(a, a.len() / inner, inner, inner), right, 1.0);
+        },
+    );
     out
 }
 
 fn assert_fits(length: usize, rows: usize, columns: usize, stride: usize) {
     assert!(columns <= stride || rows <= 1, "rows of {columns} elements overlap at stride {stride}");
-    let end = rows.checked_sub(1).and_then(|last| last.checked_mul(stride)).and_then(|start| start.checked_add(columns));
+    let end =
+        rows.checked_sub(1).and_then(|last| last.checked_mul(stride)).and_then(|start| start.checked_add(columns));
     assert!(rows == 0 || end.is_some_and(|end| end <= length), "a {rows} by {columns} block leaves its slice");
 }
 
@@ -113,7 +116,8 @@ mod tests {
     fn bits_do_not_depend_on_the_number_of_threads() {
         let a = oracle::random(1, 577 * 576);
         let b = oracle::random(2, 576 * 576);
-        let results: Vec<_> = [1, 2, 3].map(|threads| oracle::with_threads(threads, || product(&a, &b, 576, 576))).into();
+        let results: Vec<_> =
+            [1, 2, 3].map(|threads| oracle::with_threads(threads, || product(&a, &b, 576, 576))).into();
         assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
     }
 

@@ -168,7 +168,8 @@ impl Tile<'_> {
         (0..values.len() / n)
             .map(|row| {
                 let range = row * n..(row + 1) * n;
-                let delta: Vec<f32> = self.anchor[range.clone()].iter().zip(&values[range.clone()]).map(|(w, v)| w - v).collect();
+                let delta: Vec<f32> =
+                    self.anchor[range.clone()].iter().zip(&values[range.clone()]).map(|(w, v)| w - v).collect();
                 dot(&delta, &residual[range.clone()]) + self.shift.map_or(0.0, |shift| dot(&delta, &shift[range]))
             })
             .collect()

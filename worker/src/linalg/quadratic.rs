@@ -58,7 +58,8 @@ impl Correction {
             for j in 0..n {
                 let (here, there) = (i * n + j, j * n + i);
                 towards_dense[here] = cross[there] - gram[here];
-                let wide = f64::from(gram[here]) - f64::from(cross[here]) - f64::from(cross[there]) + f64::from(dense[here]);
+                let wide =
+                    f64::from(gram[here]) - f64::from(cross[here]) - f64::from(cross[there]) + f64::from(dense[here]);
                 gap[here] = wide as f32;
             }
         }

@@ -37,10 +37,7 @@ impl Cut {
     /// The cut that drops exactly `drop` of `values`: a histogram of the leading key bits, then a selection among the few
     /// values in the bin where the cut falls.
     pub fn smallest(values: &[f32], drop: usize) -> Self {
-        let histogram = values
-            .par_chunks(CHUNK)
-            .map(Histogram::of)
-            .reduce(Histogram::default, |a, b| a.merged(&b));
+        let histogram = values.par_chunks(CHUNK).map(Histogram::of).reduce(Histogram::default, |a, b| a.merged(&b));
         Self::from_histogram(&histogram, values, drop)
     }
 
@@ -187,6 +184,15 @@ pub fn keep_n_of_m(values: &[f32], n: usize, m: usize, keep: &mut [u8]) {
             }
         }
     });
+}
+
+/// Marks the `n` largest of one group.
+pub fn keep_n_of_group(values: &[f32], n: usize, keep: &mut [u8]) {
+    match values.len() {
+        4 => keep_groups::<4>(values, n, keep),
+        8 => keep_groups::<8>(values, n, keep),
+        m => keep_largest_of_row(values, m - n, &mut Vec::new(), keep),
+    }
 }
 
 /// Ranks each value of a group by counting those ahead of it: no branches, so the compiler vectorises across the group.
