@@ -1,7 +1,5 @@
 //! One share of the evaluation windows.
 
-use std::sync::Arc;
-
 use candle_core::Device;
 use espalier_common::clock::Stopwatch;
 use espalier_common::report::{Artifact, Outcome};
@@ -45,7 +43,8 @@ pub fn evaluate(work: &Evaluation, device: &Device, control: &UnitControl) -> Re
         })
         .collect::<Result<Vec<_>, TaskError>>()?;
     let watch = Stopwatch::start();
-    let window_nll = window_nll(&*model.decoder, &windows, &Arc::new(control))?;
+    let progress = |done, total| control.set_progress("evaluate", done, total);
+    let window_nll = window_nll(&*model.decoder, &windows, control.cancelled(), &progress)?;
     phases.add("evaluate", watch.seconds(), 0.0);
     Ok(Outcome::Evaluated { window_nll, phases: phases.finish() })
 }
