@@ -128,8 +128,7 @@ impl PreNormDecoder {
     /// The other tensors of a layer: the two norms, then those of q and k.
     fn norms(&self, layer: LayerIndex) -> Vec<Expected> {
         let norm = |name: &str, width| (format!("model.layers.{layer}.{name}.weight"), vec![width]);
-        let mut norms =
-            vec![norm("input_layernorm", self.hidden), norm("post_attention_layernorm", self.hidden)];
+        let mut norms = vec![norm("input_layernorm", self.hidden), norm("post_attention_layernorm", self.hidden)];
         if self.spec.qk_norm {
             norms.extend([norm("self_attn.q_norm", self.head_dim), norm("self_attn.k_norm", self.head_dim)]);
         }

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, InplaceOp1, InplaceOpN, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, InplaceOp1, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 use pulp::Arch;
 
 const LANES: usize = 16;
@@ -203,12 +203,12 @@ impl CustomOp3 for RowNorm {
 
 struct SiluTimes;
 
-impl InplaceOpN<1> for SiluTimes {
+impl InplaceOp2 for SiluTimes {
     fn name(&self) -> &'static str {
         "silu-times"
     }
 
-    fn cpu_fwd(&self, gate: &mut CpuStorage, gate_l: &Layout, [(up, up_l)]: [(&CpuStorage, &Layout); 1]) -> Result<()> {
+    fn cpu_fwd(&self, gate: &mut CpuStorage, gate_l: &Layout, up: &CpuStorage, up_l: &Layout) -> Result<()> {
         let (gate, up) = (values_mut(gate, gate_l)?, values(up, up_l)?);
         Arch::new().dispatch(|| {
             for (gate, up) in gate.iter_mut().zip(up) {

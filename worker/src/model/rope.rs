@@ -53,7 +53,11 @@ pub(super) struct RopeTable {
 
 impl Rope {
     /// Reads `rope_parameters`, or `rope_theta` with `rope_scaling` in configs older than that key.
-    pub(super) fn from_config(config: &Config<'_>, head_dim: usize, device: &Device) -> std::result::Result<Self, ModelError> {
+    pub(super) fn from_config(
+        config: &Config<'_>,
+        head_dim: usize,
+        device: &Device,
+    ) -> std::result::Result<Self, ModelError> {
         if !head_dim.is_multiple_of(2) {
             return Err(config.refuse("head_dim", format!("{head_dim} is odd, but rotary positions turn pairs")));
         }
@@ -77,8 +81,9 @@ impl Rope {
         }
         let frequencies = self.frequencies(tokens);
         // Angles are formed in f32 from f32 frequencies because that is what the models were trained with.
-        let angles: Vec<f32> =
-            (0..tokens).flat_map(|position| frequencies.iter().map(move |frequency| position as f32 * frequency)).collect();
+        let angles: Vec<f32> = (0..tokens)
+            .flat_map(|position| frequencies.iter().map(move |frequency| position as f32 * frequency))
+            .collect();
         let shape = (tokens, frequencies.len());
         let cos = angles.iter().map(|&angle| f64::from(angle).cos() as f32).collect();
         let sin = angles.iter().map(|&angle| f64::from(angle).sin() as f32).collect();
@@ -125,7 +130,9 @@ impl Scaling {
             "llama3" => {
                 let (low, high) = (nested.positive("low_freq_factor")?, nested.positive("high_freq_factor")?);
                 if high <= low {
-                    return Err(nested.refuse("high_freq_factor", format!("{high} is not above low_freq_factor = {low}")));
+                    return Err(
+                        nested.refuse("high_freq_factor", format!("{high} is not above low_freq_factor = {low}"))
+                    );
                 }
                 let original = match nested.dimension_if_any("original_max_position_embeddings")? {
                     Some(original) => original,
