@@ -13,7 +13,7 @@ use espalier_common::job::JobSpec;
 use espalier_common::telemetry;
 
 use crate::config::WorkerConfig;
-use crate::prune::METHODS;
+use crate::prune::{self, METHODS};
 use crate::run::{self, RunError};
 use crate::serve::{self, ServeError};
 
@@ -138,10 +138,9 @@ fn refuse_open_listener(address: IpAddr) -> Result<(), ConfigError> {
 
 fn list_methods(json: bool) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
-    let no_params = serde_json::Value::Object(serde_json::Map::new());
     let mut document = Vec::new();
     for method in METHODS {
-        let (_, params) = (method.build)(&no_params).map_err(RunError::from)?;
+        let (_, params) = prune::build(method.name, &serde_json::Value::Null).map_err(RunError::from)?;
         if json {
             let (name, version, summary) = (method.name, method.version, method.summary);
             let entry = serde_json::json!({ "name": name, "version": version, "summary": summary, "params": params });
@@ -204,6 +203,6 @@ mod tests {
         }
         std::fs::write(&path, format!("{job}[method]\nname = \"wandaa\"\n")).unwrap();
         let error = check_job(&path).unwrap_err();
-        assert!(format!("{error:#}").contains("did you mean wanda?"), "{error:#}");
+        assert!(format!("{error:#}").contains("wanda, "), "{error:#}");
     }
 }

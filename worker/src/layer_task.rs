@@ -191,14 +191,14 @@ fn check(
     let bytes = cast::bytes_from_f32(dtype, &solution.weight.flatten_all()?.to_vec1::<f32>()?);
     let stored = StoredTensor { name, dtype, shape, bytes };
     let weight = as_loaded(&stored, &place.run.device)?;
-    let verified = verify(problem, &weight, stats)
+    let verified = verify(problem, stats, &weight)
         .map_err(|source| TaskError::Verify { tensor: sublayer.tensor.clone(), source })?;
     let report = SublayerReport {
         tensor: sublayer.tensor.clone(),
         rel_error: verified.rel_error,
         held_out_error: verified.held_out_error,
-        zeros: verified.zeros as u64,
-        elements: sublayer.elements() as u64,
+        zeros: verified.zeros,
+        elements: verified.elements,
         seconds,
         iterations: solution.iterations,
         damping: solution.damping,

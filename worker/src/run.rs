@@ -16,7 +16,7 @@ use espalier_common::store::{self, BlobStore, StoreError};
 
 use crate::artifact::{self, ArtifactError};
 use crate::model::{self, Decoder, ModelError};
-use crate::prune::{self, ParamsError, SolveError, Solver};
+use crate::prune::{self, MethodError, SolveError, Solver};
 
 /// Why a job cannot be worked on here.
 #[derive(Debug, thiserror::Error)]
@@ -30,17 +30,9 @@ pub enum RunError {
     /// See the pattern.
     #[error(transparent)]
     Pattern(#[from] PatternError),
-    /// A method that this build does not have.
-    #[error("[method] name `{name}` is unknown{}: `espalier-worker methods` lists what there is", near(nearest.as_deref()))]
-    UnknownMethod {
-        /// As the job names it.
-        name: String,
-        /// The method most like it.
-        nearest: Option<String>,
-    },
     /// See the method.
-    #[error(transparent)]
-    Params(#[from] ParamsError),
+    #[error("[method]")]
+    Method(#[from] MethodError),
     /// The method does not cover the pattern.
     #[error(transparent)]
     Unsupported(#[from] SolveError),
@@ -81,16 +73,13 @@ pub enum RunError {
     },
 }
 
-fn near(nearest: Option<&str>) -> String {
-    nearest.map(|known| format!(" (did you mean {known}?)")).unwrap_or_default()
-}
-
 impl RunError {
     /// What may be done about it.
     pub fn class(&self) -> FaultClass {
         match self {
-            Self::Syntax(_) | Self::Job(_) | Self::Pattern(_) | Self::UnknownMethod { .. } => FaultClass::Reject,
-            Self::Params(_) | Self::TokenShape { .. } => FaultClass::Reject,
+            Self::Syntax(_) | Self::Job(_) | Self::Pattern(_) | Self::Method(_) | Self::TokenShape { .. } => {
+                FaultClass::Reject
+            }
             Self::Unsupported(error) => error.class(),
             Self::Checkpoint(error) => error.class(),
             Self::Model(error) => error.class(),
@@ -124,16 +113,13 @@ pub fn parse_job(json: &str) -> Result<JobSpec, RunError> {
 /// Builds the job's method and asks whether it covers the job's pattern.
 ///
 /// # Errors
-/// `UnknownMethod`, `Params`, `Unsupported`.
+/// `Method`, `Unsupported`.
 pub fn build_method(job: &JobSpec) -> Result<Method, RunError> {
     let name = job.method.name.as_str();
-    let method = prune::METHODS.iter().find(|method| method.name == name).ok_or_else(|| {
-        let nearest = espalier_common::config::nearest(name, prune::METHODS.iter().map(|method| method.name));
-        RunError::UnknownMethod { name: name.to_owned(), nearest: nearest.map(str::to_owned) }
-    })?;
-    let (solver, params) = (method.build)(&serde_json::Value::Object(job.method.params.clone()))?;
+    let (solver, params) = prune::build(name, &serde_json::Value::Object(job.method.params.clone()))?;
+    let version = prune::METHODS.iter().find(|method| method.name == name).expect("it was just built").version;
     solver.supports(job.pattern()?)?;
-    Ok(Method { solver, version: method.version, params })
+    Ok(Method { solver, version, params })
 }
 
 /// A model that is open: headers read, no weights.
