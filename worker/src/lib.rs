@@ -10,6 +10,7 @@ pub mod calibrate;
 pub mod cli;
 pub mod config;
 pub mod device;
+pub mod evaluation;
 pub mod fleet;
 pub mod holdings;
 pub mod layer_task;

@@ -163,7 +163,8 @@ pub fn inspect(job_json: &str) -> Result<ModelOutline, RunError> {
     for sublayer in layers.iter().flat_map(LayerOutline::sublayers) {
         pattern.validate_for(&sublayer.tensor, sublayer.columns)?;
     }
-    let all_bytes: usize = checkpoint.names().iter().filter_map(|name| checkpoint.header(name)).map(|h| h.bytes()).sum();
+    let all_bytes: usize =
+        checkpoint.names().iter().filter_map(|name| checkpoint.header(name)).map(|h| h.bytes()).sum();
     let layer_bytes: u64 = layers.iter().map(|layer| layer.bytes).sum();
     Ok(ModelOutline {
         family: decoder.family().to_owned(),

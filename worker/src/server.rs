@@ -148,10 +148,7 @@ impl Worker for WorkerService {
         Ok(Response::new(pb::PrepareResponse { fault }))
     }
 
-    async fn forward_layer(
-        &self,
-        request: Request<pb::ForwardLayerRequest>,
-    ) -> Result<Response<pb::Started>, Status> {
+    async fn forward_layer(&self, request: Request<pb::ForwardLayerRequest>) -> Result<Response<pb::Started>, Status> {
         let request = request.into_inner();
         let source = source(request.source)?;
         self.start(request.lease, |unit| match unit {

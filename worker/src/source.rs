@@ -126,7 +126,8 @@ impl Workplace<'_> {
         let dense = phases.time("load", || run.model.decoder.load_layer(layer))?;
         let mut corrected = dense.share();
         if let Some(artifact) = committed {
-            let expected = outline.sublayers().map(|sublayer| self.stored_as(sublayer)).collect::<Result<Vec<_>, _>>()?;
+            let expected =
+                outline.sublayers().map(|sublayer| self.stored_as(sublayer)).collect::<Result<Vec<_>, _>>()?;
             let tensors = phases.time("load", || artifact::read_layer(&*run.store, artifact, expected))?;
             apply_layer(&mut *corrected, outline.groups.iter().map(Vec::len), &tensors, &run.device)?;
         }

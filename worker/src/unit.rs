@@ -154,7 +154,7 @@ pub enum TaskError {
     },
     /// The model or the tokens to evaluate cannot be opened.
     #[error(transparent)]
-    Open(#[from] RunError),
+    Open(Box<RunError>),
     /// A window that the block does not have.
     #[error("window {window} was asked for, but {name} has {windows}")]
     WindowOutOfRange {
@@ -171,6 +171,12 @@ pub enum TaskError {
     /// The unit was abandoned.
     #[error("cancelled")]
     Cancelled,
+}
+
+impl From<RunError> for TaskError {
+    fn from(error: RunError) -> Self {
+        Self::Open(Box::new(error))
+    }
 }
 
 impl From<FetchError> for TaskError {
