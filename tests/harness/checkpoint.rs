@@ -90,20 +90,12 @@ impl Safetensors {
 
 /// Whether a tensor is a weight matrix inside a decoder layer, of the kinds that are pruned.
 pub fn is_sublayer(tensor: &str) -> bool {
-    const KINDS: [&str; 10] = [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "out_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-        "fc1",
-        "fc2",
-    ];
+    const KINDS: [&str; 10] =
+        ["q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2"];
     let mut parts = tensor.rsplit('.');
-    parts.next() == Some("weight") && parts.next().is_some_and(|kind| KINDS.contains(&kind)) && tensor.contains(".layers.")
+    parts.next() == Some("weight")
+        && parts.next().is_some_and(|kind| KINDS.contains(&kind))
+        && tensor.contains(".layers.")
 }
 
 /// Copies a folder of plain files, writable.

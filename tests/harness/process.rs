@@ -33,7 +33,11 @@ pub fn binary(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("a running test has a path");
     let folder = test.ancestors().nth(2).expect("cargo puts tests two folders below the profile's");
     let path = folder.join(name).with_extension(std::env::consts::EXE_EXTENSION);
-    assert!(path.is_file(), "{} is missing: run `cargo build --release --bins` first (`make test` does)", path.display());
+    assert!(
+        path.is_file(),
+        "{} is missing: run `cargo build --release --bins` first (`make test` does)",
+        path.display()
+    );
     path
 }
 

@@ -97,10 +97,12 @@ fn check_exact(method: &str, pattern: Pattern, flags: &[&str]) -> Result<()> {
         let zeros = weights.iter().filter(|weight| is_zero(**weight)).count();
         ensure!(zeros == pattern.zeros(rows, columns), "{name} has {zeros} zeros of {}", rows * columns);
         if let Pattern::NofM { keep, of } = pattern {
-            let broken = weights.chunks_exact(of).position(|group| group.iter().filter(|w| !is_zero(**w)).count() > keep);
+            let broken =
+                weights.chunks_exact(of).position(|group| group.iter().filter(|w| !is_zero(**w)).count() > keep);
             ensure!(broken.is_none(), "{name} keeps more than {keep} in group {broken:?}");
         }
-        let entry = inspected.iter().find(|entry| entry["name"] == name).with_context(|| format!("{name} not inspected"))?;
+        let entry =
+            inspected.iter().find(|entry| entry["name"] == name).with_context(|| format!("{name} not inspected"))?;
         ensure!(entry["zeros"] == zeros && entry["elements"] == rows * columns, "inspect says of {name}: {entry}");
     }
     Ok(())

@@ -42,21 +42,9 @@ struct Run {
 }
 
 const RUNS: [Run; 3] = [
-    Run {
-        method: "wanda",
-        pattern: ["--sparsity", "0.5"],
-        figure: Figure { perplexity: 44.26, tolerance: 0.015 },
-    },
-    Run {
-        method: "sparsegpt",
-        pattern: ["--sparsity", "0.5"],
-        figure: Figure { perplexity: 36.84, tolerance: 0.015 },
-    },
-    Run {
-        method: "sparsegpt",
-        pattern: ["--pattern", "2:4"],
-        figure: Figure { perplexity: 61.30, tolerance: 0.015 },
-    },
+    Run { method: "wanda", pattern: ["--sparsity", "0.5"], figure: Figure { perplexity: 44.26, tolerance: 0.015 } },
+    Run { method: "sparsegpt", pattern: ["--sparsity", "0.5"], figure: Figure { perplexity: 36.84, tolerance: 0.015 } },
+    Run { method: "sparsegpt", pattern: ["--pattern", "2:4"], figure: Figure { perplexity: 61.30, tolerance: 0.015 } },
 ];
 
 /// Prunes with two workers and returns the report.

@@ -42,8 +42,7 @@ fn check(case: &Case) -> Result<()> {
     let before = entries(folder)?;
 
     let mut arguments = vec!["prune", "model", "--output", "out", "--run", "run", "--workers", "1"];
-    for (flag, value) in
-        [("--method", "wanda"), ("--calibration", "text.txt"), ("--samples", "4"), ("--seq-len", "64")]
+    for (flag, value) in [("--method", "wanda"), ("--calibration", "text.txt"), ("--samples", "4"), ("--seq-len", "64")]
     {
         if !case.flags.contains(&flag) {
             arguments.extend([flag, value]);
@@ -389,7 +388,13 @@ fn wrong_jobs_are_refused() {
 #[test]
 fn wrong_usage_is_told_from_wrong_input() {
     check_all(&[
-        Case { name: "unknown flag", flags: &["--sprasity", "0.5"], code: WRONG_USAGE, names: &["--sprasity"], ..SOUND },
+        Case {
+            name: "unknown flag",
+            flags: &["--sprasity", "0.5"],
+            code: WRONG_USAGE,
+            names: &["--sprasity"],
+            ..SOUND
+        },
         Case { name: "no number", flags: &["--sparsity", "half"], code: WRONG_USAGE, names: &["half"], ..SOUND },
         Case {
             name: "two patterns",
