@@ -33,7 +33,8 @@ fn utf8(path: &Path) -> &str {
 
 fn assert_workers_do_not_matter(model: &str, propagation: &str) {
     let run = |workers| {
-        pruned(model, &["--method", "sparsegpt", "--propagation", propagation, "--workers", workers]).unwrap()
+        pruned(model, &["--method", "sparsegpt", "--propagation", propagation, "--workers", workers])
+            .unwrap_or_else(|error| panic!("{model}, {propagation}, {workers} workers: {error:#}"))
     };
     let one = run("1");
     for workers in ["2", "3"] {

@@ -26,10 +26,7 @@ impl Source {
     /// Number of lines before the unit tests.
     fn product_lines(&self) -> usize {
         let lines: Vec<_> = self.text.lines().collect();
-        lines
-            .windows(2)
-            .position(|pair| pair[0] == "#[cfg(test)]" && pair[1].starts_with("mod "))
-            .unwrap_or(lines.len())
+        lines.windows(2).position(|pair| pair[0] == "#[cfg(test)]" && pair[1].ends_with('{')).unwrap_or(lines.len())
     }
 }
 
@@ -120,14 +117,13 @@ fn tensors_are_the_workers_alone() {
 
 #[test]
 fn rpc_stays_at_the_edges() {
-    const FILES: [&str; 4] = ["server.rs", "session.rs", "registration.rs", "grpc.rs"];
+    const FILES: [&str; 3] = ["server.rs", "session.rs", "registration.rs"];
     let allowed = |path: &str| {
         path.starts_with("proto/")
-            || path.starts_with("coordinator/src/rpc/")
-            || path.starts_with("coordinator/src/fleet/")
-            || path == "coordinator/src/server.rs"
+            || path.contains("/src/rpc/")
+            || path.contains("/src/fleet/")
             || path == "worker/src/transport/grpc.rs"
-            || (path.starts_with("worker/src/") && path.matches('/').count() == 2 && FILES.contains(&file_name(path)))
+            || (path.matches('/').count() == 2 && FILES.contains(&file_name(path)))
     };
     assert_only_in(&["tonic"], allowed, "tonic is used where RPCs are served or called, and nowhere else");
 }
@@ -143,8 +139,9 @@ fn environment_is_read_by_config_alone() {
 
 #[test]
 fn unsafe_code_stays_where_it_is_argued_for() {
-    let allowed = |path: &str| path.starts_with("worker/src/device/") || path == "common/src/checkpoint/reader.rs";
-    assert_only_in(&["unsafe"], allowed, "unsafe is opened per file, in device/ and checkpoint/reader.rs");
+    const FILES: [&str; 2] = ["common/src/checkpoint/reader.rs", "worker/src/linalg/gemm.rs"];
+    let allowed = |path: &str| path.starts_with("worker/src/device/") || FILES.contains(&path);
+    assert_only_in(&["unsafe"], allowed, "unsafe is opened per file, where a SAFETY comment argues for it");
 }
 
 #[test]
@@ -172,7 +169,7 @@ fn files_are_named_for_what_they_hold() {
 fn files_are_cut_by_responsibility() {
     let long: Vec<_> = product()
         .iter()
-        .filter(|source| source.product_lines() > MOST_LINES)
+        .filter(|source| !source.path.ends_with("tests.rs") && source.product_lines() > MOST_LINES)
         .map(|source| format!("{}:{}", source.path, source.product_lines()))
         .collect();
     assert!(long.is_empty(), "more than {MOST_LINES} lines, tests aside: {long:?}");
