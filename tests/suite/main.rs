@@ -1,3 +1,6 @@
-//! Entry point.
+//! The one integration-test binary (one link step). `make test` builds the programs that it starts.
 
-fn main() {}
+mod pipeline;
+mod real;
+mod refusals;
+mod tidy;

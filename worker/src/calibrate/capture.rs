@@ -1,0 +1,148 @@
+//! Runs every calibration sequence through a layer, group by group, and hands each group's inputs to the gram once.
+
+use candle_core::Tensor;
+use rayon::prelude::*;
+
+use super::cache::{ActivationCache, Entry};
+use crate::model::{Carry, DecoderLayer};
+use crate::unit::{TaskError, UnitControl};
+
+/// Where one sequence of one stream is inside a layer; its tensors are in the cache.
+enum Position {
+    /// Before the layer: its hidden states.
+    Outside(Entry),
+    /// Before a group.
+    Before { residual: Entry, input: Entry },
+}
+
+/// One stream of all sequences on its way through one copy of a layer.
+pub struct Lane {
+    layer: Box<dyn DecoderLayer>,
+    positions: Vec<Position>,
+}
+
+impl Lane {
+    /// All sequences before the layer's first group.
+    pub fn new(layer: Box<dyn DecoderLayer>, hidden: Vec<Entry>) -> Self {
+        Self { layer, positions: hidden.into_iter().map(Position::Outside).collect() }
+    }
+
+    /// The layer, to read its weights.
+    pub fn layer(&self) -> &dyn DecoderLayer {
+        &*self.layer
+    }
+
+    /// The layer, to put weights in.
+    pub fn layer_mut(&mut self) -> &mut dyn DecoderLayer {
+        &mut *self.layer
+    }
+}
+
+/// Brings one sequence before `group`; returns where it is, and the group's input.
+fn advance(
+    layer: &dyn DecoderLayer,
+    group: usize,
+    position: Position,
+    cache: &ActivationCache,
+) -> Result<(Position, Tensor), TaskError> {
+    let carry = match position {
+        Position::Outside(hidden) => layer.begin(&hidden.take()?)?,
+        Position::Before { residual, input } => {
+            let carry = Carry { residual: residual.take()?, input: input.take()? };
+            layer.advance(group - 1, carry)?
+        }
+    };
+    let input = carry.input.clone();
+    let (residual, held) = (cache.put(carry.residual)?, cache.put(carry.input)?);
+    Ok((Position::Before { residual, input: held }, input))
+}
+
+/// Brings all sequences of all lanes before `group`, a batch at a time in parallel; `sink` gets each batch in calibration
+/// order: the inputs `[tokens, in]` of each lane.
+///
+/// # Errors
+/// `Cancelled`, and whatever the layer, the cache or `sink` says.
+pub fn capture_group(
+    lanes: &mut [Lane],
+    group: usize,
+    cache: &ActivationCache,
+    control: &UnitControl,
+    mut sink: impl FnMut(Vec<Vec<Tensor>>) -> Result<(), TaskError>,
+) -> Result<(), TaskError> {
+    let mut waiting: Vec<_> = lanes.iter_mut().map(|lane| std::mem::take(&mut lane.positions).into_iter()).collect();
+    let total = waiting.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
+    let batch = rayon::current_num_threads();
+    for start in (0..total).step_by(batch) {
+        control.check_cancelled()?;
+        let mut inputs = Vec::with_capacity(lanes.len());
+        for (lane, waiting) in lanes.iter_mut().zip(&mut waiting) {
+            let positions: Vec<Position> = waiting.by_ref().take(batch).collect();
+            let layer = &*lane.layer;
+            let step = |position| advance(layer, group, position, cache);
+            let moved = positions.into_par_iter().map(step).collect::<Result<Vec<_>, TaskError>>()?;
+            let (positions, batch_inputs): (Vec<_>, Vec<_>) = moved.into_iter().unzip();
+            lane.positions.extend(positions);
+            inputs.push(batch_inputs);
+        }
+        sink(inputs)?;
+        control.set_progress("capture", (start + batch).min(total), total);
+    }
+    Ok(())
+}
+
+/// Runs the last group of every lane; returns the layer's outputs, one stream a lane.
+///
+/// # Errors
+/// `Cancelled`, and whatever the layer or the cache says.
+pub fn finish_layer(
+    lanes: Vec<Lane>,
+    cache: &ActivationCache,
+    control: &UnitControl,
+) -> Result<Vec<Vec<Entry>>, TaskError> {
+    let finish = |lane: Lane| {
+        let (layer, last) = (&*lane.layer, lane.layer.groups() - 1);
+        map_batches(lane.positions, control, "forward", |position| match position {
+            Position::Before { residual, input } => {
+                let carry = Carry { residual: residual.take()?, input: input.take()? };
+                Ok(cache.put(layer.advance(last, carry)?.input)?)
+            }
+            Position::Outside(hidden) => Ok(cache.put(layer.forward(&hidden.take()?)?)?),
+        })
+    };
+    lanes.into_iter().map(finish).collect()
+}
+
+/// Runs a whole layer on all sequences of one stream.
+///
+/// # Errors
+/// `Cancelled`, and whatever the layer or the cache says.
+pub fn forward_layer(
+    layer: &dyn DecoderLayer,
+    hidden: Vec<Entry>,
+    cache: &ActivationCache,
+    control: &UnitControl,
+) -> Result<Vec<Entry>, TaskError> {
+    map_batches(hidden, control, "forward", |entry: Entry| Ok(cache.put(layer.forward(&entry.take()?)?)?))
+}
+
+/// Maps items in parallel, a batch at a time, in order, until cancelled.
+///
+/// # Errors
+/// `Cancelled`, or the first error of a batch.
+pub fn map_batches<I: Send, T: Send>(
+    items: Vec<I>,
+    control: &UnitControl,
+    phase: &'static str,
+    work: impl Fn(I) -> Result<T, TaskError> + Sync,
+) -> Result<Vec<T>, TaskError> {
+    let (total, batch) = (items.len(), rayon::current_num_threads());
+    let mut items = items.into_iter();
+    let mut results = Vec::with_capacity(total);
+    while results.len() < total {
+        control.check_cancelled()?;
+        let next: Vec<I> = items.by_ref().take(batch).collect();
+        results.extend(next.into_par_iter().map(&work).collect::<Result<Vec<_>, TaskError>>()?);
+        control.set_progress(phase, results.len(), total);
+    }
+    Ok(results)
+}

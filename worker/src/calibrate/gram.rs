@@ -1,0 +1,337 @@
+//! Second moments of a group's inputs, summed over calibration sequences.
+
+use candle_core::{Device, Tensor};
+use espalier_common::fault::FaultClass;
+use rayon::prelude::*;
+
+use crate::linalg::factor::mirror_upper;
+use crate::linalg::gemm::{View, gemm};
+use crate::linalg::{matrix, values};
+use crate::prune::problem::{DenseStats, InputStats};
+
+/// Tokens of one f32 product; longer sequences are cut. Beyond it f32 sums lose digits, so chunks are summed in f64.
+const CHUNK_TOKENS: usize = 4096;
+
+/// Why statistics cannot be gathered.
+#[derive(Debug, thiserror::Error)]
+pub enum GramError {
+    /// Inputs of another shape.
+    #[error("inputs have shape {found:?}, but [tokens, {columns}] was expected")]
+    Shape {
+        /// Width expected.
+        columns: usize,
+        /// Shape given.
+        found: Vec<usize>,
+    },
+    /// Dense inputs are missing, or not wanted, or of other sequences than the corrected ones.
+    #[error("corrected inputs come with dense inputs of other lengths, or with none")]
+    Unpaired,
+    /// Sums that do not go together.
+    #[error("sums over {left} and {right} input columns cannot be merged, or only one has dense inputs")]
+    Mismatch {
+        /// Width of the first.
+        left: usize,
+        /// Width of the second.
+        right: usize,
+    },
+    /// Nothing was added.
+    #[error("no tokens were added to the gram")]
+    Empty,
+    /// An input is NaN or infinite, or so large that its square is.
+    #[error("inputs of channel {channel} are not finite, or their squares are not")]
+    NotFinite {
+        /// The input channel.
+        channel: usize,
+    },
+    /// The tensor library failed.
+    #[error("tensor backend failed")]
+    Backend(#[from] candle_core::Error),
+}
+
+impl GramError {
+    /// What may be done about it.
+    pub fn class(&self) -> FaultClass {
+        match self {
+            Self::Shape { .. } | Self::Unpaired | Self::Mismatch { .. } => FaultClass::Bug,
+            Self::Empty | Self::NotFinite { .. } => FaultClass::Reject,
+            Self::Backend(_) => FaultClass::RetryElsewhere,
+        }
+    }
+}
+
+/// Sums `X̂ᵀX̂`, and `X̂ᵀX` and `XᵀX` where dense inputs are wanted too.
+///
+/// A sequence is one chunk (cut past 4096 tokens). Products of a chunk are f32, chunks are added in f64 in the order given:
+/// the bits depend neither on the number of threads nor on how sequences are spread over calls. Symmetric sums are formed
+/// on and above the diagonal only.
+#[derive(Debug, Clone)]
+pub struct GramAccumulator {
+    columns: usize,
+    tokens: usize,
+    gram: Sum,
+    dense: Option<(Sum, Sum)>,
+}
+
+impl GramAccumulator {
+    /// An empty sum over inputs `columns` wide; `with_dense` if dense inputs X come beside the corrected X̂.
+    pub fn new(columns: usize, with_dense: bool) -> Self {
+        let dense = with_dense.then(|| (Sum::new(columns, false), Sum::new(columns, true)));
+        Self { columns, tokens: 0, gram: Sum::new(columns, true), dense }
+    }
+
+    /// Tokens added so far.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Floating-point operations so far, symmetric products counted at half.
+    pub fn flops(&self) -> f64 {
+        let full = 2.0 * self.tokens as f64 * (self.columns * self.columns) as f64;
+        if self.dense.is_some() { 2.0 * full } else { 0.5 * full }
+    }
+
+    /// Adds the inputs of some sequences, in calibration order: `corrected` X̂ and, if dense inputs were asked for, `dense` X,
+    /// each `[tokens, in]` f32. More sequences a call feed more cores.
+    ///
+    /// # Errors
+    /// `Shape` or `Unpaired`; the sums are unchanged then.
+    pub fn add(&mut self, corrected: &[Tensor], dense: Option<&[Tensor]>) -> Result<(), GramError> {
+        let corrected = self.rows_of(corrected)?;
+        let dense = dense.map(|dense| self.rows_of(dense)).transpose()?;
+        let paired = match (&dense, &self.dense) {
+            (Some(dense), Some(_)) => dense.iter().map(Vec::len).eq(corrected.iter().map(Vec::len)),
+            (None, None) => true,
+            _ => false,
+        };
+        if !paired {
+            return Err(GramError::Unpaired);
+        }
+        self.gram.add(&corrected, &corrected);
+        if let (Some(dense), Some((cross, gram))) = (&dense, &mut self.dense) {
+            cross.add(&corrected, dense);
+            gram.add(dense, dense);
+        }
+        self.tokens += corrected.iter().map(|rows| rows.len() / self.columns).sum::<usize>();
+        Ok(())
+    }
+
+    /// The sum over the sequences of `first` and then those of `second`.
+    ///
+    /// # Errors
+    /// `Mismatch`.
+    pub fn merge(mut first: Self, second: &Self) -> Result<Self, GramError> {
+        if first.columns != second.columns || first.dense.is_some() != second.dense.is_some() {
+            return Err(GramError::Mismatch { left: first.columns, right: second.columns });
+        }
+        first.gram.merge(&second.gram);
+        if let (Some((cross, gram)), Some((more_cross, more_gram))) = (&mut first.dense, &second.dense) {
+            cross.merge(more_cross);
+            gram.merge(more_gram);
+        }
+        first.tokens += second.tokens;
+        Ok(first)
+    }
+
+    /// The mean over tokens, in f32 on `device`, without held-out statistics.
+    ///
+    /// # Errors
+    /// `Empty` if nothing was added, `NotFinite` with the first channel that overflowed.
+    pub fn finish(self, device: &Device) -> Result<InputStats, GramError> {
+        if self.tokens == 0 {
+            return Err(GramError::Empty);
+        }
+        let mean =
+            |sum: &Sum| -> Result<Tensor, GramError> { Ok(matrix(sum.mean(self.tokens)?, self.columns, device)?) };
+        let gram = mean(&self.gram)?;
+        let dense = match &self.dense {
+            Some((cross, gram)) => Some(DenseStats { cross: mean(cross)?, gram: mean(gram)? }),
+            None => None,
+        };
+        Ok(InputStats { gram, dense, tokens: self.tokens, held_out: None })
+    }
+
+    fn rows_of(&self, sequences: &[Tensor]) -> Result<Vec<Vec<f32>>, GramError> {
+        sequences
+            .iter()
+            .map(|inputs| match inputs.dims() {
+                [_, columns] if *columns == self.columns => Ok(values(inputs)?),
+                found => Err(GramError::Shape { columns: self.columns, found: found.to_vec() }),
+            })
+            .collect()
+    }
+}
+
+/// `Σ aᵀb` in f64, cut into square tiles.
+#[derive(Debug, Clone)]
+struct Sum {
+    columns: usize,
+    symmetric: bool,
+    tiles: Vec<Tile>,
+}
+
+#[derive(Debug, Clone)]
+struct Tile {
+    top: usize,
+    left: usize,
+    height: usize,
+    width: usize,
+    sum: Vec<f64>,
+}
+
+impl Sum {
+    fn new(columns: usize, symmetric: bool) -> Self {
+        // Small tiles waste less work on the diagonal, large ones multiply faster.
+        let side = if columns <= 768 { 96 } else { 192 };
+        let size = |start: usize| side.min(columns - start);
+        let tiles = (0..columns)
+            .step_by(side)
+            .flat_map(|top| (0..columns).step_by(side).map(move |left| (top, left)))
+            .filter(|(top, left)| !symmetric || left >= top)
+            .map(|(top, left)| {
+                let (height, width) = (size(top), size(left));
+                Tile { top, left, height, width, sum: vec![0.0; height * width] }
+            })
+            .collect();
+        Self { columns, symmetric, tiles }
+    }
+
+    fn add(&mut self, a: &[Vec<f32>], b: &[Vec<f32>]) {
+        let n = self.columns;
+        self.tiles.par_iter_mut().for_each_init(Vec::new, |product, tile| {
+            product.resize(tile.sum.len(), 0.0);
+            for (a, b) in a.iter().zip(b) {
+                for (a, b) in a.chunks(CHUNK_TOKENS * n).zip(b.chunks(CHUNK_TOKENS * n)) {
+                    let tokens = a.len() / n;
+                    let left = View::new(&a[tile.top..], tokens, tile.height, n).transposed();
+                    let right = View::new(&b[tile.left..], tokens, tile.width, n);
+                    gemm(product, tile.width, 0.0, left, right, 1.0);
+                    tile.sum.iter_mut().zip(&*product).for_each(|(sum, x)| *sum += f64::from(*x));
+                }
+            }
+        });
+    }
+
+    fn merge(&mut self, other: &Self) {
+        for (tile, more) in self.tiles.iter_mut().zip(&other.tiles) {
+            tile.sum.iter_mut().zip(&more.sum).for_each(|(sum, x)| *sum += x);
+        }
+    }
+
+    fn mean(&self, tokens: usize) -> Result<Vec<f32>, GramError> {
+        let n = self.columns;
+        let mut out = vec![0.0; n * n];
+        for tile in &self.tiles {
+            for (i, row) in tile.sum.chunks(tile.width).enumerate() {
+                for (j, sum) in row.iter().enumerate() {
+                    let mean = (sum / tokens as f64) as f32;
+                    if !mean.is_finite() {
+                        return Err(GramError::NotFinite { channel: tile.top + i });
+                    }
+                    out[(tile.top + i) * n + tile.left + j] = mean;
+                }
+            }
+        }
+        if self.symmetric {
+            mirror_upper(&mut out, n);
+        }
+        Ok(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linalg::oracle;
+
+    fn sequences(seed: u64, lengths: &[usize], columns: usize) -> Vec<Tensor> {
+        lengths
+            .iter()
+            .enumerate()
+            .map(|(i, &tokens)| {
+                matrix(oracle::inputs(seed + i as u64, tokens, columns), columns, &Device::Cpu).unwrap()
+            })
+            .collect()
+    }
+
+    fn finished(accumulator: GramAccumulator) -> Vec<f32> {
+        values(&accumulator.finish(&Device::Cpu).unwrap().gram).unwrap()
+    }
+
+    #[test]
+    fn sums_equal_the_naive_f64_sums() {
+        for columns in [1, 7, 100, 193] {
+            let (corrected, dense) = (sequences(1, &[40, 13], columns), sequences(5, &[40, 13], columns));
+            let mut accumulator = GramAccumulator::new(columns, true);
+            accumulator.add(&corrected, Some(&dense)).unwrap();
+            let stats = accumulator.finish(&Device::Cpu).unwrap();
+            let rows = |tensors: &[Tensor]| tensors.iter().flat_map(|t| values(t).unwrap()).collect::<Vec<_>>();
+            let (corrected, dense) = (rows(&corrected), rows(&dense));
+            let found = stats.dense.unwrap();
+            for (tensor, a, b) in [
+                (&stats.gram, &corrected, &corrected),
+                (&found.cross, &corrected, &dense),
+                (&found.gram, &dense, &dense),
+            ] {
+                let expected = oracle::gram(a, b, columns);
+                let size = expected.iter().fold(0.0f64, |a, b| a.max(b.abs()));
+                for (x, y) in values(tensor).unwrap().iter().zip(expected) {
+                    assert!((f64::from(*x) - y).abs() <= 1e-6 * size, "{x} {y}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bits_depend_neither_on_threads_nor_on_grouping() {
+        let inputs = sequences(3, &[50, 7, 31, 64], 130);
+        let run = |threads, group| {
+            oracle::with_threads(threads, || {
+                let mut accumulator = GramAccumulator::new(130, false);
+                inputs.chunks(group).for_each(|group| accumulator.add(group, None).unwrap());
+                finished(accumulator)
+            })
+        };
+        let expected = run(1, 1);
+        for (threads, group) in [(2, 1), (3, 2), (2, 4)] {
+            assert_eq!(run(threads, group), expected);
+        }
+    }
+
+    #[test]
+    fn merged_halves_equal_the_whole() {
+        let inputs = sequences(3, &[50, 7, 31, 64], 20);
+        let sum = |inputs: &[Tensor]| {
+            let mut accumulator = GramAccumulator::new(20, false);
+            accumulator.add(inputs, None).unwrap();
+            accumulator
+        };
+        let merged = GramAccumulator::merge(sum(&inputs[..2]), &sum(&inputs[2..])).unwrap();
+        assert_eq!(merged.tokens(), 152);
+        for (x, y) in finished(merged).iter().zip(finished(sum(&inputs))) {
+            assert!((x - y).abs() <= 1e-6 * y.abs());
+        }
+    }
+
+    #[test]
+    fn a_dead_channel_has_a_zero_diagonal() {
+        let mut inputs = oracle::inputs(1, 30, 5);
+        inputs.iter_mut().skip(2).step_by(5).for_each(|x| *x = 0.0);
+        let mut accumulator = GramAccumulator::new(5, false);
+        accumulator.add(&[matrix(inputs, 5, &Device::Cpu).unwrap()], None).unwrap();
+        let gram = finished(accumulator);
+        let dead: Vec<bool> = (0..5).map(|j| gram[j * 6].to_bits() == 0).collect();
+        assert_eq!(dead, [false, false, true, false, false]);
+    }
+
+    #[test]
+    fn bad_inputs_are_refused_by_name() {
+        let mut accumulator = GramAccumulator::new(5, false);
+        assert!(matches!(accumulator.add(&sequences(1, &[3], 4), None), Err(GramError::Shape { columns: 5, .. })));
+        let fine = sequences(1, &[3], 5);
+        assert!(matches!(accumulator.add(&fine, Some(&fine)), Err(GramError::Unpaired)));
+        assert!(matches!(accumulator.clone().finish(&Device::Cpu), Err(GramError::Empty)));
+        let bad = matrix(vec![0.0, f32::NAN, 0.0, 0.0, 0.0], 5, &Device::Cpu).unwrap();
+        accumulator.add(&[bad], None).unwrap();
+        assert!(matches!(accumulator.finish(&Device::Cpu), Err(GramError::NotFinite { .. })));
+    }
+}

@@ -1,0 +1,208 @@
+//! The command line: `serve`, `methods`, `check`.
+
+use std::io::Write as _;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+use espalier_common::config::{self, ConfigError, ENV_PREFIX, Overrides};
+use espalier_common::fault::FaultClass;
+use espalier_common::job::JobSpec;
+use espalier_common::telemetry;
+
+use crate::config::WorkerConfig;
+use crate::prune::{self, METHODS};
+use crate::run::{self, RunError};
+use crate::serve::{self, ServeError};
+
+/// Espalier's worker: runs calibration data through decoder layers and prunes them.
+#[derive(Debug, Parser)]
+#[command(name = "espalier-worker", version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    serve: ServeArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Works for a coordinator until told to stop (the default).
+    Serve(ServeArgs),
+    /// Lists the pruning methods with their parameters and defaults.
+    Methods {
+        /// One JSON document instead of text.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Validates a job file without reading the model.
+    Check {
+        /// The job.
+        job: PathBuf,
+    },
+}
+
+/// Flags of `serve`; each overrides the key of the same name in the configuration.
+#[derive(Debug, Default, Args)]
+struct ServeArgs {
+    /// Configuration file (TOML, YAML or JSON).
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// URL of the coordinator.
+    #[arg(long)]
+    coordinator: Option<String>,
+    /// Where the worker's own services listen; port 0 takes a free one.
+    #[arg(long)]
+    listen: Option<SocketAddr>,
+    /// Compute threads.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    threads: Option<u32>,
+    /// Bytes of hidden states kept in memory; the rest goes to the scratch folder.
+    #[arg(long, value_name = "BYTES")]
+    memory_budget: Option<u64>,
+    /// Folder for hidden states that do not fit in memory.
+    #[arg(long, value_name = "DIR")]
+    scratch: Option<PathBuf>,
+    /// A name for people.
+    #[arg(long)]
+    name: Option<String>,
+    /// How log lines look: text or json.
+    #[arg(long, value_name = "FORMAT")]
+    log_format: Option<telemetry::LogFormat>,
+    /// Ends when standard input does: for a launcher whose children must not outlive it.
+    #[arg(long)]
+    exit_with_stdin: bool,
+}
+
+/// Parses the arguments of this process and does what they say.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = match cli.command.unwrap_or(Command::Serve(cli.serve)) {
+        Command::Serve(args) => run_worker(args),
+        Command::Methods { json } => list_methods(json),
+        Command::Check { job } => check_job(&job),
+    };
+    let Err(error) = done else { return ExitCode::SUCCESS };
+    // Nowhere is left to complain if standard error is gone.
+    let _ = writeln!(std::io::stderr(), "error: {}", format!("{error:#}").replace('\n', " "));
+    ExitCode::from(exit_code(&error))
+}
+
+/// 65: the input is wrong; 70: a bug; 75: interrupted, or the cluster is lost.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    let class = error.chain().find_map(|cause| {
+        let config = cause.downcast_ref::<ConfigError>().map(ConfigError::class);
+        let run = || cause.downcast_ref::<RunError>().map(RunError::class);
+        let serve = || cause.downcast_ref::<ServeError>().map(ServeError::class);
+        config.or_else(run).or_else(serve)
+    });
+    match class {
+        Some(FaultClass::Reject) => 65,
+        Some(FaultClass::RetryHere | FaultClass::RetryElsewhere) => 75,
+        Some(FaultClass::Bug) | None => 70,
+    }
+}
+
+fn run_worker(args: ServeArgs) -> anyhow::Result<()> {
+    let path = |path: Option<PathBuf>| path.map(|path| path.display().to_string());
+    let log_format = args.log_format.map(|format| match format {
+        telemetry::LogFormat::Text => "text",
+        telemetry::LogFormat::Json => "json",
+    });
+    let overrides = Overrides::default()
+        .set("worker.coordinator", args.coordinator)
+        .set("worker.listen", args.listen.map(|listen| listen.to_string()))
+        .set("worker.threads", args.threads)
+        .set("worker.memory_budget", args.memory_budget)
+        .set("worker.scratch", path(args.scratch))
+        .set("worker.name", args.name)
+        .set("log.format", log_format);
+    let config: WorkerConfig = config::load(args.config.as_deref(), ENV_PREFIX, overrides)?;
+    refuse_open_listener(config.worker.listen.ip())?;
+    telemetry::init(&config.log)
+        .map_err(|error| ConfigError::Invalid { origin: "configuration".to_owned(), reason: error.to_string() })?;
+    serve::run(&config.worker, args.exit_with_stdin)?;
+    Ok(())
+}
+
+/// Beyond loopback, peers would have to prove who they are.
+fn refuse_open_listener(address: IpAddr) -> Result<(), ConfigError> {
+    if address.is_loopback() {
+        return Ok(());
+    }
+    let reason = format!("worker.listen is {address}, but without TLS a worker listens on loopback only");
+    Err(ConfigError::Invalid { origin: "configuration".to_owned(), reason })
+}
+
+fn list_methods(json: bool) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    let mut document = Vec::new();
+    for method in METHODS {
+        let (_, params) = prune::build(method.name, &serde_json::Value::Null).map_err(RunError::from)?;
+        if json {
+            let (name, version, summary) = (method.name, method.version, method.summary);
+            let entry = serde_json::json!({ "name": name, "version": version, "summary": summary, "params": params });
+            document.push(entry);
+            continue;
+        }
+        writeln!(out, "{} ({})\n    {}", method.name, method.version, method.summary)?;
+        for (key, value) in params.as_object().into_iter().flatten() {
+            writeln!(out, "    {key} = {value}")?;
+        }
+    }
+    if json {
+        writeln!(out, "{}", serde_json::Value::Array(document))?;
+    }
+    Ok(())
+}
+
+fn check_job(path: &Path) -> anyhow::Result<()> {
+    let job: JobSpec = config::load_document(path)?;
+    let place = || path.display().to_string();
+    job.validate().map_err(RunError::from).with_context(place)?;
+    let method = run::build_method(&job).with_context(place)?;
+    let pattern = job.pattern().map_err(RunError::from)?;
+    let (name, params) = (&job.method.name, method.params);
+    writeln!(std::io::stdout(), "{} is a valid job: {name} to {pattern} with {params}", place())?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn serve_is_the_default_command() {
+        let cli = Cli::try_parse_from(["espalier-worker", "--threads", "2"]).unwrap();
+        assert!(cli.command.is_none());
+        assert_eq!(cli.serve.threads, Some(2));
+        let cli = Cli::try_parse_from(["espalier-worker", "serve", "--name", "x"]).unwrap();
+        assert!(matches!(cli.command, Some(Command::Serve(args)) if args.name.as_deref() == Some("x")));
+    }
+
+    #[test]
+    fn only_loopback_is_listened_on() {
+        refuse_open_listener("127.0.0.1".parse().unwrap()).unwrap();
+        refuse_open_listener("::1".parse().unwrap()).unwrap();
+        let error = refuse_open_listener("0.0.0.0".parse().unwrap()).unwrap_err();
+        assert_eq!(exit_code(&error.into()), 65);
+    }
+
+    #[test]
+    fn a_wrong_job_exits_with_65_and_names_the_nearest_key() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("job.toml");
+        let job = "[model]\nsource = \"m\"\n[calibration]\nsource = \"c\"\n[output]\nuri = \"o\"\n[pattern]\n";
+        for (line, named) in [("sparsty = 0.5", "did you mean sparsity?"), ("sparsity = 1.5", "1.5")] {
+            std::fs::write(&path, format!("{job}{line}\n")).unwrap();
+            let error = check_job(&path).unwrap_err();
+            assert!(format!("{error:#}").contains(named), "{error:#}");
+            assert_eq!(exit_code(&error), 65);
+        }
+        std::fs::write(&path, format!("{job}[method]\nname = \"wandaa\"\n")).unwrap();
+        let error = check_job(&path).unwrap_err();
+        assert!(format!("{error:#}").contains("wanda, "), "{error:#}");
+    }
+}

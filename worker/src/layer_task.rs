@@ -1,0 +1,225 @@
+//! One layer, from its input hidden states to its committed artifact, as a straight line: per group
+//! capture → gram → solve → cast → verify → apply, so that the next group sees what the pruned one gives.
+
+use std::sync::Arc;
+
+use espalier_common::checkpoint::cast;
+use espalier_common::clock::Stopwatch;
+use espalier_common::ids::{Boundary, LayerIndex};
+use espalier_common::outline::{LayerOutline, SublayerOutline};
+use espalier_common::pattern::Pattern;
+use espalier_common::report::{Outcome, SublayerReport};
+use espalier_common::wire::Source;
+use rayon::prelude::*;
+
+use crate::apply::as_loaded;
+use crate::artifact::{self, StoredTensor};
+use crate::calibrate::capture::{Lane, capture_group, finish_layer, forward_layer};
+use crate::calibrate::gram::GramAccumulator;
+use crate::holdings::HiddenStates;
+use crate::model::DecoderLayer;
+use crate::prune::verify::verify;
+use crate::prune::{GroupSolver, InputStats, Problem, Solution};
+use crate::source::Workplace;
+use crate::unit::{Phases, TaskError};
+
+/// Prunes a layer: leaves its artifact in the store and, in `pruned` propagation, holds its output.
+///
+/// # Errors
+/// See [`TaskError`].
+pub fn prune_layer(
+    place: &Workplace<'_>,
+    layer: LayerIndex,
+    source: &Source,
+    pattern: Pattern,
+) -> Result<Outcome, TaskError> {
+    let mut phases = Phases::default();
+    let run = place.run;
+    if place.is_chain() {
+        // In a chain the layers before the source are committed: nobody asks for what lies before it again.
+        place.holdings.release(&run.id, |boundary| boundary < source.boundary());
+    }
+    let input = place.input(layer, source, &mut phases)?;
+    let outline = run.model.decoder.outline(layer)?;
+    let loaded = phases.time("load", || run.model.decoder.load_layer(layer))?;
+    let mut lanes = lanes(place, loaded, input);
+    let mut stored = Vec::new();
+    let mut reports = Vec::new();
+    for (group, members) in outline.groups.iter().enumerate() {
+        let stats = Arc::new(gather(place, &mut lanes, group, members, &mut phases)?);
+        for pruned in prune_group(place, lanes[0].layer(), group, members, pattern, &stats, &mut phases)? {
+            let weight = as_loaded(&pruned.stored, &run.device)?;
+            lanes[0].layer_mut().set_weight(group, pruned.member, weight);
+            stored.push(pruned.stored);
+            reports.push(pruned.report);
+        }
+    }
+    let artifact = phases.time("store", || artifact::write_layer(&*run.store, layer, &stored))?;
+    let is_last = layer.0 as usize + 1 == run.model.decoder.layers();
+    if place.is_chain() && !is_last {
+        hold_output(place, layer, lanes, &outline, &mut phases)?;
+    }
+    Ok(Outcome::Pruned { artifact, sublayers: reports, phases: phases.finish() })
+}
+
+/// Runs a dense layer, holding its input and its output.
+///
+/// # Errors
+/// See [`TaskError`].
+pub fn run_dense_layer(place: &Workplace<'_>, layer: LayerIndex, source: &Source) -> Result<Outcome, TaskError> {
+    let mut phases = Phases::default();
+    let input = place.input(layer, source, &mut phases)?;
+    let decoder = &place.run.model.decoder;
+    let outline = decoder.outline(layer)?;
+    let loaded = phases.time("load", || decoder.load_layer(layer))?;
+    let watch = Stopwatch::start();
+    let forward = |hidden| forward_layer(&*loaded, hidden, place.cache, place.control);
+    let streams = input.streams.into_iter().map(forward).collect::<Result<Vec<_>, _>>()?;
+    phases.add("forward", watch.seconds(), place.forward_flops(&outline));
+    place.holdings.hold(&place.run.id, Boundary(layer.0 + 1), HiddenStates { streams });
+    Ok(Outcome::Forwarded { phases: phases.finish() })
+}
+
+/// Lane 0 is the one that is pruned; lane 1, if the solver asks for it, stays dense beside it.
+fn lanes(place: &Workplace<'_>, layer: Box<dyn DecoderLayer>, input: HiddenStates) -> Vec<Lane> {
+    let mut streams = input.streams;
+    if place.needs_dense() && streams.len() == 1 {
+        streams.push(streams[0].clone());
+    }
+    let copies: Vec<_> = streams.iter().map(|_| layer.share()).collect();
+    copies.into_iter().zip(streams).map(|(layer, hidden)| Lane::new(layer, hidden)).collect()
+}
+
+/// Brings all sequences before a group and sums up its inputs, the held-out ones apart.
+fn gather(
+    place: &Workplace<'_>,
+    lanes: &mut [Lane],
+    group: usize,
+    members: &[SublayerOutline],
+    phases: &mut Phases,
+) -> Result<InputStats, TaskError> {
+    let first = &members[0];
+    let failed = |source| TaskError::Gram { tensor: first.tensor.clone(), source };
+    let sequences = place.run.tokens.sequences();
+    let calibrating = sequences - place.run.job.held_out_samples().min(sequences - 1);
+    let accumulator = || GramAccumulator::new(first.columns, lanes.len() == 2);
+    let (mut gram, mut held_out) = (accumulator(), accumulator());
+    let (mut seen, mut gram_seconds) = (0, 0.0);
+    let watch = Stopwatch::start();
+    capture_group(lanes, group, place.cache, place.control, |inputs| {
+        let watch = Stopwatch::start();
+        let here = calibrating.saturating_sub(seen).min(inputs[0].len());
+        let dense = inputs.get(1);
+        if here > 0 {
+            gram.add(&inputs[0][..here], dense.map(|dense| &dense[..here])).map_err(failed)?;
+        }
+        if here < inputs[0].len() {
+            held_out.add(&inputs[0][here..], dense.map(|dense| &dense[here..])).map_err(failed)?;
+        }
+        seen += inputs[0].len();
+        gram_seconds += watch.seconds();
+        Ok(())
+    })?;
+    let forward_seconds = watch.seconds() - gram_seconds;
+    let watch = Stopwatch::start();
+    let flops = gram.flops() + held_out.flops();
+    let mut stats = gram.finish(&place.run.device).map_err(failed)?;
+    if calibrating < sequences {
+        stats.held_out = Some(Arc::new(held_out.finish(&place.run.device).map_err(failed)?));
+    }
+    phases.add("gram", gram_seconds + watch.seconds(), flops);
+    // What ran to get here is the group before.
+    phases.add("forward", forward_seconds, 0.0);
+    Ok(stats)
+}
+
+/// One sublayer as it will be stored, checked.
+struct Pruned {
+    member: usize,
+    stored: StoredTensor,
+    report: SublayerReport,
+}
+
+/// Solves the sublayers of a group in parallel.
+fn prune_group(
+    place: &Workplace<'_>,
+    layer: &dyn DecoderLayer,
+    group: usize,
+    members: &[SublayerOutline],
+    pattern: Pattern,
+    stats: &Arc<InputStats>,
+    phases: &mut Phases,
+) -> Result<Vec<Pruned>, TaskError> {
+    let ctx = place.control.solve_ctx();
+    let failed = |tensor: &str| {
+        let tensor = tensor.to_owned();
+        move |source| TaskError::Solve { tensor, source }
+    };
+    place.control.set_progress("solve", 0, members.len());
+    let watch = Stopwatch::start();
+    let solver = place.run.method.solver.prepare(Arc::clone(stats), &ctx).map_err(failed(&members[0].tensor))?;
+    let solver: &dyn GroupSolver = &*solver;
+    let solve = |(member, sublayer): (usize, &SublayerOutline)| {
+        let watch = Stopwatch::start();
+        let problem = Problem { tensor: &sublayer.tensor, weight: layer.weight(group, member), pattern };
+        let solution = solver.solve(&problem, &ctx).map_err(failed(&sublayer.tensor))?;
+        Ok((solution, watch.seconds()))
+    };
+    let solved: Vec<(Solution, f64)> = members.par_iter().enumerate().map(solve).collect::<Result<_, TaskError>>()?;
+    phases.add("solve", watch.seconds(), solved.iter().map(|(solution, _)| solution.flops).sum());
+    let watch = Stopwatch::start();
+    let check = |((member, sublayer), (solution, seconds)): ((usize, &SublayerOutline), (Solution, f64))| {
+        let problem = Problem { tensor: &sublayer.tensor, weight: layer.weight(group, member), pattern };
+        check(place, &problem, member, sublayer, solution, seconds, stats)
+    };
+    let pruned = members.par_iter().enumerate().zip(solved).map(check).collect::<Result<_, TaskError>>();
+    phases.add("verify", watch.seconds(), 0.0);
+    pruned
+}
+
+/// Casts a solution to the type that is stored, and measures what the cast gives: no solver marks its own work.
+fn check(
+    place: &Workplace<'_>,
+    problem: &Problem<'_>,
+    member: usize,
+    sublayer: &SublayerOutline,
+    solution: Solution,
+    seconds: f64,
+    stats: &InputStats,
+) -> Result<Pruned, TaskError> {
+    let (name, dtype, shape) = place.stored_as(sublayer)?;
+    let bytes = cast::bytes_from_f32(dtype, &solution.weight.flatten_all()?.to_vec1::<f32>()?);
+    let stored = StoredTensor { name, dtype, shape, bytes };
+    let weight = as_loaded(&stored, &place.run.device)?;
+    let verified = verify(problem, stats, &weight)
+        .map_err(|source| TaskError::Verify { tensor: sublayer.tensor.clone(), source })?;
+    let report = SublayerReport {
+        tensor: sublayer.tensor.clone(),
+        rel_error: verified.rel_error,
+        held_out_error: verified.held_out_error,
+        zeros: verified.zeros,
+        elements: verified.elements,
+        seconds,
+        iterations: solution.iterations,
+        damping: solution.damping,
+        damping_raised: solution.damping_raised,
+        dead_channels: solution.dead_channels,
+    };
+    Ok(Pruned { member, stored, report })
+}
+
+/// Runs what is left of the layer and holds its output.
+fn hold_output(
+    place: &Workplace<'_>,
+    layer: LayerIndex,
+    lanes: Vec<Lane>,
+    outline: &LayerOutline,
+    phases: &mut Phases,
+) -> Result<(), TaskError> {
+    let watch = Stopwatch::start();
+    let flops = place.forward_flops(outline) * lanes.len() as f64;
+    let streams = finish_layer(lanes, place.cache, place.control)?;
+    phases.add("forward", watch.seconds(), flops);
+    place.holdings.hold(&place.run.id, Boundary(layer.0 + 1), HiddenStates { streams });
+    Ok(())
+}

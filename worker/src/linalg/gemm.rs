@@ -1,0 +1,140 @@
+//! Products of dense blocks: the one place that hands pointers to the `gemm` crate.
+
+use rayon::prelude::*;
+
+/// Rows of a block that one thread multiplies at a time: enough to amortise packing the right-hand side, few enough that
+/// small layers still feed every core.
+pub const ROW_TILE: usize = 96;
+
+/// A rectangular part of a row-major matrix, or of its transpose.
+#[derive(Debug, Clone, Copy)]
+pub struct View<'a> {
+    data: &'a [f32],
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl<'a> View<'a> {
+    /// The first `columns` elements of each row of a matrix whose rows are `stride` apart; `data` starts at its first element.
+    pub fn new(data: &'a [f32], rows: usize, columns: usize, stride: usize) -> Self {
+        assert_fits(data.len(), rows, columns, stride);
+        Self { data, rows, columns, row_stride: stride, column_stride: 1 }
+    }
+
+    /// The same elements with rows and columns exchanged.
+    #[must_use]
+    pub fn transposed(self) -> Self {
+        Self {
+            data: self.data,
+            rows: self.columns,
+            columns: self.rows,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+        }
+    }
+}
+
+/// Computes `out ← keep·out + scale·a·b` on the calling thread.
+///
+/// `out` starts at the first element of an `a.rows` by `b.columns` part of a row-major matrix whose rows are `stride` apart.
+pub fn gemm(out: &mut [f32], stride: usize, keep: f32, a: View<'_>, b: View<'_>, scale: f32) {
+    assert_eq!(a.columns, b.rows, "inner dimensions");
+    assert_fits(out.len(), a.rows, b.columns, stride);
+    if a.rows == 0 || b.columns == 0 {
+        return;
+    }
+    let step = |stride: usize| isize::try_from(stride).expect("a slice is no longer than isize::MAX");
+    #[allow(unsafe_code, reason = "the gemm crate takes pointers")]
+    // SAFETY: `assert_fits` holds for all three blocks (on construction for `a` and `b`), so every index the product
+    // touches lies inside its slice; `out` is borrowed mutably, so it aliases neither input.
+    unsafe {
+        gemm::gemm(
+            a.rows,
+            b.columns,
+            a.columns,
+            out.as_mut_ptr(),
+            1,
+            step(stride),
+            keep != 0.0,
+            a.data.as_ptr(),
+            step(a.column_stride),
+            step(a.row_stride),
+            b.data.as_ptr(),
+            step(b.column_stride),
+            step(b.row_stride),
+            keep,
+            scale,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+/// The product of row-major `a [rows, inner]` and `b [inner, columns]`, row tiles in parallel.
+pub fn product(a: &[f32], b: &[f32], inner: usize, columns: usize) -> Vec<f32> {
+    let rows = a.len() / inner.max(1);
+    let mut out = vec![0.0; rows * columns];
+    let right = View::new(b, inner, columns, columns);
+    out.par_chunks_mut((ROW_TILE * columns).max(1)).zip(a.par_chunks((ROW_TILE * inner).max(1))).for_each(
+        |(out, a)| {
+            gemm(out, columns, 0.0, View::new(a, a.len() / inner, inner, inner), right, 1.0);
+        },
+    );
+    out
+}
+
+fn assert_fits(length: usize, rows: usize, columns: usize, stride: usize) {
+    assert!(columns <= stride || rows <= 1, "rows of {columns} elements overlap at stride {stride}");
+    let end =
+        rows.checked_sub(1).and_then(|last| last.checked_mul(stride)).and_then(|start| start.checked_add(columns));
+    assert!(rows == 0 || end.is_some_and(|end| end <= length), "a {rows} by {columns} block leaves its slice");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linalg::oracle;
+
+    #[test]
+    fn product_equals_the_naive_loops_at_awkward_shapes() {
+        for (rows, inner, columns) in [(1, 1, 1), (3, 5, 7), (97, 33, 130), (192, 257, 65)] {
+            let a = oracle::random(1, rows * inner);
+            let b = oracle::random(2, inner * columns);
+            let expected = oracle::product(&oracle::wide(&a), &oracle::wide(&b), inner, columns);
+            let tolerance = 4.0 * inner as f64 * f64::from(f32::EPSILON);
+            for (x, y) in product(&a, &b, inner, columns).iter().zip(expected) {
+                assert!((f64::from(*x) - y).abs() <= tolerance, "{x} {y}");
+            }
+        }
+    }
+
+    #[test]
+    fn bits_do_not_depend_on_the_number_of_threads() {
+        let a = oracle::random(1, 577 * 576);
+        let b = oracle::random(2, 576 * 576);
+        let results: Vec<_> =
+            [1, 2, 3].map(|threads| oracle::with_threads(threads, || product(&a, &b, 576, 576))).into();
+        assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
+    }
+
+    #[test]
+    fn a_strided_block_is_updated_and_nothing_else() {
+        let (a, b) = (oracle::random(3, 4), oracle::random(4, 4));
+        let mut out = vec![1.0; 3 * 5];
+        gemm(&mut out[6..], 5, 1.0, View::new(&a, 2, 2, 2), View::new(&b, 2, 2, 2).transposed(), -1.0);
+        for (index, value) in out.iter().enumerate() {
+            let touched = [6, 7, 11, 12].contains(&index);
+            assert_eq!(touched, (value - 1.0).abs() > 0.0, "{index}");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "leaves its slice")]
+    fn a_block_that_leaves_its_slice_is_refused() {
+        View::new(&[0.0; 5], 2, 3, 3);
+    }
+}

@@ -1,0 +1,34 @@
+//! Matrix maths that solvers share and that knows nothing of language models.
+//!
+//! Functions take row-major `f32` slices with their widths; [`values`] and [`matrix`] are the bridge to tensors. Work is cut
+//! into blocks whose sizes depend on the shapes alone, and every sum has one order, so the bits of a result do not depend
+//! on the number of threads.
+
+pub mod factor;
+pub mod gemm;
+#[cfg(test)]
+pub(crate) mod oracle;
+pub mod pcg;
+pub mod prox;
+pub mod quadratic;
+pub mod select;
+pub mod spectral;
+
+use candle_core::{DType, Device, Result, Tensor};
+
+/// The elements of a tensor as row-major f32.
+///
+/// # Errors
+/// What the tensor backend says.
+pub fn values(tensor: &Tensor) -> Result<Vec<f32>> {
+    tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+}
+
+/// A tensor `[values.len() / columns, columns]` of row-major values.
+///
+/// # Errors
+/// What the tensor backend says.
+pub fn matrix(values: Vec<f32>, columns: usize, device: &Device) -> Result<Tensor> {
+    let rows = values.len() / columns.max(1);
+    Tensor::from_vec(values, (rows, columns), device)
+}

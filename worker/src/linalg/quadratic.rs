@@ -1,0 +1,116 @@
+//! The quadratic error every method shares, with f32 products and f64 sums.
+//!
+//! `E(V) = ‖V·X̂ᵀ − W·Xᵀ‖² / tokens`. With `Δ = V − W`, `G = X̂ᵀX̂`, `K = X̂ᵀX` and `Y = XᵀX`, each over tokens,
+//! `E = ΔGΔᵀ − 2·Δ(K − G)Wᵀ + W(G − K − Kᵀ + Y)Wᵀ`, summed over rows. The differences are formed first: the textbook form
+//! `VGVᵀ − 2VKWᵀ + WYWᵀ` loses every digit where V is close to W.
+
+use rayon::prelude::*;
+
+use super::gemm::{ROW_TILE, View, gemm};
+
+/// `Σ_j a_j·b_j` in f64, in eight lanes that are summed in order.
+pub fn dot(a: &[f32], b: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; 8];
+    let (a8, a_rest) = a.as_chunks::<8>();
+    let (b8, b_rest) = b.as_chunks::<8>();
+    for (x, y) in a8.iter().zip(b8) {
+        for lane in 0..8 {
+            lanes[lane] += f64::from(x[lane]) * f64::from(y[lane]);
+        }
+    }
+    lanes.iter().sum::<f64>() + a_rest.iter().zip(b_rest).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum::<f64>()
+}
+
+/// `⟨a_i M, b_i⟩` for each row i of `a` and `b` `[rows, n]` and a matrix M `[n, n]`.
+pub fn row_forms(a: &[f32], matrix: &[f32], b: &[f32], n: usize) -> Vec<f64> {
+    let tile = (ROW_TILE * n).max(1);
+    a.par_chunks(tile)
+        .zip(b.par_chunks(tile))
+        .flat_map_iter(|(a, b)| {
+            let rows = a.len() / n;
+            let mut image = vec![0.0; a.len()];
+            gemm(&mut image, n, 0.0, View::new(a, rows, n, n), View::new(matrix, n, n, n), 1.0);
+            image.chunks(n).zip(b.chunks(n)).map(|(x, y)| dot(x, y)).collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+/// `tr(ΔGΔᵀ)` of `delta [rows, n]` and a symmetric `gram [n, n]`.
+pub fn energy(delta: &[f32], gram: &[f32], n: usize) -> f64 {
+    row_forms(delta, gram, delta, n).iter().sum()
+}
+
+/// Differences of the dense against the corrected statistics.
+#[derive(Debug, Clone)]
+pub struct Correction {
+    /// `(K − G)ᵀ`, `[n, n]`: `W·towards_dense = C − W·G` for the target products `C = W·Kᵀ`.
+    pub towards_dense: Vec<f32>,
+    /// `G − K − Kᵀ + Y = (X̂ − X)ᵀ(X̂ − X)`.
+    pub gap: Vec<f32>,
+}
+
+impl Correction {
+    /// From the grams of corrected and dense inputs and their cross product.
+    pub fn new(gram: &[f32], cross: &[f32], dense: &[f32], n: usize) -> Self {
+        let mut towards_dense = vec![0.0; n * n];
+        let mut gap = vec![0.0; n * n];
+        for i in 0..n {
+            for j in 0..n {
+                let (here, there) = (i * n + j, j * n + i);
+                towards_dense[here] = cross[there] - gram[here];
+                let wide =
+                    f64::from(gram[here]) - f64::from(cross[here]) - f64::from(cross[there]) + f64::from(dense[here]);
+                gap[here] = wide as f32;
+            }
+        }
+        Self { towards_dense, gap }
+    }
+}
+
+/// `E(V)` with X̂ = X if there is no correction.
+pub fn error(solution: &[f32], weight: &[f32], gram: &[f32], correction: Option<&Correction>, n: usize) -> f64 {
+    let delta: Vec<f32> = solution.iter().zip(weight).map(|(v, w)| v - w).collect();
+    let own = energy(&delta, gram, n);
+    let Some(correction) = correction else { return own };
+    let mixed: f64 = row_forms(weight, &correction.towards_dense, &delta, n).iter().sum();
+    let gap = energy(weight, &correction.gap, n);
+    (own - 2.0 * mixed + gap).max(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linalg::oracle;
+
+    #[test]
+    fn error_in_gram_form_equals_the_error_on_explicit_activations() {
+        let (rows, n, tokens) = (5, 19, 60);
+        let x = oracle::inputs(1, tokens, n);
+        let noise = oracle::random(2, tokens * n);
+        let corrected: Vec<f32> = x.iter().zip(&noise).map(|(x, e)| x + 0.1 * e).collect();
+        let (w, v) = (oracle::random(3, rows * n), oracle::random(4, rows * n));
+        let narrow = |values: Vec<f64>| values.iter().map(|&value| value as f32).collect::<Vec<_>>();
+        let gram = narrow(oracle::gram(&corrected, &corrected, n));
+        let cross = narrow(oracle::gram(&corrected, &x, n));
+        let dense = narrow(oracle::gram(&x, &x, n));
+        let mut expected = 0.0;
+        for t in 0..tokens {
+            for i in 0..rows {
+                let at = |weight: &[f32], inputs: &[f32]| -> f64 {
+                    (0..n).map(|j| f64::from(weight[i * n + j]) * f64::from(inputs[t * n + j])).sum()
+                };
+                expected += (at(&v, &corrected) - at(&w, &x)).powi(2) / tokens as f64;
+            }
+        }
+        let correction = Correction::new(&gram, &cross, &dense, n);
+        let found = error(&v, &w, &gram, Some(&correction), n);
+        assert!((found / expected - 1.0).abs() < 1e-5, "{found} {expected}");
+    }
+
+    #[test]
+    fn the_error_of_the_dense_weight_on_its_own_inputs_is_zero() {
+        let w = oracle::random(1, 6 * 8);
+        let gram = oracle::random(2, 64);
+        assert!(error(&w, &w, &gram, None, 8).abs() <= 0.0);
+    }
+}

@@ -1,0 +1,241 @@
+//! Statistics made fit for a factorisation: dead channels taken out, damped, scaled to a unit diagonal.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use candle_core::Tensor;
+use espalier_common::pattern::Pattern;
+use rayon::prelude::*;
+
+use super::{Problem, Solution, SolveError};
+use crate::linalg::factor::NotPositiveDefinite;
+use crate::linalg::{matrix, values};
+
+/// How often damping is multiplied by ten before a group is given up.
+const MOST_RAISES: u32 = 3;
+/// A channel whose mean square is below this share of the largest one is dead: its weights do not matter.
+const DEAD_SHARE: f32 = 1e-12;
+
+/// A gram `Ĝ = D⁻¹(G + δI)D⁻¹` with unit diagonal, δ being `damping` times the mean of G's diagonal.
+///
+/// Source: ALGORITHMS.md §0 and §9.4 stage B.
+#[derive(Debug)]
+pub(crate) struct Conditioned {
+    /// Width.
+    pub(crate) n: usize,
+    /// Ĝ, `[n, n]`; the rows and columns of dead channels are those of the identity.
+    pub(crate) gram: Vec<f32>,
+    /// The diagonal of D: `sqrt(G_jj + δ)`.
+    pub(crate) scale: Vec<f32>,
+    /// Channels that were never active.
+    pub(crate) dead: Vec<bool>,
+    /// Share of the mean diagonal that was added.
+    pub(crate) damping: f64,
+    /// How often it had to be raised.
+    pub(crate) raised: u32,
+}
+
+impl Conditioned {
+    /// Conditions `gram [n, n]` and factors it, with more damping each time the factorisation fails.
+    ///
+    /// # Errors
+    /// `NotFinite`, or `NotPositiveDefinite` when damping was raised three times.
+    pub(crate) fn factored<T>(
+        gram: &Tensor,
+        damping: f64,
+        factor: impl Fn(&Self) -> Result<T, NotPositiveDefinite>,
+    ) -> Result<(Self, T), SolveError> {
+        let raw = values(gram)?;
+        if raw.iter().any(|value| !value.is_finite()) {
+            return Err(SolveError::NotFinite { what: "gram" });
+        }
+        let mut damping = damping;
+        let mut raised = 0;
+        loop {
+            let conditioned = Self::new(&raw, damping, raised);
+            match factor(&conditioned) {
+                Ok(factored) => return Ok((conditioned, factored)),
+                Err(_) if raised < MOST_RAISES => {
+                    raised += 1;
+                    damping = if damping > 0.0 { damping * 10.0 } else { 1e-4 };
+                }
+                Err(NotPositiveDefinite { pivot }) => {
+                    return Err(SolveError::NotPositiveDefinite { columns: conditioned.n, pivot, damping });
+                }
+            }
+        }
+    }
+
+    fn new(raw: &[f32], damping: f64, raised: u32) -> Self {
+        let n = raw.len().isqrt();
+        let diagonal: Vec<f32> = (0..n).map(|j| raw[j * n + j]).collect();
+        let largest = diagonal.iter().copied().fold(0.0, f32::max);
+        let dead: Vec<bool> = diagonal.iter().map(|&g| g <= DEAD_SHARE * largest).collect();
+        let ridge = damping * diagonal.iter().map(|&g| f64::from(g)).sum::<f64>() / n.max(1) as f64;
+        let scale: Vec<f32> = diagonal
+            .iter()
+            .zip(&dead)
+            // A dead channel without damping has no scale of its own.
+            .map(|(&g, dead)| if *dead && ridge <= 0.0 { 1.0 } else { (f64::from(g) + ridge).sqrt() as f32 })
+            .collect();
+        let mut gram = raw.to_vec();
+        gram.par_chunks_mut(n.max(1)).enumerate().for_each(|(i, row)| {
+            for (j, value) in row.iter_mut().enumerate() {
+                *value = if i == j {
+                    1.0
+                } else if dead[i] || dead[j] {
+                    0.0
+                } else {
+                    (f64::from(*value) / (f64::from(scale[i]) * f64::from(scale[j]))) as f32
+                };
+            }
+        });
+        Self { n, gram, scale, dead, damping, raised }
+    }
+
+    /// `W·D`, zero in dead channels so that they are the first to be pruned.
+    pub(crate) fn scaled(&self, weight: &[f32]) -> Vec<f32> {
+        let mut out = weight.to_vec();
+        out.par_chunks_mut(self.n.max(1)).for_each(|row| {
+            for ((value, scale), dead) in row.iter_mut().zip(&self.scale).zip(&self.dead) {
+                *value = if *dead { 0.0 } else { *value * scale };
+            }
+        });
+        out
+    }
+
+    /// Undoes [`Self::scaled`]: `+0.0` where `keep` is 0, and the dense weight where a dead channel had to keep it.
+    pub(crate) fn restored(&self, scaled: &[f32], keep: &[u8], weight: &[f32]) -> Vec<f32> {
+        let n = self.n;
+        let mut out = vec![0.0; scaled.len()];
+        out.par_chunks_mut(n.max(1)).enumerate().for_each(|(i, row)| {
+            for (j, value) in row.iter_mut().enumerate() {
+                let index = i * n + j;
+                *value = match (keep[index], self.dead[j]) {
+                    (0, _) => 0.0,
+                    (_, true) => weight[index],
+                    (_, false) => scaled[index] / self.scale[j],
+                };
+            }
+        });
+        out
+    }
+
+    /// Number of dead channels.
+    pub(crate) fn dead_channels(&self) -> u32 {
+        self.dead.iter().filter(|dead| **dead).count() as u32
+    }
+
+    /// A solution that reports this conditioning.
+    pub(crate) fn solution(
+        &self,
+        problem: &Problem<'_>,
+        values: Vec<f32>,
+        iterations: u32,
+        flops: f64,
+    ) -> Result<Solution, SolveError> {
+        Ok(Solution {
+            weight: matrix(values, self.n, problem.weight.device())?,
+            iterations,
+            damping: self.damping,
+            damping_raised: self.raised,
+            dead_channels: self.dead_channels(),
+            flops,
+        })
+    }
+}
+
+/// Arithmetic that a group's first solve accounts for.
+#[derive(Debug, Default)]
+pub(crate) struct SharedFlops {
+    flops: f64,
+    taken: AtomicBool,
+}
+
+impl SharedFlops {
+    pub(crate) fn new(flops: f64) -> Self {
+        Self { flops, taken: AtomicBool::new(false) }
+    }
+
+    /// The flops for the first caller, zero for the others.
+    pub(crate) fn take(&self) -> f64 {
+        if self.taken.swap(true, Ordering::Relaxed) { 0.0 } else { self.flops }
+    }
+}
+
+/// The dense weight's values, once the problem is found to be well posed; `None` values if nothing is to be pruned.
+#[derive(Debug)]
+pub(crate) struct Admitted {
+    /// Row-major `[rows, columns]`.
+    pub(crate) weight: Vec<f32>,
+    /// Output channels.
+    pub(crate) rows: usize,
+    /// Input channels.
+    pub(crate) columns: usize,
+}
+
+/// Checks that the weight is finite and as wide as the statistics, and that it can have the pattern.
+///
+/// # Errors
+/// `Unsupported`, `NotFinite`.
+pub(crate) fn admit(method: &'static str, problem: &Problem<'_>, width: usize) -> Result<Admitted, SolveError> {
+    let (rows, columns) = problem.weight.dims2()?;
+    let unsupported = |reason| Err(SolveError::Unsupported { method, pattern: problem.pattern, reason });
+    if columns != width {
+        return unsupported("the statistics are of another width than the weight");
+    }
+    if problem.pattern.validate_for(problem.tensor, columns).is_err() {
+        return unsupported("the weight's width is not a multiple of the group's, or the pattern is out of range");
+    }
+    let weight = values(problem.weight)?;
+    if weight.iter().any(|value| !value.is_finite()) {
+        return Err(SolveError::NotFinite { what: "weight" });
+    }
+    Ok(Admitted { weight, rows, columns })
+}
+
+/// Accepts every pattern that is in range.
+///
+/// # Errors
+/// `Unsupported`.
+pub(crate) fn supports_valid(method: &'static str, pattern: Pattern) -> Result<(), SolveError> {
+    pattern.validate().map_err(|_| SolveError::Unsupported { method, pattern, reason: "it is out of range" })
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    fn gram(values: &[f32], n: usize) -> Tensor {
+        matrix(values.to_vec(), n, &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn the_diagonal_becomes_one_and_dead_channels_stand_alone() {
+        let (conditioned, ()) =
+            Conditioned::factored(&gram(&[4.0, 1.0, 0.0, 1.0, 9.0, 0.0, 0.0, 0.0, 0.0], 3), 0.0, |_| Ok(())).unwrap();
+        assert_eq!(conditioned.dead, [false, false, true]);
+        let expected = [1.0, 1.0 / 6.0, 0.0, 1.0 / 6.0, 1.0, 0.0, 0.0, 0.0, 1.0];
+        assert!(conditioned.gram.iter().zip(expected).all(|(a, b): (&f32, f32)| (a - b).abs() < 1e-7));
+    }
+
+    #[test]
+    fn damping_is_raised_three_times_and_then_it_is_an_error() {
+        let fails_below = |limit: f64| {
+            move |c: &Conditioned| if c.damping < limit { Err(NotPositiveDefinite { pivot: 1 }) } else { Ok(()) }
+        };
+        let gram = gram(&[1.0, 0.0, 0.0, 1.0], 2);
+        let (conditioned, ()) = Conditioned::factored(&gram, 0.01, fails_below(0.5)).unwrap();
+        assert_eq!(conditioned.raised, 2);
+        assert!((conditioned.damping - 1.0).abs() < 1e-12);
+        let error = Conditioned::factored(&gram, 0.01, fails_below(100.0)).unwrap_err();
+        assert!(matches!(error, SolveError::NotPositiveDefinite { columns: 2, pivot: 1, .. }));
+    }
+
+    #[test]
+    fn a_gram_that_is_not_finite_is_refused() {
+        let result = Conditioned::factored(&gram(&[f32::NAN], 1), 0.01, |_| Ok(()));
+        assert!(matches!(result, Err(SolveError::NotFinite { what: "gram" })));
+    }
+}

@@ -1,0 +1,198 @@
+//! Layer problems for the tests of all methods, and what every method must do with them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use espalier_common::pattern::Pattern;
+use serde_json::Value;
+
+use super::{InputStats, Problem, Solution, SolveCtx, build};
+use crate::linalg::{matrix, oracle, quadratic, values};
+
+/// A weight and the gram of its inputs.
+pub(crate) struct LayerProblem {
+    pub(crate) weight: Vec<f32>,
+    pub(crate) gram: Vec<f32>,
+    pub(crate) stats: Arc<InputStats>,
+    pub(crate) columns: usize,
+}
+
+impl LayerProblem {
+    pub(crate) fn new(weight: Vec<f32>, gram: Vec<f32>, columns: usize, tokens: usize) -> Self {
+        let stats = InputStats {
+            gram: matrix(gram.clone(), columns, &Device::Cpu).unwrap(),
+            dense: None,
+            tokens,
+            held_out: None,
+        };
+        Self { weight, gram, stats: Arc::new(stats), columns }
+    }
+
+    pub(crate) fn tensor(&self) -> Tensor {
+        matrix(self.weight.clone(), self.columns, &Device::Cpu).unwrap()
+    }
+
+    /// Dense weights where `solved` is zero.
+    pub(crate) fn dropped<'a>(&'a self, solved: &'a [f32]) -> impl Iterator<Item = f32> + 'a {
+        self.weight.iter().zip(solved).filter(|(_, v)| v.to_bits() == 0).map(|(w, _)| *w)
+    }
+
+    /// Dense and solved weights where `solved` is not zero.
+    pub(crate) fn kept<'a>(&'a self, solved: &'a [f32]) -> impl Iterator<Item = (f32, f32)> + 'a {
+        self.weight.iter().zip(solved).filter(|(_, v)| v.to_bits() != 0).map(|(w, v)| (*w, *v))
+    }
+
+    /// `tr((V−W)G(V−W)ᵀ) / tr(WGWᵀ)`.
+    pub(crate) fn rel_error(&self, solved: &[f32]) -> f64 {
+        quadratic::error(solved, &self.weight, &self.gram, None, self.columns)
+            / quadratic::energy(&self.weight, &self.gram, self.columns)
+    }
+}
+
+/// A random problem with correlated inputs.
+pub(crate) fn random(seed: u64, rows: usize, columns: usize, tokens: usize) -> LayerProblem {
+    let x = oracle::inputs(seed, tokens, columns);
+    let gram = oracle::gram(&x, &x, columns).iter().map(|&v| v as f32).collect();
+    LayerProblem::new(oracle::random(seed + 100, rows * columns), gram, columns, tokens)
+}
+
+/// Unstructured and N:M patterns; the latter need widths divisible by 4 and 8.
+pub(crate) fn patterns() -> Vec<Pattern> {
+    vec![
+        Pattern::Unstructured { sparsity: 0.5 },
+        Pattern::Unstructured { sparsity: 0.731 },
+        Pattern::NofM { keep: 2, of: 4 },
+        Pattern::NofM { keep: 5, of: 8 },
+        Pattern::NofM { keep: 1, of: 4 },
+    ]
+}
+
+/// Solves with a method by name.
+pub(crate) fn solution(method: &str, params: &Value, problem: &LayerProblem, pattern: Pattern) -> Solution {
+    let (solver, _) = build(method, params).unwrap();
+    solver.supports(pattern).unwrap();
+    let ctx = SolveCtx::default();
+    let group = solver.prepare(Arc::clone(&problem.stats), &ctx).unwrap();
+    group.solve(&Problem { tensor: "a.weight", weight: &problem.tensor(), pattern }, &ctx).unwrap()
+}
+
+/// The values of [`solution`].
+pub(crate) fn solve(method: &str, params: Value, problem: &LayerProblem, pattern: Pattern) -> Vec<f32> {
+    values(&solution(method, &params, problem, pattern).weight).unwrap()
+}
+
+/// Counts exact zeros with a positive sign.
+pub(crate) fn zeros(solved: &[f32]) -> usize {
+    solved.iter().filter(|v| v.to_bits() == 0).count()
+}
+
+pub(crate) fn assert_obeys(solved: &[f32], columns: usize, pattern: Pattern) {
+    assert!(solved.iter().all(|v| v.is_finite()));
+    assert_eq!(zeros(solved), pattern.zeros(solved.len() / columns, columns), "{pattern}");
+    if let Pattern::NofM { keep, of } = pattern {
+        assert!(solved.chunks(of).all(|group| zeros(group) == of - keep), "{pattern}");
+    }
+}
+
+/// ALGORITHMS.md §11, *All*.
+pub(crate) fn assert_obeys_invariants(method: &str, params: Value, pattern: Pattern) {
+    // Widths that no block divides; fewer tokens than inputs; a dead channel; many equal weights.
+    for (seed, rows, columns, tokens) in [(1, 7, 24, 60), (2, 33, 136, 400), (3, 5, 40, 11), (4, 1, 8, 30)] {
+        let mut problem = random(seed, rows, columns, tokens);
+        if seed == 2 {
+            let mut gram = problem.gram.clone();
+            (0..columns).for_each(|j| (gram[5 * columns + j], gram[j * columns + 5]) = (0.0, 0.0));
+            problem = LayerProblem::new(problem.weight, gram, columns, tokens);
+        }
+        if seed == 3 {
+            let tied = problem.weight.iter().map(|w| if *w < 0.0 { -0.25 } else { 0.25 }).collect();
+            problem = LayerProblem::new(tied, problem.gram, columns, tokens);
+        }
+        let solved = solve(method, params.clone(), &problem, pattern);
+        assert_obeys(&solved, columns, pattern);
+
+        let threads = oracle::with_threads(3, || solve(method, params.clone(), &problem, pattern));
+        assert_eq!(threads, solved, "{method} {pattern}: bits depend on threads");
+
+        let gram = problem.gram.iter().map(|g| g * 4.0).collect();
+        let louder = LayerProblem::new(problem.weight.clone(), gram, columns, tokens);
+        let louder = solve(method, params.clone(), &louder, pattern);
+        let same = louder.iter().zip(&solved).filter(|(a, b)| (a.to_bits() == 0) == (b.to_bits() == 0)).count();
+        assert_eq!(same, solved.len(), "{method} {pattern}: the support depends on the inputs' scale");
+
+        let nothing = match pattern {
+            Pattern::Unstructured { .. } => Pattern::Unstructured { sparsity: 0.0 },
+            Pattern::NofM { of, .. } => Pattern::NofM { keep: of, of },
+        };
+        assert_eq!(
+            solve(method, params.clone(), &problem, nothing),
+            problem.weight,
+            "{method}: sparsity 0 changes weights"
+        );
+    }
+}
+
+/// What the authors' code made of a golden problem.
+pub(crate) struct Reference {
+    pub(crate) pattern: Pattern,
+    pub(crate) support: Vec<bool>,
+    pub(crate) error: f64,
+}
+
+/// A golden problem, and `method`'s reference solutions at 50 %, 70 % and 2:4.
+pub(crate) fn golden(file: &str, method: &str) -> (LayerProblem, Vec<Reference>) {
+    let path = format!("{}/../tests/golden/problems/{file}.safetensors", env!("CARGO_MANIFEST_DIR"));
+    let tensors: HashMap<String, Tensor> = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    let columns = tensors["gram"].dim(0).unwrap();
+    // The files hold sums; 8192 stands for the tokens, and only scales.
+    let gram = values(&tensors["gram"]).unwrap().iter().map(|g| g / 8192.0).collect();
+    let problem = LayerProblem::new(values(&tensors["weight"]).unwrap(), gram, columns, 8192);
+    let references = [
+        ("50", Pattern::Unstructured { sparsity: 0.5 }),
+        ("70", Pattern::Unstructured { sparsity: 0.7 }),
+        ("2of4", Pattern::NofM { keep: 2, of: 4 }),
+    ]
+    .map(|(case, pattern)| {
+        if let Some(solution) = tensors.get(&format!("{method}_{case}")) {
+            let solution = values(solution).unwrap();
+            let error = problem.rel_error(&solution);
+            return Reference { pattern, support: solution.iter().map(|v| v.abs() > 0.0).collect(), error };
+        }
+        let bits: Vec<u8> = tensors[&format!("{method}_{case}.support")].to_vec1().unwrap();
+        let support = (0..problem.weight.len()).map(|i| bits[i / 8] >> (i % 8) & 1 == 1).collect();
+        let error =
+            tensors[&format!("{method}_{case}.error")].to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap()[0];
+        Reference { pattern, support, error }
+    });
+    (problem, references.into())
+}
+
+/// Share of the weights kept by both among those the reference keeps.
+pub(crate) fn overlap(solved: &[f32], reference: &[bool]) -> f64 {
+    let both = solved.iter().zip(reference).filter(|(v, r)| v.abs() > 0.0 && **r).count();
+    both as f64 / reference.iter().filter(|r| **r).count() as f64
+}
+
+/// Support overlap of at least `least_overlap` and an error of at most `most_error` times the reference's, on both problems.
+pub(crate) fn assert_agrees_with_reference(
+    method: &str,
+    params: Value,
+    reference: &str,
+    least_overlap: f64,
+    most_error: f64,
+) {
+    for file in ["synthetic_64x96", "smollm2_layer2_v_proj"] {
+        let (problem, references) = golden(file, reference);
+        for Reference { pattern, support, error } in references {
+            let solved = solve(method, params.clone(), &problem, pattern);
+            assert_obeys(&solved, problem.columns, pattern);
+            let (overlap, found) = (overlap(&solved, &support), problem.rel_error(&solved));
+            // Four digits are known of the reference's error on the real problem.
+            assert!(
+                overlap >= least_overlap && found <= error * most_error + 5e-6,
+                "{file} {pattern}: overlap {overlap:.5}, error {found:.6} against {error:.6}"
+            );
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! Re-checks every solution in production: no solver marks its own work.
+
+use candle_core::{DType, Tensor};
+use espalier_common::fault::FaultClass;
+use espalier_common::pattern::Pattern;
+
+use super::{InputStats, Problem};
+use crate::linalg::quadratic::{self, Correction};
+use crate::linalg::values;
+
+/// What is wrong with a solution. All of these are bugs of ours, but for a failing backend.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// Another shape than the dense weight's.
+    #[error("solution of {tensor} has shape {found:?}, but its weight has {expected:?}")]
+    Shape {
+        /// The sublayer.
+        tensor: String,
+        /// Shape of the solution.
+        found: Vec<usize>,
+        /// Shape of the weight.
+        expected: Vec<usize>,
+    },
+    /// NaN or infinity.
+    #[error("solution of {tensor} is not finite at row {row}, column {column}")]
+    NotFinite {
+        /// The sublayer.
+        tensor: String,
+        /// Output channel.
+        row: usize,
+        /// Input channel.
+        column: usize,
+    },
+    /// Too few zeros, or more than the pattern and the zeros of the dense weight explain.
+    #[error("solution of {tensor} has {found} zeros, but pattern {pattern} asks for {expected}")]
+    Zeros {
+        /// The sublayer.
+        tensor: String,
+        /// The pattern.
+        pattern: Pattern,
+        /// Zeros found.
+        found: usize,
+        /// Zeros asked for.
+        expected: usize,
+    },
+    /// A group keeps too many.
+    #[error("solution of {tensor} breaks pattern {pattern} at row {row}, column {column}")]
+    Group {
+        /// The sublayer.
+        tensor: String,
+        /// The pattern.
+        pattern: Pattern,
+        /// Output channel.
+        row: usize,
+        /// First input channel of the group.
+        column: usize,
+    },
+    /// The tensor library failed.
+    #[error("tensor backend failed")]
+    Backend(#[from] candle_core::Error),
+}
+
+impl VerifyError {
+    /// What may be done about it.
+    pub fn class(&self) -> FaultClass {
+        match self {
+            Self::Backend(_) => FaultClass::RetryElsewhere,
+            _ => FaultClass::Bug,
+        }
+    }
+}
+
+/// A solution that was found to be in order.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Verified {
+    /// ‖W'X̂ − WX‖² / ‖WX‖² on the calibration inputs; 0 if ‖WX‖ is.
+    pub rel_error: f64,
+    /// The same on the held-out inputs.
+    pub held_out_error: Option<f64>,
+    /// Weights that are zero.
+    pub zeros: u64,
+    /// All weights.
+    pub elements: u64,
+}
+
+/// Checks `solution [out, in]`, as it will be stored, against the problem's pattern, and measures its error.
+///
+/// Weights that were zero in the dense matrix may stay zero where the pattern keeps them.
+///
+/// # Errors
+/// See [`VerifyError`].
+pub fn verify(problem: &Problem<'_>, stats: &InputStats, solution: &Tensor) -> Result<Verified, VerifyError> {
+    let tensor = || problem.tensor.to_owned();
+    if solution.dims() != problem.weight.dims() {
+        let (found, expected) = (solution.dims().to_vec(), problem.weight.dims().to_vec());
+        return Err(VerifyError::Shape { tensor: tensor(), found, expected });
+    }
+    let (rows, columns) = problem.weight.dims2()?;
+    let dense = values(problem.weight)?;
+    let solved = values(solution)?;
+    if let Some(index) = solved.iter().position(|value| !value.is_finite()) {
+        return Err(VerifyError::NotFinite { tensor: tensor(), row: index / columns, column: index % columns });
+    }
+    let pattern = problem.pattern;
+    let zeros = count_zeros(&solved);
+    let explained = solved.iter().zip(&dense).filter(|(v, w)| is_zero(**v) && is_zero(**w)).count();
+    let expected = pattern.zeros(rows, columns);
+    if zeros < expected || zeros > expected + explained {
+        return Err(VerifyError::Zeros { tensor: tensor(), pattern, found: zeros, expected });
+    }
+    if let Pattern::NofM { keep, of } = pattern
+        && let Some(group) = solved.chunks(of).position(|group| count_zeros(group) < of - keep)
+    {
+        let index = group * of;
+        return Err(VerifyError::Group { tensor: tensor(), pattern, row: index / columns, column: index % columns });
+    }
+    let held_out_error = stats.held_out.as_deref().map(|held_out| rel_error(&solved, &dense, held_out)).transpose()?;
+    Ok(Verified {
+        rel_error: rel_error(&solved, &dense, stats)?,
+        held_out_error,
+        zeros: zeros as u64,
+        elements: solved.len() as u64,
+    })
+}
+
+/// Casts a solution to the type it is stored in, so that what was kept stays kept: a value that the cast would round to zero
+/// becomes the smallest one of its sign.
+///
+/// # Errors
+/// What the tensor backend says.
+pub fn cast(solution: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
+    let smallest = match dtype {
+        DType::F16 => half::f16::from_bits(1).to_f32(),
+        DType::BF16 => half::bf16::from_bits(1).to_f32(),
+        _ => return solution.to_dtype(dtype),
+    };
+    let narrow = solution.to_dtype(dtype)?;
+    let exact = values(solution)?;
+    let mut rounded = values(&narrow)?;
+    let mut lost = false;
+    for (rounded, exact) in rounded.iter_mut().zip(&exact) {
+        if is_zero(*rounded) && !is_zero(*exact) {
+            *rounded = smallest.copysign(*exact);
+            lost = true;
+        }
+    }
+    if lost { Tensor::from_vec(rounded, solution.shape(), solution.device())?.to_dtype(dtype) } else { Ok(narrow) }
+}
+
+/// ‖V·X̂ᵀ − W·Xᵀ‖² / ‖W·Xᵀ‖².
+fn rel_error(solved: &[f32], dense: &[f32], stats: &InputStats) -> Result<f64, VerifyError> {
+    let n = stats.gram.dim(0)?;
+    let gram = values(&stats.gram)?;
+    let (error, total) = match &stats.dense {
+        None => (quadratic::error(solved, dense, &gram, None, n), quadratic::energy(dense, &gram, n)),
+        Some(statistics) => {
+            let dense_gram = values(&statistics.gram)?;
+            let correction = Correction::new(&gram, &values(&statistics.cross)?, &dense_gram, n);
+            let error = quadratic::error(solved, dense, &gram, Some(&correction), n);
+            (error, quadratic::energy(dense, &dense_gram, n))
+        }
+    };
+    Ok(if total > 0.0 { error.max(0.0) / total } else { 0.0 })
+}
+
+fn is_zero(value: f32) -> bool {
+    value.to_bits() & 0x7fff_ffff == 0
+}
+
+fn count_zeros(values: &[f32]) -> usize {
+    values.iter().filter(|value| is_zero(**value)).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::linalg::matrix;
+    use crate::prune::fixture;
+
+    const HALF: Pattern = Pattern::Unstructured { sparsity: 0.5 };
+
+    fn check(dense: &[f32], solved: &[f32], pattern: Pattern) -> Result<Verified, VerifyError> {
+        let columns = 4;
+        let weight = matrix(dense.to_vec(), columns, &Device::Cpu).unwrap();
+        let solution = matrix(solved.to_vec(), columns, &Device::Cpu).unwrap();
+        let mut gram = vec![0.0; 16];
+        (0..4).for_each(|j| gram[j * 5] = 1.0);
+        let stats = fixture::LayerProblem::new(dense.to_vec(), gram, columns, 10).stats;
+        verify(&Problem { tensor: "a.weight", weight: &weight, pattern }, &stats, &solution)
+    }
+
+    #[test]
+    fn a_sound_solution_is_measured() {
+        let verified = check(&[1.0, 2.0, 3.0, 4.0], &[0.0, 0.0, 3.0, 4.0], HALF).unwrap();
+        assert!((verified.rel_error - 5.0 / 30.0).abs() < 1e-12);
+        assert_eq!((verified.zeros, verified.elements, verified.held_out_error), (2, 4, None));
+    }
+
+    #[test]
+    fn wrong_counts_groups_and_values_are_found() {
+        let dense = [1.0, 2.0, 3.0, 4.0, 1.0, 1.0, 1.0, 1.0];
+        let two_of_four = Pattern::NofM { keep: 2, of: 4 };
+        let few = check(&dense, &[0.0, 0.0, 3.0, 4.0, 0.0, 1.0, 1.0, 1.0], HALF);
+        assert!(matches!(few, Err(VerifyError::Zeros { found: 3, expected: 4, .. })));
+        let many = check(&dense, &[0.0, 0.0, 0.0, 4.0, 0.0, 1.0, 0.0, 1.0], HALF);
+        assert!(matches!(many, Err(VerifyError::Zeros { found: 5, .. })));
+        let group = check(&dense, &[0.0, 2.0, 3.0, 4.0, 0.0, 0.0, 0.0, 1.0], two_of_four);
+        assert!(matches!(group, Err(VerifyError::Group { row: 0, column: 0, .. })));
+        let nan = check(&dense, &[0.0, 2.0, 0.0, f32::NAN, 0.0, 0.0, 1.0, 1.0], two_of_four);
+        assert!(matches!(nan, Err(VerifyError::NotFinite { row: 0, column: 3, .. })));
+    }
+
+    #[test]
+    fn zeros_of_the_dense_weight_may_be_kept() {
+        assert_eq!(check(&[0.0, 0.0, 0.0, 4.0], &[0.0, 0.0, 0.0, 4.0], HALF).unwrap().zeros, 3);
+    }
+
+    #[test]
+    fn the_cast_keeps_what_was_kept() {
+        let exact = matrix(vec![1e-30, -1e-30, 0.0, 1.0], 4, &Device::Cpu).unwrap();
+        let stored = values(&cast(&exact, DType::F16).unwrap()).unwrap();
+        assert!(stored[0] > 0.0 && stored[1] < 0.0 && stored[2].to_bits() == 0);
+    }
+}

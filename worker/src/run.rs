@@ -1,0 +1,231 @@
+//! What the units of one run share: the job, the store, the tokens, the model, the solver.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use candle_core::Device;
+use espalier_common::calibration::{TokenBlock, TokenBlockError};
+use espalier_common::checkpoint::{self, Checkpoint, CheckpointError};
+use espalier_common::fault::FaultClass;
+use espalier_common::ids::{LayerIndex, RunId};
+use espalier_common::job::{JobError, JobSpec};
+use espalier_common::outline::{LayerOutline, ModelOutline};
+use espalier_common::pattern::{Pattern, PatternError};
+use espalier_common::report::Artifact;
+use espalier_common::store::{self, BlobStore, StoreError};
+
+use crate::artifact::{self, ArtifactError};
+use crate::model::{self, Decoder, ModelError};
+use crate::prune::{self, MethodError, SolveError, Solver};
+
+/// Why a job cannot be worked on here.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// Not a job.
+    #[error("the job cannot be read")]
+    Syntax(#[source] serde_json::Error),
+    /// See the job.
+    #[error(transparent)]
+    Job(#[from] JobError),
+    /// See the pattern.
+    #[error(transparent)]
+    Pattern(#[from] PatternError),
+    /// See the method.
+    #[error("[method]")]
+    Method(#[from] MethodError),
+    /// The method does not cover the pattern.
+    #[error(transparent)]
+    Unsupported(#[from] SolveError),
+    /// See the checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// See the model.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// See the store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// See the artifact.
+    #[error(transparent)]
+    Artifact(#[from] ArtifactError),
+    /// The token block cannot be read.
+    #[error("{name}")]
+    Tokens {
+        /// The artifact.
+        name: String,
+        /// What is wrong with it.
+        #[source]
+        source: TokenBlockError,
+    },
+    /// The token block is not the one that the job describes.
+    #[error("{name} has {sequences} sequences of {length} tokens, but the job asks for {samples} of {asked}")]
+    TokenShape {
+        /// The artifact.
+        name: String,
+        /// Sequences found.
+        sequences: usize,
+        /// Tokens in each.
+        length: usize,
+        /// `[calibration] samples`.
+        samples: usize,
+        /// `[calibration] sequence_length`.
+        asked: usize,
+    },
+}
+
+impl RunError {
+    /// What may be done about it.
+    pub fn class(&self) -> FaultClass {
+        match self {
+            Self::Syntax(_) | Self::Job(_) | Self::Pattern(_) | Self::Method(_) | Self::TokenShape { .. } => {
+                FaultClass::Reject
+            }
+            Self::Unsupported(error) => error.class(),
+            Self::Checkpoint(error) => error.class(),
+            Self::Model(error) => error.class(),
+            Self::Store(error) => error.class(),
+            Self::Artifact(error) => error.class(),
+            Self::Tokens { .. } => FaultClass::Bug,
+        }
+    }
+}
+
+/// A job's method made ready.
+pub struct Method {
+    /// The solver.
+    pub solver: Box<dyn Solver>,
+    /// Version of its output bits.
+    pub version: &'static str,
+    /// Its parameters with every default filled in.
+    pub params: serde_json::Value,
+}
+
+/// Reads a job as it came over the wire and checks what can be checked without files.
+///
+/// # Errors
+/// `Syntax`, `Job`.
+pub fn parse_job(json: &str) -> Result<JobSpec, RunError> {
+    let job: JobSpec = serde_json::from_str(json).map_err(RunError::Syntax)?;
+    job.validate()?;
+    Ok(job)
+}
+
+/// Builds the job's method and asks whether it covers the job's pattern.
+///
+/// # Errors
+/// `Method`, `Unsupported`.
+pub fn build_method(job: &JobSpec) -> Result<Method, RunError> {
+    let name = job.method.name.as_str();
+    let (solver, params) = prune::build(name, &serde_json::Value::Object(job.method.params.clone()))?;
+    let version = prune::METHODS.iter().find(|method| method.name == name).expect("it was just built").version;
+    solver.supports(job.pattern()?)?;
+    Ok(Method { solver, version, params })
+}
+
+/// A model that is open: headers read, no weights.
+pub struct Model {
+    /// Its files.
+    pub checkpoint: Arc<dyn Checkpoint>,
+    /// Its shape, and the way to its weights.
+    pub decoder: Box<dyn Decoder>,
+}
+
+/// Opens the model that a URI names.
+///
+/// # Errors
+/// `Checkpoint`, `Model`.
+pub fn open_model(uri: &str, device: &Device) -> Result<Model, RunError> {
+    let checkpoint = checkpoint::open(&PathBuf::from(uri))?;
+    let decoder = model::open(Arc::clone(&checkpoint), device)?;
+    Ok(Model { checkpoint, decoder })
+}
+
+/// Reads and checks a token block of the run's store.
+///
+/// # Errors
+/// `Artifact`, `Tokens`.
+pub fn read_tokens(store: &dyn BlobStore, artifact: &Artifact) -> Result<TokenBlock, RunError> {
+    let bytes = artifact::read(store, artifact)?;
+    TokenBlock::from_bytes(&bytes).map_err(|source| RunError::Tokens { name: artifact.name.clone(), source })
+}
+
+/// Says what a job's model is made of, with everything checked that headers can tell.
+///
+/// # Errors
+/// See [`RunError`].
+pub fn inspect(job_json: &str) -> Result<ModelOutline, RunError> {
+    let job = parse_job(job_json)?;
+    let (method, pattern) = (build_method(&job)?, job.pattern()?);
+    let Model { checkpoint, decoder } = open_model(&job.model.source, &Device::Cpu)?;
+    let layers: Vec<LayerOutline> = (0..decoder.layers())
+        .map(|layer| decoder.outline(LayerIndex(layer as u32)))
+        .collect::<Result<_, ModelError>>()?;
+    for sublayer in layers.iter().flat_map(LayerOutline::sublayers) {
+        pattern.validate_for(&sublayer.tensor, sublayer.columns)?;
+    }
+    let all_bytes: usize =
+        checkpoint.names().iter().filter_map(|name| checkpoint.header(name)).map(|h| h.bytes()).sum();
+    let layer_bytes: u64 = layers.iter().map(|layer| layer.bytes).sum();
+    Ok(ModelOutline {
+        family: decoder.family().to_owned(),
+        hidden_size: decoder.hidden_size(),
+        vocabulary_size: decoder.vocabulary_size(),
+        max_sequence_length: decoder.max_sequence_length(),
+        other_bytes: (all_bytes as u64).saturating_sub(layer_bytes),
+        method_version: method.version.to_owned(),
+        method_params: method.params,
+        layers,
+    })
+}
+
+/// One run, as a worker that is attached to it has it.
+pub struct Run {
+    /// Its name.
+    pub id: RunId,
+    /// What is computed.
+    pub job: JobSpec,
+    /// The job as it came, to tell whether a second `Prepare` says the same.
+    pub job_json: String,
+    /// Where its artifacts are.
+    pub store: Arc<dyn BlobStore>,
+    /// The calibration tokens.
+    pub tokens: TokenBlock,
+    /// The model.
+    pub model: Model,
+    /// The solver.
+    pub method: Method,
+    /// What computes.
+    pub device: Device,
+}
+
+impl Run {
+    /// Opens everything that the run's units share.
+    ///
+    /// # Errors
+    /// See [`RunError`].
+    pub fn open(id: RunId, job_json: String, run_url: &str, tokens: &Artifact) -> Result<Self, RunError> {
+        let job = parse_job(&job_json)?;
+        let method = build_method(&job)?;
+        let store = store::open(run_url)?;
+        let name = tokens.name.clone();
+        let tokens = read_tokens(&*store, tokens)?;
+        let (samples, asked) = (job.calibration.samples, job.calibration.sequence_length);
+        let (sequences, length) = (tokens.sequences(), tokens.sequence_length());
+        if (sequences, length) != (samples, asked) {
+            return Err(RunError::TokenShape { name, sequences, length, samples, asked });
+        }
+        let device = Device::Cpu;
+        let model = open_model(&job.model.source, &device)?;
+        Ok(Self { id, job, job_json, store, tokens, model, method, device })
+    }
+
+    /// The pattern that a layer is to get.
+    ///
+    /// # Errors
+    /// `Syntax`, `Pattern`.
+    pub fn layer_pattern(json: &str) -> Result<Pattern, RunError> {
+        let pattern: Pattern = serde_json::from_str(json).map_err(RunError::Syntax)?;
+        pattern.validate()?;
+        Ok(pattern)
+    }
+}

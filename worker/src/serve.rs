@@ -1,0 +1,156 @@
+//! A worker's life: bind, serve, register, work, leave.
+
+use std::num::NonZero;
+use std::sync::Arc;
+use std::time::Duration;
+
+use espalier_common::fault::FaultClass;
+use espalier_common::tasks::TaskGroup;
+use espalier_proto::v1 as pb;
+use tokio::runtime::{Builder, Runtime};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::calibrate::cache::ActivationCache;
+use crate::config::WorkerSection;
+use crate::device::thread::build_compute_pool;
+use crate::device::{DeviceError, DeviceThread, memory};
+use crate::fleet::{CallError, CoordinatorClient, Membership};
+use crate::server::{Listener, ServerError};
+use crate::session::Session;
+
+/// Threads that answer RPCs and move hidden states; compute has its own.
+const RUNTIME_THREADS: usize = 2;
+
+/// Ends of units that wait to be reported.
+const REPORTS: usize = 16;
+
+/// What a worker that was told to stop may take to say goodbye and to end its units.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Memory of a machine that does not tell.
+const ASSUMED_MACHINE_BYTES: u64 = 4 << 30;
+
+/// Why a worker ended without having been told to.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// Nobody to work for.
+    #[error("worker.coordinator is not set: give --coordinator URL")]
+    NoCoordinator,
+    /// The runtime or its signals cannot be had.
+    #[error("cannot start the runtime")]
+    Runtime(#[source] std::io::Error),
+    /// See the device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// See the server.
+    #[error(transparent)]
+    Server(#[from] ServerError),
+    /// See the fleet.
+    #[error(transparent)]
+    Coordinator(#[from] CallError),
+}
+
+impl ServeError {
+    /// What may be done about it.
+    pub fn class(&self) -> FaultClass {
+        match self {
+            Self::NoCoordinator | Self::Server(ServerError::Bind { .. }) => FaultClass::Reject,
+            Self::Runtime(_) | Self::Device(_) | Self::Server(ServerError::Serve(_)) => FaultClass::RetryElsewhere,
+            Self::Coordinator(error) => error.class(),
+        }
+    }
+}
+
+/// Works until a signal (or the end of standard input, if `exit_with_stdin`) says stop.
+///
+/// # Errors
+/// See [`ServeError`].
+pub fn run(config: &WorkerSection, exit_with_stdin: bool) -> Result<(), ServeError> {
+    let available = || std::thread::available_parallelism().map_or(1, NonZero::get);
+    let threads = config.threads.unwrap_or_else(available).max(1);
+    build_compute_pool(threads)?;
+    let runtime = Builder::new_multi_thread()
+        .worker_threads(RUNTIME_THREADS)
+        .thread_name("runtime")
+        .enable_all()
+        .build()
+        .map_err(ServeError::Runtime)?;
+    let ended = runtime.block_on(live(config, threads, exit_with_stdin, &runtime));
+    // A unit deep in a product does not hear of cancellation at once; the process does not wait for it.
+    runtime.shutdown_background();
+    ended
+}
+
+async fn live(
+    config: &WorkerSection,
+    threads: usize,
+    exit_with_stdin: bool,
+    runtime: &Runtime,
+) -> Result<(), ServeError> {
+    let url = config.coordinator.as_deref().ok_or(ServeError::NoCoordinator)?;
+    let listener = Listener::bind(config.listen)?;
+    let client = CoordinatorClient::new(url)?;
+    let stop = stop_signal(exit_with_stdin)?;
+    let machine_bytes = memory::machine_bytes().unwrap_or(ASSUMED_MACHINE_BYTES);
+    let memory_bytes = config.memory_budget.unwrap_or(machine_bytes / 4);
+    let cache = ActivationCache::new(memory_bytes, config.scratch.clone().unwrap_or_else(std::env::temp_dir));
+    let (reporter, reports) = mpsc::channel(REPORTS);
+    let session = Session::new(DeviceThread::start()?, cache, reporter, runtime.handle().clone());
+    let offer = pb::RegisterRequest {
+        name: config.name.clone().unwrap_or_else(default_name),
+        endpoint: listener.endpoint(),
+        build: env!("CARGO_PKG_VERSION").to_owned(),
+        instruction_set: memory::instruction_set(),
+        threads: threads as u32,
+        memory_bytes,
+        device: "cpu".to_owned(),
+        gflops: memory::measure_gflops(),
+    };
+    tracing::info!(endpoint = %offer.endpoint, threads, memory_bytes, gflops = offer.gflops, "serving");
+    let membership = Membership::new(client, Arc::clone(&session), offer);
+    let tasks = TaskGroup::new();
+    let ended = tokio::select! {
+        () = stop => Ok(()),
+        Err(error) = membership.run(reports) => Err(ServeError::from(error)),
+        served = listener.serve(Arc::clone(&session), tasks.clone(), tasks.token()) => served.map_err(Into::into),
+    };
+    session.drain();
+    if ended.is_ok() {
+        tracing::info!("leaving");
+        membership.leave(GRACE / 2).await;
+    }
+    if !tasks.shut_down(GRACE / 2).await {
+        tracing::warn!("transfers did not end in time");
+    }
+    ended
+}
+
+/// Resolves on SIGTERM, on Ctrl-C, or at the end of standard input.
+fn stop_signal(exit_with_stdin: bool) -> Result<impl Future<Output = ()>, ServeError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Runtime)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(ServeError::Runtime)?;
+    let (closed, stdin) = oneshot::channel();
+    if exit_with_stdin {
+        let wait = move || {
+            // Whatever arrives is thrown away; an error means the same as the end.
+            let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+            let _ = closed.send(());
+        };
+        std::thread::Builder::new().name("stdin".to_owned()).spawn(wait).map_err(ServeError::Runtime)?;
+    }
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            Ok(()) = stdin => {}
+        }
+    })
+}
+
+/// Host and process.
+fn default_name() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host = if host.trim().is_empty() { "worker" } else { host.trim() };
+    format!("{host}-{}", std::process::id())
+}

@@ -1,0 +1,197 @@
+//! The worker's services: decoding, a call into the session, encoding.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use espalier_common::fault::Fault;
+use espalier_common::ids::{Boundary, Unit};
+use espalier_common::tasks::TaskGroup;
+use espalier_common::wire::{WireError, lease_from_wire, run_from_wire};
+use espalier_proto::v1 as pb;
+use espalier_proto::v1::activations_server::ActivationsServer;
+use espalier_proto::v1::worker_server::{Worker, WorkerServer};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Response, Status};
+
+use crate::evaluation::Evaluation;
+use crate::run::{self, Run};
+use crate::session::{Session, SessionError, Work};
+use crate::transport::grpc::{ActivationService, HTTP2_WINDOW_BYTES, MESSAGE_LIMIT_BYTES};
+
+/// Why the services cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The server ended by itself.
+    #[error("the server failed")]
+    Serve(#[source] tonic::transport::Error),
+}
+
+/// A listener that is bound, so that its address is known before anybody is told of it.
+pub struct Listener {
+    incoming: TcpIncoming,
+    address: SocketAddr,
+}
+
+impl Listener {
+    /// Binds the address; port 0 takes a free one.
+    ///
+    /// # Errors
+    /// `Bind`.
+    pub fn bind(address: SocketAddr) -> Result<Self, ServerError> {
+        let failed = |source| ServerError::Bind { address, source };
+        let incoming = TcpIncoming::bind(address).map_err(failed)?;
+        let address = incoming.local_addr().map_err(failed)?;
+        Ok(Self { incoming: incoming.with_nodelay(Some(true)).with_keepalive(Some(Duration::from_secs(30))), address })
+    }
+
+    /// Where others reach the services.
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Serves until the token is cancelled.
+    ///
+    /// # Errors
+    /// `Serve`.
+    pub async fn serve(
+        self,
+        session: Arc<Session>,
+        tasks: TaskGroup,
+        token: CancellationToken,
+    ) -> Result<(), ServerError> {
+        let activations = ActivationService::new(session.holdings().clone(), tasks);
+        Server::builder()
+            .initial_stream_window_size(HTTP2_WINDOW_BYTES)
+            .initial_connection_window_size(HTTP2_WINDOW_BYTES)
+            .http2_keepalive_interval(Some(Duration::from_secs(10)))
+            .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+            .add_service(WorkerServer::new(WorkerService { session }).max_decoding_message_size(MESSAGE_LIMIT_BYTES))
+            .add_service(ActivationsServer::new(activations).max_decoding_message_size(MESSAGE_LIMIT_BYTES))
+            .serve_with_incoming_shutdown(self.incoming, token.cancelled_owned())
+            .await
+            .map_err(ServerError::Serve)
+    }
+}
+
+/// What the coordinator calls.
+struct WorkerService {
+    session: Arc<Session>,
+}
+
+fn malformed(error: &WireError) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+fn started(result: Result<(), SessionError>) -> Response<pb::Started> {
+    Response::new(pb::Started { fault: result.err().map(|error| error.fault().into()) })
+}
+
+/// Runs what reads files off the runtime's threads.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Status> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Status::internal(error.to_string()))
+}
+
+impl WorkerService {
+    fn start(
+        &self,
+        lease: Option<pb::Lease>,
+        work: impl FnOnce(Unit) -> Result<Work, Status>,
+    ) -> Result<Response<pb::Started>, Status> {
+        let lease = lease.ok_or(WireError::Missing("lease")).and_then(lease_from_wire);
+        let (run, lease) = lease.map_err(|error| malformed(&error))?;
+        Ok(started(self.session.start(&run, lease, work(lease.unit)?)))
+    }
+}
+
+fn source(source: Option<pb::Source>) -> Result<espalier_common::wire::Source, Status> {
+    source.ok_or(WireError::Missing("source")).and_then(TryInto::try_into).map_err(|error| malformed(&error))
+}
+
+fn artifact(artifact: Option<pb::Artifact>) -> Result<espalier_common::report::Artifact, Status> {
+    artifact.ok_or(WireError::Missing("tokens")).and_then(TryInto::try_into).map_err(|error| malformed(&error))
+}
+
+fn wrong_kind(unit: Unit) -> Status {
+    Status::invalid_argument(format!("the lease is for {unit}, which is not what this call starts"))
+}
+
+#[tonic::async_trait]
+impl Worker for WorkerService {
+    async fn inspect(&self, request: Request<pb::InspectRequest>) -> Result<Response<pb::InspectResponse>, Status> {
+        let job = request.into_inner().job_json;
+        let result = match blocking(move || run::inspect(&job)).await? {
+            Ok(outline) => pb::inspect_response::Result::Outline(outline.into()),
+            Err(error) => pb::inspect_response::Result::Fault(Fault::new(error.class(), &error).into()),
+        };
+        Ok(Response::new(pb::InspectResponse { result: Some(result) }))
+    }
+
+    async fn prepare(&self, request: Request<pb::PrepareRequest>) -> Result<Response<pb::PrepareResponse>, Status> {
+        let request = request.into_inner();
+        let run = run_from_wire(request.run).map_err(|error| malformed(&error))?;
+        let tokens = artifact(request.tokens)?;
+        let session = Arc::clone(&self.session);
+        let prepared = move || session.prepare(run, request.job_json, &request.run_url, &tokens);
+        let fault = blocking(prepared).await?.err().map(|error| error.fault().into());
+        Ok(Response::new(pb::PrepareResponse { fault }))
+    }
+
+    async fn forward_layer(&self, request: Request<pb::ForwardLayerRequest>) -> Result<Response<pb::Started>, Status> {
+        let request = request.into_inner();
+        let source = source(request.source)?;
+        self.start(request.lease, |unit| match unit {
+            Unit::Forward(layer) => Ok(Work::Forward(layer, source)),
+            other => Err(wrong_kind(other)),
+        })
+    }
+
+    async fn prune_layer(&self, request: Request<pb::PruneLayerRequest>) -> Result<Response<pb::Started>, Status> {
+        let request = request.into_inner();
+        let source = source(request.source)?;
+        let pattern = match Run::layer_pattern(&request.pattern_json) {
+            Ok(pattern) => pattern,
+            Err(error) => return Ok(started(Err(error.into()))),
+        };
+        self.start(request.lease, |unit| match unit {
+            Unit::Prune(layer) => Ok(Work::Prune(layer, source, pattern)),
+            other => Err(wrong_kind(other)),
+        })
+    }
+
+    async fn evaluate(&self, request: Request<pb::EvaluateRequest>) -> Result<Response<pb::Started>, Status> {
+        let request = request.into_inner();
+        let (model, run_url, windows) = (request.model, request.run_url, request.windows);
+        let evaluation = Evaluation { model, tokens: artifact(request.tokens)?, run_url, windows };
+        self.start(request.lease, |unit| match unit {
+            Unit::Evaluate(_) => Ok(Work::Evaluate(evaluation)),
+            other => Err(wrong_kind(other)),
+        })
+    }
+
+    async fn abandon(&self, request: Request<pb::AbandonRequest>) -> Result<Response<pb::Abandoned>, Status> {
+        let lease = request.into_inner().lease.ok_or(WireError::Missing("lease")).and_then(lease_from_wire);
+        let (run, lease) = lease.map_err(|error| malformed(&error))?;
+        self.session.abandon(&run, lease);
+        Ok(Response::new(pb::Abandoned {}))
+    }
+
+    async fn release(&self, request: Request<pb::ReleaseRequest>) -> Result<Response<pb::Released>, Status> {
+        let request = request.into_inner();
+        let run = run_from_wire(request.run).map_err(|error| malformed(&error))?;
+        let boundaries: Vec<Boundary> = request.boundaries.into_iter().map(Boundary).collect();
+        self.session.release(&run, &boundaries);
+        Ok(Response::new(pb::Released {}))
+    }
+}

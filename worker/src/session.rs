@@ -1,0 +1,322 @@
+//! What this worker is doing: attached to one run at a time, with the units that it was given, each under its lease.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::Device;
+use espalier_common::fault::{Fault, FaultClass};
+use espalier_common::ids::{Boundary, LayerIndex, Lease, RunId, Unit};
+use espalier_common::pattern::Pattern;
+use espalier_common::report::{Artifact, Outcome};
+use espalier_common::wire::Source;
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+
+use crate::calibrate::cache::ActivationCache;
+use crate::device::{DeviceError, DeviceThread};
+use crate::evaluation::{Evaluation, evaluate};
+use crate::holdings::Holdings;
+use crate::layer_task::{prune_layer, run_dense_layer};
+use crate::run::{Run, RunError};
+use crate::source::Workplace;
+use crate::unit::{Progress, TaskError, UnitControl};
+
+/// What a unit asks for.
+#[derive(Debug, Clone)]
+pub enum Work {
+    /// Run a dense layer.
+    Forward(LayerIndex, Source),
+    /// Prune a layer.
+    Prune(LayerIndex, Source, Pattern),
+    /// Evaluate windows.
+    Evaluate(Evaluation),
+}
+
+/// How a unit ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct UnitReport {
+    /// Its run.
+    pub run: RunId,
+    /// The lease it ran under.
+    pub lease: Lease,
+    /// What came of it.
+    pub result: Result<Outcome, Fault>,
+    /// Boundaries that this worker now holds for the run.
+    pub held: Vec<Boundary>,
+}
+
+/// Why something was not started.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// Units of layers need `Prepare` first.
+    #[error("this worker is not prepared for run {run}")]
+    NotPrepared {
+        /// The run.
+        run: RunId,
+    },
+    /// The worker leaves.
+    #[error("this worker is leaving")]
+    Draining,
+    /// See the run.
+    #[error(transparent)]
+    Run(#[from] RunError),
+    /// See the device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+impl SessionError {
+    /// The error as it crosses the process boundary.
+    pub fn fault(&self) -> Fault {
+        let class = match self {
+            Self::NotPrepared { .. } => FaultClass::RetryHere,
+            Self::Draining => FaultClass::RetryElsewhere,
+            Self::Run(error) => error.class(),
+            Self::Device(DeviceError::Busy) => FaultClass::RetryHere,
+            Self::Device(_) => FaultClass::RetryElsewhere,
+        };
+        Fault::new(class, self)
+    }
+}
+
+/// What the worker is attached to.
+enum Attachment {
+    Nothing,
+    Prepared(Arc<Run>),
+    Draining,
+}
+
+/// A unit that this worker was given.
+struct Given {
+    lease: Lease,
+    control: Arc<UnitControl>,
+    ended: bool,
+}
+
+struct State {
+    attachment: Attachment,
+    /// Newest lease of each unit. Ended ones stay until their run goes: starting them again must change nothing.
+    units: BTreeMap<(RunId, Unit), Given>,
+}
+
+/// This worker's work.
+pub struct Session {
+    device: DeviceThread,
+    cache: ActivationCache,
+    holdings: Holdings,
+    reports: mpsc::Sender<UnitReport>,
+    runtime: Handle,
+    bytes_received: AtomicU64,
+    state: Mutex<State>,
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session").field("cache", &self.cache).finish_non_exhaustive()
+    }
+}
+
+impl Session {
+    /// A session that is attached to nothing. Ends of units go to `reports`; `runtime` fetches from peers.
+    pub fn new(
+        device: DeviceThread,
+        cache: ActivationCache,
+        reports: mpsc::Sender<UnitReport>,
+        runtime: Handle,
+    ) -> Arc<Self> {
+        let state = State { attachment: Attachment::Nothing, units: BTreeMap::new() };
+        Arc::new(Self {
+            device,
+            cache,
+            holdings: Holdings::default(),
+            reports,
+            runtime,
+            bytes_received: AtomicU64::new(0),
+            state: Mutex::new(state),
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // No code that can panic runs under this lock between two changes that belong together.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The boundaries that other workers may fetch.
+    pub fn holdings(&self) -> &Holdings {
+        &self.holdings
+    }
+
+    /// Bytes received from peers so far.
+    pub fn bytes_received(&self) -> u64 {
+        self.bytes_received.load(Ordering::Relaxed)
+    }
+
+    /// Attaches to a run, and lets go of any other. Blocking: reads the job's model headers and tokens.
+    ///
+    /// # Errors
+    /// `Run`, `Draining`.
+    pub fn prepare(&self, run: RunId, job_json: String, run_url: &str, tokens: &Artifact) -> Result<(), SessionError> {
+        match &self.state().attachment {
+            Attachment::Prepared(prepared) if prepared.id == run && prepared.job_json == job_json => return Ok(()),
+            Attachment::Draining => return Err(SessionError::Draining),
+            _ => {}
+        }
+        let opened = Arc::new(Run::open(run.clone(), job_json, run_url, tokens)?);
+        let mut state = self.state();
+        if matches!(state.attachment, Attachment::Draining) {
+            return Err(SessionError::Draining);
+        }
+        state.units.retain(|(other, _), given| {
+            let stays = *other == run;
+            if !stays {
+                given.control.cancel();
+            }
+            stays
+        });
+        self.holdings.keep_only(&run);
+        state.attachment = Attachment::Prepared(opened);
+        tracing::info!(%run, "attached");
+        Ok(())
+    }
+
+    /// Starts a unit, and returns. Under a lease that was started before, nothing changes; a newer lease for a unit puts an
+    /// end to the older one first.
+    ///
+    /// # Errors
+    /// `NotPrepared`, `Draining`, `Device`.
+    pub fn start(self: &Arc<Self>, run: &RunId, lease: Lease, work: Work) -> Result<(), SessionError> {
+        let mut state = self.state();
+        let attached = match &state.attachment {
+            Attachment::Draining => return Err(SessionError::Draining),
+            Attachment::Prepared(attached) if attached.id == *run => Some(Arc::clone(attached)),
+            _ => None,
+        };
+        if attached.is_none() && !matches!(work, Work::Evaluate(_)) {
+            return Err(SessionError::NotPrepared { run: run.clone() });
+        }
+        let key = (run.clone(), lease.unit);
+        if let Some(given) = state.units.get(&key) {
+            let is_late = given.lease.worker == lease.worker && given.lease.attempt > lease.attempt;
+            if given.lease == lease || is_late {
+                return Ok(());
+            }
+            given.control.cancel();
+        }
+        let control = Arc::new(UnitControl::default());
+        let (session, unit_run, unit_control) = (Arc::clone(self), run.clone(), Arc::clone(&control));
+        let job = move |device: &Device| session.carry_out(unit_run, lease, attached, &work, &unit_control, device);
+        self.device.submit(Box::new(job))?;
+        state.units.insert(key, Given { lease, control, ended: false });
+        tracing::info!(%run, %lease, "started");
+        Ok(())
+    }
+
+    /// Runs on the device thread: does the unit and reports its end, unless nobody wants it any more.
+    fn carry_out(
+        &self,
+        run: RunId,
+        lease: Lease,
+        attached: Option<Arc<Run>>,
+        work: &Work,
+        control: &UnitControl,
+        device: &Device,
+    ) {
+        let done = || self.execute(attached.as_deref(), work, control, device);
+        let result = if control.is_cancelled() {
+            Err(TaskError::Cancelled.fault())
+        } else {
+            match catch_unwind(AssertUnwindSafe(done)) {
+                Ok(result) => result.map_err(|error| error.fault()),
+                // The panic's own message went to stderr with its place.
+                Err(_) => Err(Fault { class: FaultClass::Bug, message: format!("{} panicked", lease.unit) }),
+            }
+        };
+        if let Some(given) = self.state().units.get_mut(&(run.clone(), lease.unit)).filter(|g| g.lease == lease) {
+            given.ended = true;
+        }
+        if control.is_cancelled() {
+            tracing::info!(%run, %lease, "abandoned");
+            return;
+        }
+        match &result {
+            Ok(_) => tracing::info!(%run, %lease, "done"),
+            Err(fault) => tracing::warn!(%run, %lease, class = ?fault.class, %fault, "failed"),
+        }
+        let held = self.holdings.boundaries(&run);
+        if self.reports.blocking_send(UnitReport { run, lease, result, held }).is_err() {
+            tracing::warn!(%lease, "nobody is left to report to");
+        }
+    }
+
+    fn execute(
+        &self,
+        run: Option<&Run>,
+        work: &Work,
+        control: &UnitControl,
+        device: &Device,
+    ) -> Result<Outcome, TaskError> {
+        let place = run.map(|run| Workplace {
+            run,
+            control,
+            cache: &self.cache,
+            holdings: &self.holdings,
+            runtime: &self.runtime,
+            bytes_received: &self.bytes_received,
+        });
+        let place = place.ok_or(TaskError::Cancelled);
+        match work {
+            Work::Evaluate(evaluation) => evaluate(evaluation, device, control),
+            Work::Forward(layer, source) => run_dense_layer(&place?, *layer, source),
+            Work::Prune(layer, source, pattern) => prune_layer(&place?, *layer, source, *pattern),
+        }
+    }
+
+    /// Stops a unit, if it still runs under that lease. Its end is not reported.
+    pub fn abandon(&self, run: &RunId, lease: Lease) {
+        if let Some(given) = self.state().units.get(&(run.clone(), lease.unit)).filter(|given| given.lease == lease) {
+            given.control.cancel();
+        }
+    }
+
+    /// Stops all units: the coordinator has given up on their leases.
+    pub fn abandon_all(&self) {
+        for given in self.state().units.values() {
+            given.control.cancel();
+        }
+    }
+
+    /// Drops hidden states; with no boundary named, everything of the run.
+    pub fn release(&self, run: &RunId, boundaries: &[Boundary]) {
+        if !boundaries.is_empty() {
+            self.holdings.release(run, |boundary| boundaries.contains(&boundary));
+            return;
+        }
+        let mut state = self.state();
+        state.units.retain(|(other, _), given| {
+            let stays = other != run;
+            if !stays {
+                given.control.cancel();
+            }
+            stays
+        });
+        if matches!(&state.attachment, Attachment::Prepared(prepared) if prepared.id == *run) {
+            state.attachment = Attachment::Nothing;
+        }
+        self.holdings.release(run, |_| true);
+    }
+
+    /// Takes no more work and stops what runs.
+    pub fn drain(&self) {
+        self.state().attachment = Attachment::Draining;
+        self.abandon_all();
+    }
+
+    /// How far the units are that run or wait.
+    pub fn progress(&self) -> Vec<(RunId, Lease, Progress)> {
+        let state = self.state();
+        let running = state.units.iter().filter(|(_, given)| !given.ended && !given.control.is_cancelled());
+        running.map(|((run, _), given)| (run.clone(), given.lease, given.control.progress())).collect()
+    }
+}

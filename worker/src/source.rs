@@ -1,0 +1,162 @@
+//! A unit's input hidden states: embedded, held, or fetched, and then run through the layers in between.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use espalier_common::checkpoint::{CheckpointError, Dtype};
+use espalier_common::clock::Stopwatch;
+use espalier_common::ids::{Boundary, LayerIndex};
+use espalier_common::job::Propagation;
+use espalier_common::outline::{LayerOutline, SublayerOutline};
+use espalier_common::report::Artifact;
+use espalier_common::wire::{Source, SourceFrom};
+use tokio::runtime::Handle;
+
+use crate::apply::apply_layer;
+use crate::artifact;
+use crate::calibrate::cache::{ActivationCache, Entry};
+use crate::calibrate::capture::{forward_layer, map_batches};
+use crate::holdings::{HiddenStates, Holdings};
+use crate::prune::Statistics;
+use crate::run::Run;
+use crate::transport::{Expected, Remote, fetch};
+use crate::unit::{Phases, TaskError, UnitControl};
+
+/// What a unit works with.
+pub struct Workplace<'a> {
+    /// The run.
+    pub run: &'a Run,
+    /// The unit's handle.
+    pub control: &'a UnitControl,
+    /// Where hidden states are kept.
+    pub cache: &'a ActivationCache,
+    /// Boundaries held.
+    pub holdings: &'a Holdings,
+    /// The runtime that fetches.
+    pub runtime: &'a Handle,
+    /// Bytes received from peers so far.
+    pub bytes_received: &'a AtomicU64,
+}
+
+impl Workplace<'_> {
+    /// Whether layers are calibrated on what their pruned predecessors give.
+    pub fn is_chain(&self) -> bool {
+        self.run.job.propagation.mode == Propagation::Pruned
+    }
+
+    /// Whether the solver compares corrected with dense inputs.
+    pub fn needs_dense(&self) -> bool {
+        self.run.method.solver.needs() >= Statistics::GramAndCross
+    }
+
+    /// Streams of a boundary: the dense one rides along only where it differs from the corrected one.
+    pub fn streams(&self) -> usize {
+        if self.is_chain() && self.needs_dense() { 2 } else { 1 }
+    }
+
+    /// The hidden states before `layer`, which are held from now on.
+    ///
+    /// # Errors
+    /// See [`TaskError`].
+    pub fn input(&self, layer: LayerIndex, source: &Source, phases: &mut Phases) -> Result<HiddenStates, TaskError> {
+        let start = source.boundary();
+        let wrong = || TaskError::WrongSource { boundary: start, replayed: source.replay.len(), layer };
+        let between = layer.0.checked_sub(start.0).ok_or_else(wrong)? as usize;
+        let expected = if self.is_chain() { between } else { 0 };
+        if source.replay.len() != expected {
+            return Err(wrong());
+        }
+        let mut states = match &source.from {
+            SourceFrom::Tokens => self.embed(phases)?,
+            SourceFrom::Held(boundary) => self
+                .holdings
+                .get(&self.run.id, *boundary)
+                .filter(|states| states.streams.len() == self.streams())
+                .ok_or(TaskError::NotHeld { boundary: *boundary })?,
+            SourceFrom::Peer { endpoint, boundary } => self.fetch(endpoint, *boundary, phases)?,
+        };
+        for (step, index) in (start.0..layer.0).enumerate() {
+            let committed = source.replay.get(step);
+            states = self.replay(LayerIndex(index), committed, states, phases)?;
+        }
+        self.holdings.hold(&self.run.id, Boundary(layer.0), states.clone());
+        Ok(states)
+    }
+
+    fn embed(&self, phases: &mut Phases) -> Result<HiddenStates, TaskError> {
+        let tokens = &self.run.tokens;
+        let embed = |sequence| {
+            let hidden = self.run.model.decoder.embed(tokens.sequence(sequence))?;
+            Ok(self.cache.put(hidden)?)
+        };
+        let sequences = (0..tokens.sequences()).collect();
+        let stream: Vec<Entry> = phases.time("load", || map_batches(sequences, self.control, "embed", embed))?;
+        // Before the first layer nothing is pruned, so the streams are the same; they share their tensors.
+        Ok(HiddenStates { streams: vec![stream; self.streams()] })
+    }
+
+    fn fetch(&self, endpoint: &str, boundary: Boundary, phases: &mut Phases) -> Result<HiddenStates, TaskError> {
+        let expected = Expected {
+            streams: self.streams(),
+            sequences: self.run.tokens.sequences(),
+            tokens: self.run.tokens.sequence_length(),
+            hidden: self.run.model.decoder.hidden_size(),
+        };
+        let remote = Remote { endpoint: endpoint.to_owned(), run: self.run.id.clone(), boundary };
+        self.control.set_progress("fetch", 0, 1);
+        let watch = Stopwatch::start();
+        let fetched = self.runtime.block_on(fetch(&remote, expected, self.cache, self.control.token()))?;
+        let (seconds, bytes) = (watch.seconds(), expected.bytes());
+        self.bytes_received.fetch_add(bytes, Ordering::Relaxed);
+        phases.add("fetch", seconds, 0.0);
+        let gigabytes_per_second = bytes as f64 / 1e9 / seconds;
+        tracing::debug!(%boundary, endpoint, bytes, seconds, gigabytes_per_second, "hidden states fetched");
+        Ok(fetched)
+    }
+
+    /// Runs a layer that lies between the source and the unit: as committed, or dense if nothing is named.
+    fn replay(
+        &self,
+        layer: LayerIndex,
+        committed: Option<&Artifact>,
+        states: HiddenStates,
+        phases: &mut Phases,
+    ) -> Result<HiddenStates, TaskError> {
+        let run = self.run;
+        let outline = run.model.decoder.outline(layer)?;
+        let dense = phases.time("load", || run.model.decoder.load_layer(layer))?;
+        let mut corrected = dense.share();
+        if let Some(artifact) = committed {
+            let expected =
+                outline.sublayers().map(|sublayer| self.stored_as(sublayer)).collect::<Result<Vec<_>, _>>()?;
+            let tensors = phases.time("load", || artifact::read_layer(&*run.store, artifact, expected))?;
+            apply_layer(&mut *corrected, outline.groups.iter().map(Vec::len), &tensors, &run.device)?;
+        }
+        let forward = |(stream, hidden): (usize, Vec<Entry>)| {
+            let layer = if stream == 0 { &*corrected } else { &*dense };
+            forward_layer(layer, hidden, self.cache, self.control)
+        };
+        let watch = Stopwatch::start();
+        let streams = states.streams.into_iter().enumerate().map(forward).collect::<Result<Vec<_>, _>>()?;
+        phases.add("forward", watch.seconds(), self.forward_flops(&outline) * streams.len() as f64);
+        Ok(HiddenStates { streams })
+    }
+
+    /// Operations of the weight products of one stream through one layer.
+    pub fn forward_flops(&self, outline: &LayerOutline) -> f64 {
+        let weights: usize = outline.sublayers().map(SublayerOutline::elements).sum();
+        2.0 * self.run.tokens.tokens().len() as f64 * weights as f64
+    }
+
+    /// Name, element type and shape of a sublayer in the checkpoint.
+    ///
+    /// # Errors
+    /// `MissingTensor`.
+    pub fn stored_as(&self, sublayer: &SublayerOutline) -> Result<(String, Dtype, [usize; 2]), TaskError> {
+        let checkpoint = &self.run.model.checkpoint;
+        let header = checkpoint.header(&sublayer.tensor).ok_or_else(|| CheckpointError::MissingTensor {
+            path: checkpoint.path().clone(),
+            tensor: sublayer.tensor.clone(),
+        })?;
+        Ok((sublayer.tensor.clone(), header.dtype, [sublayer.rows, sublayer.columns]))
+    }
+}
