@@ -1,6 +1,9 @@
 //! Pruning methods: one file each, all behind [`Solver`].
 
+mod admm;
+pub mod alps;
 mod condition;
+pub mod espalier;
 #[cfg(test)]
 mod fixture;
 pub mod magnitude;
@@ -48,7 +51,7 @@ pub trait GroupSolver: Send + Sync {
 }
 
 /// Every method there is, from the plainest to the best.
-pub const METHODS: &[Method] = &[magnitude::METHOD, wanda::METHOD, sparsegpt::METHOD];
+pub const METHODS: &[Method] = &[magnitude::METHOD, wanda::METHOD, sparsegpt::METHOD, alps::METHOD, espalier::METHOD];
 
 /// Builds the solver of a method by name.
 ///
