@@ -1,4 +1,5 @@
 //! Espalier's worker.
 
+pub mod calibrate;
 pub mod model;
 pub mod prune;

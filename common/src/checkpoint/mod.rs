@@ -2,9 +2,39 @@
 //!
 //! Whatever the file is, tensors carry Hugging Face names and Hugging Face layouts here.
 
-use std::path::PathBuf;
+pub mod cast;
+mod companion;
+mod error;
+mod header;
+mod index;
+mod json;
+mod reader;
+#[cfg(test)]
+mod reader_tests;
+mod writer;
+#[cfg(test)]
+mod writer_tests;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+
+pub use error::CheckpointError;
+pub use reader::SafetensorsCheckpoint;
+pub use writer::{CheckpointWriter, WrittenFile, check_target};
+
+/// Opens a checkpoint: a directory of safetensors. Reads headers, no tensor.
+///
+/// # Errors
+/// Whatever is wrong with the files, see [`CheckpointError`].
+pub fn open(path: &Path) -> Result<Arc<dyn Checkpoint>, CheckpointError> {
+    let metadata = std::fs::metadata(path).map_err(|source| CheckpointError::io(path, source))?;
+    if metadata.is_dir() {
+        return Ok(Arc::new(SafetensorsCheckpoint::open(path)?));
+    }
+    Err(CheckpointError::NotACheckpoint { path: path.to_owned() })
+}
 
 /// Element type of a stored tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -50,14 +80,19 @@ pub trait Checkpoint: Send + Sync {
     fn path(&self) -> &PathBuf;
     /// `config.json` as parsed; for GGUF, the config it amounts to.
     fn config(&self) -> &serde_json::Value;
-    /// Names of all tensors, in the order in which they are stored (shards in order of name).
+    /// Names of all float tensors, in the order in which they are stored (shards in order of name).
     fn names(&self) -> Vec<&str>;
+    /// Names of the tensors whose elements are no floats (integers, 8-bit floats): they have no header here and cannot be
+    /// read, and a checkpoint made from this one lacks them, so whoever makes one must say so.
+    fn other_names(&self) -> Vec<&str> {
+        Vec::new()
+    }
     /// The header of a tensor, if there is one of that name.
     fn header(&self, name: &str) -> Option<&TensorHeader>;
     /// Reads one tensor: little-endian elements of `header(name).dtype`, row-major.
     ///
     /// # Errors
-    /// `MissingTensor`, or what the file system says.
+    /// `MissingTensor`, `UnsupportedDtype`, or what the file system says.
     fn read(&self, name: &str) -> Result<Vec<u8>, CheckpointError>;
     /// Reads rows `rows` of a matrix: as `read`, but only those bytes (embeddings are large).
     ///
@@ -70,36 +105,4 @@ pub trait Checkpoint: Send + Sync {
     /// # Errors
     /// What the file system says.
     fn companion_files(&self) -> Result<Vec<(String, Vec<u8>)>, CheckpointError>;
-}
-
-/// Why a checkpoint cannot be read or written. Every message names the file, and the tensor or key.
-#[derive(Debug, thiserror::Error)]
-pub enum CheckpointError {
-    /// The file system failed.
-    #[error("{}", path.display())]
-    Io {
-        /// File or directory.
-        path: PathBuf,
-        /// What it said.
-        #[source]
-        source: std::io::Error,
-    },
-    /// No such tensor.
-    #[error("{} has no tensor {tensor}", path.display())]
-    MissingTensor {
-        /// The checkpoint.
-        path: PathBuf,
-        /// The tensor.
-        tensor: String,
-    },
-}
-
-impl CheckpointError {
-    /// What may be done about it.
-    pub fn class(&self) -> crate::fault::FaultClass {
-        match self {
-            Self::Io { .. } => crate::fault::FaultClass::RetryElsewhere,
-            Self::MissingTensor { .. } => crate::fault::FaultClass::Reject,
-        }
-    }
 }

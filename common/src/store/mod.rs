@@ -1,12 +1,77 @@
 //! Where a run keeps its artifacts: bytes under relative names, put atomically, read by range.
 
+pub mod conformance;
 mod error;
+mod local;
+mod memory;
 
 use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
 pub use error::StoreError;
+pub use local::LocalStore;
+pub use memory::MemoryStore;
+
+/// Opens the store that a URL names: a directory, as a path or as a `file://` URL. The directory is created if need be.
+///
+/// # Errors
+/// `UnknownScheme`; `Io` if the directory cannot be created.
+pub fn open(url: &str) -> Result<Arc<dyn BlobStore>, StoreError> {
+    let unknown = || StoreError::UnknownScheme { url: url.to_owned() };
+    let path = match url.split_once("://") {
+        None => url.to_owned(),
+        Some(("file", rest)) => {
+            let path = rest.strip_prefix("localhost").unwrap_or(rest);
+            percent_decode(path).filter(|path| path.starts_with('/')).ok_or_else(unknown)?
+        }
+        Some(_) => return Err(unknown()),
+    };
+    if path.is_empty() {
+        return Err(unknown());
+    }
+    Ok(Arc::new(LocalStore::open(Path::new(&path))?))
+}
+
+/// Undoes `%20` and the like; `None` if a `%` is not followed by two hexadecimal digits, or the result is not UTF-8.
+pub(crate) fn percent_decode(text: &str) -> Option<String> {
+    let mut decoded = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&byte, after)) = rest.split_first() {
+        rest = after;
+        if byte == b'%' {
+            let mut value = [0];
+            hex::decode_to_slice(rest.get(..2)?, &mut value).ok()?;
+            decoded.push(value[0]);
+            rest = &rest[2..];
+        } else {
+            decoded.push(byte);
+        }
+    }
+    String::from_utf8(decoded).ok()
+}
+
+/// Longest name of a blob, in bytes.
+const NAME_LIMIT: usize = 1024;
+
+fn check_name(name: &str) -> Result<(), StoreError> {
+    let plain = |part: &str| !matches!(part, "" | "." | "..") && !part.starts_with(local::UNFINISHED_PREFIX);
+    let legal = |c: char| c != '\\' && !c.is_control();
+    if name.len() <= NAME_LIMIT && name.split('/').all(plain) && name.chars().all(legal) {
+        return Ok(());
+    }
+    Err(StoreError::BadName { name: name.chars().take(NAME_LIMIT).collect() })
+}
+
+fn check_range(url: &str, name: &str, size: u64, range: &Range<u64>) -> Result<(), StoreError> {
+    if range.start <= range.end && range.end <= size {
+        return Ok(());
+    }
+    let (url, name) = (url.to_owned(), name.to_owned());
+    Err(StoreError::RangeOutOfBounds { url, name, size, start: range.start, end: range.end })
+}
 
 /// A place for blobs.
 ///

@@ -62,6 +62,9 @@ pub enum ModelError {
         /// Number of positions.
         limit: usize,
     },
+    /// The run was cancelled.
+    #[error("cancelled")]
+    Cancelled,
     /// The checkpoint cannot be read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -75,7 +78,7 @@ impl ModelError {
     pub fn class(&self) -> FaultClass {
         match self {
             Self::Checkpoint(error) => error.class(),
-            Self::Backend(_) => FaultClass::RetryElsewhere,
+            Self::Cancelled | Self::Backend(_) => FaultClass::RetryElsewhere,
             _ => FaultClass::Reject,
         }
     }

@@ -3,7 +3,21 @@
 //! A family turns `config.json` into a [`Decoder`]; a decoder loads one [`DecoderLayer`] at a time. A layer runs **group by
 //! group**: sublayers of a group share their input, and the group after it sees what the (pruned) group before it gives.
 
+mod attention;
+mod blocks;
+mod config;
+mod decoder;
 mod error;
+pub(crate) mod fused;
+#[cfg(test)]
+mod golden_tests;
+mod llama;
+mod load;
+mod mistral;
+mod opt;
+mod qwen2;
+mod qwen3;
+mod rope;
 
 use std::sync::Arc;
 
@@ -112,3 +126,22 @@ pub struct ModelFamily {
 
 /// Opens a checkpoint of a family on a device.
 pub type OpenDecoder = fn(Arc<dyn Checkpoint>, &Device) -> Result<Box<dyn Decoder>, ModelError>;
+
+/// The families that can be read.
+pub const FAMILIES: &[ModelFamily] = &[llama::FAMILY, mistral::FAMILY, qwen2::FAMILY, qwen3::FAMILY, opt::FAMILY];
+
+/// Opens a checkpoint by the first of its config's `architectures`, its weights to be run on `device`.
+///
+/// # Errors
+/// `UnknownArchitecture`; `Config` for a key that is missing or cannot be honoured; `MissingTensor` or `Shape` for tensors
+/// outside the layers (those of a layer are checked by [`Decoder::outline`]).
+pub fn open(checkpoint: Arc<dyn Checkpoint>, device: &Device) -> Result<Box<dyn Decoder>, ModelError> {
+    let architecture = checkpoint.config()["architectures"][0].as_str().unwrap_or("none").to_owned();
+    let family = FAMILIES.iter().find(|family| family.architectures.contains(&architecture.as_str()));
+    let Some(family) = family else {
+        let known: Vec<&str> = FAMILIES.iter().flat_map(|family| family.architectures).copied().collect();
+        let path = checkpoint.path().display().to_string();
+        return Err(ModelError::UnknownArchitecture { path, architecture, known: known.join(", ") });
+    };
+    (family.open)(checkpoint, device)
+}

@@ -1,0 +1,3 @@
+//! Data on its way through layers, and what is measured of it.
+
+pub mod evaluate;
