@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use espalier_common::calibration::TokenBlock;
 use espalier_common::checkpoint::{self, Checkpoint};
+use espalier_common::config;
 use espalier_common::ids::{Lease, RunId, Unit};
 use espalier_common::job::EvaluationSpec;
 use espalier_common::report::{Artifact, Outcome};
@@ -37,7 +38,7 @@ pub fn put_block(store: &dyn BlobStore, block: &TokenBlock) -> Result<Artifact, 
 /// # Errors
 /// What the text or the tokenizer says.
 pub fn windows(spec: &EvaluationSpec, model: &dyn Checkpoint) -> Result<TokenBlock, RunError> {
-    let source = checkpoint::resolve(&spec.source)?;
+    let source = config::locate(&spec.source)?;
     Ok(calibration::windows(&source, model, spec.sequence_length, spec.max_windows)?)
 }
 
@@ -106,7 +107,7 @@ impl Standalone {
     /// # Errors
     /// What the model, the text or the tokenizer says.
     pub fn open(model: &str, spec: &EvaluationSpec, store: Arc<dyn BlobStore>) -> Result<Self, RunError> {
-        let path = checkpoint::resolve(model)?;
+        let path = config::locate(model)?;
         let checkpoint = checkpoint::open(&path)?;
         let block = windows(spec, checkpoint.as_ref())?;
         // Workers may have another working directory.

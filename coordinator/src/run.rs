@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use espalier_common::checkpoint::{self, Checkpoint};
 use espalier_common::clock::{Clock, Stopwatch, unix_seconds};
+use espalier_common::config;
 use espalier_common::ids::{LayerIndex, Lease, RunId, Unit};
 use espalier_common::job::{EvaluationSpec, JobSpec, Propagation};
 use espalier_common::outline::ModelOutline;
@@ -71,9 +72,9 @@ impl Run {
         job.validate()?;
         checkpoint::check_target(&PathBuf::from(&job.output.uri))?;
         setting.events.note(RunEvent::Phase { phase: Phase::Tokenise });
-        let dense = checkpoint::open(&checkpoint::resolve(&job.model.source)?)?;
+        let dense = checkpoint::open(&config::locate(&job.model.source)?)?;
         let spec = &job.calibration;
-        let source = checkpoint::resolve(&spec.source)?;
+        let source = config::locate(&spec.source)?;
         let block = calibration::sequences(&source, dense.as_ref(), spec.samples, spec.sequence_length, spec.seed)?;
         // Read now so that a wrong text is found before hours of pruning, not after.
         if let Some(spec) = &job.evaluation {
