@@ -66,6 +66,7 @@ pub struct Totals {
     /// Share of zeros.
     pub sparsity: f64,
     /// ‖W' − W‖ / ‖W‖ over those matrices that the other checkpoint has in the same shape; W is the other's.
+    /// Absent also if W is all zeros and W' is not.
     pub relative_change: Option<f64>,
     #[serde(skip)]
     change: Option<Change>,
@@ -105,9 +106,11 @@ impl Totals {
 
     fn finish(mut self) -> Self {
         self.sparsity = if self.elements == 0 { 0.0 } else { self.zeros as f64 / self.elements as f64 };
-        self.relative_change = self.change.map(|Change { difference, reference }| {
-            // A change from nothing has no relative size; JSON could not say infinity either.
-            if difference > 0.0 { (difference / reference.max(f64::MIN_POSITIVE)).sqrt() } else { difference }
+        self.relative_change = self.change.and_then(|Change { difference, reference }| match difference {
+            0.0 => Some(0.0),
+            // A change from nothing has no relative size.
+            _ if reference > 0.0 => Some((difference / reference).sqrt()),
+            _ => None,
         });
         self
     }
