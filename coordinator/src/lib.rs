@@ -14,6 +14,7 @@ pub mod evaluate;
 pub mod events;
 pub mod fingerprint;
 pub mod fleet;
+pub mod inspect;
 pub mod journal;
 pub mod local;
 pub mod plan;

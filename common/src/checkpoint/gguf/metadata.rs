@@ -134,7 +134,7 @@ impl Front {
             }
             tensor.start = start;
         }
-        tensors.sort_by(|a, b| (a.start, a.length).cmp(&(b.start, b.length)));
+        tensors.sort_by_key(|tensor| (tensor.start, tensor.length));
         for pair in tensors.windows(2) {
             if pair[0].start + pair[0].length > pair[1].start {
                 let (first, second) = (pair[0].name.clone(), pair[1].name.clone());
@@ -209,13 +209,15 @@ impl Front {
     /// `InvalidKey` if it is something else.
     pub(super) fn texts(&self, key: &str) -> Result<Option<Vec<&str>>, CheckpointError> {
         let invalid = || self.invalid(key, "is not a list of strings");
-        let text = |value| match value {
-            &Value::Text(ref text) => Ok(text.as_str()),
-            _ => Err(invalid()),
-        };
         match self.get(key) {
             None => Ok(None),
-            Some(Value::Array(values)) => values.iter().map(text).collect::<Result<_, _>>().map(Some),
+            Some(Value::Array(values)) => {
+                let text = values.iter().map(|value| match value {
+                    Value::Text(text) => Ok(text.as_str()),
+                    _ => Err(invalid()),
+                });
+                text.collect::<Result<_, _>>().map(Some)
+            }
             Some(_) => Err(invalid()),
         }
     }
