@@ -25,6 +25,14 @@ pub struct Parts<'a> {
     pub job: &'a JobSpec,
     /// The source.
     pub dense: &'a dyn Checkpoint,
+    /// Digest of the source's files.
+    pub model: Digest,
+    /// Digest of the calibration tokens.
+    pub tokens: Digest,
+    /// The method's version.
+    pub method_version: &'a str,
+    /// The method's parameters, defaults filled in.
+    pub method_params: &'a serde_json::Value,
     /// Where the artifacts are.
     pub store: &'a dyn BlobStore,
     /// The pruned layers.
@@ -53,6 +61,12 @@ pub fn assemble(parts: &Parts<'_>) -> Result<BTreeMap<String, Digest>, RunError>
             check_against_source(parts.dense, artifact, &name, &place.header)?;
             pruned.insert(name, place);
         }
+    }
+    if let [name, ..] = parts.dense.other_names()[..] {
+        return Err(RunError::Artifact {
+            name: parts.job.model.source.clone(),
+            reason: format!("{name} holds no floats, so it cannot be written again"),
+        });
     }
     let plan = parts.dense.names().into_iter().filter_map(|name| {
         let header = pruned.get(name).map(|place| &place.header).or_else(|| parts.dense.header(name))?;
@@ -146,10 +160,35 @@ fn check_against_source(
     }
 }
 
+/// The job as the checkpoint tells it: without where it ran or lies, so that the same job gives the same bytes anywhere.
+fn told_job(parts: &Parts<'_>) -> serde_json::Value {
+    let job = parts.job;
+    let name = |source: &str| {
+        let is_path = !source.contains("://");
+        let last = Path::new(source).file_name().map(|name| name.to_string_lossy().into_owned());
+        last.filter(|_| is_path).unwrap_or_else(|| source.to_owned())
+    };
+    serde_json::json!({
+        "model": { "source": name(&job.model.source), "fingerprint": parts.model },
+        "calibration": {
+            "source": name(&job.calibration.source),
+            "samples": job.calibration.samples,
+            "sequence_length": job.calibration.sequence_length,
+            "seed": job.calibration.seed,
+            "held_out": job.calibration.held_out,
+            "tokens_sha256": parts.tokens,
+        },
+        "method": { "name": job.method.name, "version": parts.method_version, "params": parts.method_params },
+        "pattern": job.pattern,
+        "propagation": job.propagation,
+        "output": { "shard_size": job.output.shard_size, "dtype": job.output.dtype },
+    })
+}
+
 fn model_card(parts: &Parts<'_>) -> String {
     let job = parts.job;
     let pattern = job.pattern().map_or_else(|_| String::new(), |pattern| pattern.to_string());
-    let toml = toml::to_string_pretty(job).unwrap_or_default();
+    let told = serde_json::to_string_pretty(&told_job(parts)).expect("a job is plain data");
     let base = job.model.source.strip_prefix("hf://").map_or_else(String::new, |name| {
         let name = name.split('@').next().unwrap_or(name);
         format!("base_model: {name}\nbase_model_relation: finetune\n")
@@ -157,9 +196,9 @@ fn model_card(parts: &Parts<'_>) -> String {
     format!(
         "---\n{base}library_name: transformers\ntags:\n- pruned\n- sparsity\n- espalier\n---\n\n\
          # Pruned with Espalier\n\n\
-         The linear layers of the decoder were pruned to {pattern} zeros with method `{}`.\n\
-         Zeros are exact; embeddings and head are untouched. `espalier.json` holds the job and the SHA-256 of every file.\n\n\
-         ```toml\n{toml}```\n",
+         The linear layers of the decoder were pruned to {pattern} with method `{}`. Zeros are exact; embeddings and head\n\
+         are untouched. `espalier.json` holds the SHA-256 of every file.\n\n\
+         ```json\n{told}\n```\n",
         job.method.name,
     )
 }
@@ -167,8 +206,7 @@ fn model_card(parts: &Parts<'_>) -> String {
 fn manifest(parts: &Parts<'_>, files: &BTreeMap<String, Digest>) -> Vec<u8> {
     let manifest = serde_json::json!({
         "espalier": env!("CARGO_PKG_VERSION"),
-        // No run id, no time: the same job gives the same bytes.
-        "job": parts.job,
+        "job": told_job(parts),
         "files": files,
     });
     serde_json::to_vec_pretty(&manifest).expect("a manifest is plain data")

@@ -8,6 +8,7 @@ use std::time::Duration;
 use espalier_common::checkpoint::{self, Checkpoint};
 use espalier_common::clock::{Clock, Stopwatch, unix_seconds};
 use espalier_common::config;
+use espalier_common::digest::Digest;
 use espalier_common::ids::{LayerIndex, Lease, RunId, Unit};
 use espalier_common::job::{EvaluationSpec, JobSpec, Propagation};
 use espalier_common::outline::ModelOutline;
@@ -56,6 +57,7 @@ pub struct Run {
     job: JobSpec,
     dense: Arc<dyn Checkpoint>,
     tokens: Artifact,
+    fingerprint: Digest,
     store: Arc<dyn BlobStore>,
     journal: FileJournal,
     past: Vec<JournalRecord>,
@@ -112,7 +114,7 @@ impl Run {
         let committed = prune_records(&past).filter(|record| matches!(record, Record::Committed { .. })).count();
         let url = setting.folder.to_string_lossy().into_owned();
         setting.events.note(RunEvent::Opened { run: id.clone(), url, committed });
-        Ok(Self { setting, id, job, dense, tokens, store, journal, past, watch })
+        Ok(Self { setting, id, job, dense, tokens, fingerprint: fingerprint.model, store, journal, past, watch })
     }
 
     /// The run's id.
@@ -142,7 +144,7 @@ impl Run {
         let (outline, patterns) = self.plan().await?;
         let layers = self.prune(&outline, &patterns).await?;
         self.note_workers()?;
-        self.assemble(&layers)?;
+        self.assemble(&outline, &layers)?;
         if let Some(spec) = self.job.evaluation.clone() {
             let dense = self.job.model.source.clone();
             self.evaluate(&spec, EvaluatedModel::Dense, dense).await?;
@@ -259,7 +261,7 @@ impl Run {
         Ok(driver.committed)
     }
 
-    fn assemble(&mut self, layers: &BTreeMap<LayerIndex, Artifact>) -> Result<(), RunError> {
+    fn assemble(&mut self, outline: &ModelOutline, layers: &BTreeMap<LayerIndex, Artifact>) -> Result<(), RunError> {
         if self.past.iter().any(|record| matches!(record, JournalRecord::Assembled { .. })) {
             return Ok(());
         }
@@ -267,6 +269,10 @@ impl Run {
         let files = assemble::assemble(&assemble::Parts {
             job: &self.job,
             dense: self.dense.as_ref(),
+            model: self.fingerprint,
+            tokens: self.tokens.sha256,
+            method_version: &outline.method_version,
+            method_params: &outline.method_params,
             store: self.store.as_ref(),
             layers,
             stop: &self.setting.stop,
