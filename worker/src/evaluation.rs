@@ -34,11 +34,8 @@ pub fn evaluate(work: &Evaluation, device: &Device, control: &UnitControl) -> Re
         .windows
         .iter()
         .map(|&window| {
-            let outside = || TaskError::WindowOutOfRange {
-                window,
-                windows: block.sequences(),
-                name: work.tokens.name.clone(),
-            };
+            let outside =
+                || TaskError::WindowOutOfRange { window, windows: block.sequences(), name: work.tokens.name.clone() };
             ((window as usize) < block.sequences()).then(|| block.sequence(window as usize)).ok_or_else(outside)
         })
         .collect::<Result<Vec<_>, TaskError>>()?;
