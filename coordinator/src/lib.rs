@@ -1,1 +1,3 @@
 //! Espalier's coordinator.
+
+pub mod inspect;

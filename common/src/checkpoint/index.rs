@@ -1,6 +1,6 @@
 //! `model.safetensors.index.json`: which shard holds which tensor.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path};
 
 use serde::{Deserialize, Serialize};
@@ -29,6 +29,25 @@ impl Index {
     /// # Errors
     /// `NotFound`, `TooLarge`, `InvalidJson`, `InvalidKey`, `MissingShard`.
     pub(super) fn read(directory: &Path) -> Result<Self, CheckpointError> {
+        let index = Self::read_alone(directory)?;
+        for (tensor, shard) in &index.weight_map {
+            if !directory.join(shard).is_file() {
+                let (shard, tensor) = (shard.clone(), tensor.clone());
+                return Err(CheckpointError::MissingShard { path: directory.join(INDEX_FILE), shard, tensor });
+            }
+        }
+        Ok(index)
+    }
+
+    /// The names of the shards, which need not be there yet; each once, in order.
+    ///
+    /// # Errors
+    /// Those of [`Self::read`], less `MissingShard`.
+    pub(super) fn shard_names(directory: &Path) -> Result<BTreeSet<String>, CheckpointError> {
+        Ok(Self::read_alone(directory)?.weight_map.into_values().collect())
+    }
+
+    fn read_alone(directory: &Path) -> Result<Self, CheckpointError> {
         let path = directory.join(INDEX_FILE);
         let index: Self = read_json(&path)?;
         for (tensor, shard) in &index.weight_map {
@@ -36,10 +55,6 @@ impl Index {
             if !matches!((components.next(), components.next()), (Some(Component::Normal(_)), None)) {
                 let (key, problem) = (format!("weight_map.{tensor}"), "is not the name of a file beside the index");
                 return Err(CheckpointError::InvalidKey { path, key, problem });
-            }
-            if !directory.join(shard).is_file() {
-                let (shard, tensor) = (shard.clone(), tensor.clone());
-                return Err(CheckpointError::MissingShard { path, shard, tensor });
             }
         }
         if index.weight_map.is_empty() {

@@ -5,7 +5,11 @@
 pub mod cast;
 mod companion;
 mod error;
+mod gguf;
 mod header;
+pub mod hub;
+#[cfg(test)]
+mod hub_tests;
 mod index;
 mod json;
 mod reader;
@@ -21,10 +25,11 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 pub use error::CheckpointError;
+pub use gguf::GgufCheckpoint;
 pub use reader::SafetensorsCheckpoint;
 pub use writer::{CheckpointWriter, WrittenFile, check_target};
 
-/// Opens a checkpoint: a directory of safetensors. Reads headers, no tensor.
+/// Opens a checkpoint: a directory of safetensors, or a `.gguf` file. Reads headers, no tensor.
 ///
 /// # Errors
 /// Whatever is wrong with the files, see [`CheckpointError`].
@@ -32,6 +37,9 @@ pub fn open(path: &Path) -> Result<Arc<dyn Checkpoint>, CheckpointError> {
     let metadata = std::fs::metadata(path).map_err(|source| CheckpointError::io(path, source))?;
     if metadata.is_dir() {
         return Ok(Arc::new(SafetensorsCheckpoint::open(path)?));
+    }
+    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+        return Ok(Arc::new(GgufCheckpoint::open(path)?));
     }
     Err(CheckpointError::NotACheckpoint { path: path.to_owned() })
 }

@@ -154,7 +154,7 @@ fn unusable_directories_are_refused() {
     let shard = || file_of(&json!({ "w": tensor("F16", json!([1]), 0, 2) }), 2);
     let index = |map: Value| json!({ "weight_map": map }).to_string().into_bytes();
     let name = "model.safetensors.index.json";
-    let cases: [(&str, Vec<(&str, Vec<u8>)>, &str); 9] = [
+    let cases: [(&str, Vec<_>, &str); 9] = [
         ("nothing there", vec![], "is no checkpoint"),
         ("index is not json", vec![(name, b"{".to_vec())], "is not valid JSON"),
         ("index without map", vec![(name, b"{}".to_vec())], "missing field `weight_map`"),
