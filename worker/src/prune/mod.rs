@@ -1,10 +1,15 @@
 //! Pruning methods: one file each, all behind [`Solver`].
 
+mod admm;
+pub mod alps;
 mod condition;
+pub mod espalier;
+pub mod fista;
 #[cfg(test)]
 mod fixture;
 pub mod magnitude;
 pub mod problem;
+pub mod refit;
 pub mod sparsegpt;
 pub mod verify;
 pub mod wanda;
@@ -48,7 +53,8 @@ pub trait GroupSolver: Send + Sync {
 }
 
 /// Every method there is, from the plainest to the best.
-pub const METHODS: &[Method] = &[magnitude::METHOD, wanda::METHOD, sparsegpt::METHOD];
+pub const METHODS: &[Method] =
+    &[magnitude::METHOD, wanda::METHOD, sparsegpt::METHOD, fista::METHOD, alps::METHOD, espalier::METHOD];
 
 /// Builds the solver of a method by name.
 ///

@@ -1,0 +1,273 @@
+//! The support search that ALPS and Espalier share: ADMM on `min ½·V̂ĜV̂ᵀ − V̂Ĉᵀ` with a sparse copy D = V̂.
+//!
+//! Source: ALPS (arXiv 2406.07831), eq. 4; ALGORITHMS.md §4 and §9.4 stage C.
+//! Deviation: one array holds the state. D and the scaled dual U = Λ/ρ have disjoint supports, because
+//! `Λ ← Λ + ρ(B − D)` with `D = P(B + Λ/ρ)` leaves `Λ/ρ = A − P(A)` of `A = B + Λ/ρ`; so `D` is A where it is kept and `U` is A
+//! where it is dropped. And as `Ĉ = ŴĜ + T`, the step `B = (Ĉ − Λ + ρD)F` with `F = (Ĝ + ρI)⁻¹` is computed as
+//! `B = Ŵ + (ρ(D − Ŵ) − Λ + T)F`, which loses no digits to `Ĉ`. The inverse comes from an f32 Cholesky factorisation; the
+//! authors' f64 eigendecomposition agrees with it to 1e-4 on the unit-diagonal gram.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use espalier_common::pattern::Pattern;
+use rayon::prelude::*;
+
+use super::SolveError;
+use super::condition::Conditioned;
+use crate::linalg::factor;
+use crate::linalg::gemm::{ROW_TILE, View, gemm};
+use crate::linalg::select::{self, Cut, Histogram};
+
+/// Inverses are remembered for the other sublayers of a group up to this many bytes; beyond it they are made anew.
+const CACHE_BYTES: usize = 512 << 20;
+
+/// Where the zeros may go.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Budget {
+    /// The zeros of the whole matrix.
+    pub(crate) pattern: Pattern,
+    /// Rows that share a budget of unstructured zeros; `None` for all of them.
+    pub(crate) row_block: Option<usize>,
+}
+
+impl Budget {
+    /// P: marks the largest of `values [rows, n]` that the budget lets stay.
+    pub(crate) fn project(self, values: &[f32], n: usize, keep: &mut [u8]) {
+        let rows = values.len() / n.max(1);
+        match (self.pattern, self.row_block) {
+            (Pattern::NofM { keep: kept, of }, _) => select::keep_n_of_m(values, kept, of, keep),
+            (_, None) => select::keep_largest(values, self.pattern.zeros(rows, n), keep),
+            (_, Some(block)) => {
+                let drop = |first, end| self.pattern.zeros_in_part(first, end, n);
+                select::keep_largest_per_row_block(values, n, block, drop, keep);
+            }
+        }
+    }
+}
+
+/// `(Ĝ + ρI)⁻¹` for the values of ρ that the sublayers of a group ask for: the ramp is the same for all, so the first to get
+/// there does the work.
+#[derive(Debug)]
+pub(crate) struct Inverses {
+    conditioned: Arc<Conditioned>,
+    known: Mutex<BTreeMap<u32, Arc<Vec<f32>>>>,
+}
+
+impl Inverses {
+    pub(crate) fn new(conditioned: Arc<Conditioned>) -> Self {
+        Self { conditioned, known: Mutex::default() }
+    }
+
+    /// The inverse, and the flops if they were spent now.
+    ///
+    /// # Errors
+    /// `NotPositiveDefinite`.
+    pub(crate) fn at(&self, rho: f32) -> Result<(Arc<Vec<f32>>, f64), SolveError> {
+        let known = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(inverse) = known().get(&rho.to_bits()) {
+            return Ok((Arc::clone(inverse), 0.0));
+        }
+        // The lock is free meanwhile: two solves may do the same work, with the same bits.
+        let n = self.conditioned.n;
+        let mut matrix = self.conditioned.gram.clone();
+        (0..n).for_each(|j| matrix[j * (n + 1)] += rho);
+        let inverse = factor::inverse(matrix, n).map(Arc::new).map_err(|error| SolveError::NotPositiveDefinite {
+            columns: n,
+            pivot: error.pivot,
+            damping: self.conditioned.damping,
+        })?;
+        let mut known = known();
+        if (known.len() + 1) * n * n * size_of::<f32>() <= CACHE_BYTES {
+            known.insert(rho.to_bits(), Arc::clone(&inverse));
+        }
+        Ok((inverse, (n as f64).powi(3)))
+    }
+}
+
+/// The state of a search.
+#[derive(Debug, Clone)]
+pub(crate) struct Search<'a> {
+    n: usize,
+    budget: Budget,
+    /// Ŵ, `[rows, n]`.
+    anchor: &'a [f32],
+    /// T = Ĉ − ŴĜ, `[rows, n]`, if it is not zero.
+    shift: Option<&'a [f32]>,
+    /// A: D where `keep` is 1, U = Λ/ρ where it is 0.
+    merged: Vec<f32>,
+    /// The support of D.
+    keep: Vec<u8>,
+    /// B.
+    primal: Vec<f32>,
+    /// The ρ that U is scaled by.
+    rho: f32,
+    checked: Vec<u8>,
+}
+
+impl<'a> Search<'a> {
+    /// Starts at D = P(`start`) with a dual of zero.
+    pub(crate) fn new(start: Vec<f32>, anchor: &'a [f32], shift: Option<&'a [f32]>, n: usize, budget: Budget) -> Self {
+        let mut keep = vec![1; start.len()];
+        budget.project(&start, n, &mut keep);
+        let mut merged = start;
+        select::zero_dropped(&mut merged, &keep);
+        Self { n, budget, anchor, shift, primal: merged.clone(), merged, checked: keep.clone(), keep, rho: 1.0 }
+    }
+
+    /// One iteration with `inverse` = (Ĝ + ρI)⁻¹ and over-relaxation σ.
+    pub(crate) fn step(&mut self, inverse: &[f32], rho: f32, sigma: f32) {
+        let n = self.n;
+        let tile = ROW_TILE * n;
+        let (before, dual_ratio) = (self.rho, self.rho / rho);
+        let (pattern, anchor, shift) = (self.budget.pattern, self.anchor, self.shift);
+        let histograms: Vec<Histogram> = self
+            .merged
+            .par_chunks_mut(tile)
+            .zip(self.keep.par_chunks_mut(tile))
+            .zip(self.primal.par_chunks_mut(tile))
+            .enumerate()
+            .map_init(Vec::new, |right, (index, ((merged, keep), primal))| {
+                let range = index * tile..index * tile + merged.len();
+                let anchor = &anchor[range.clone()];
+                let (kept, dropped) = (rho, -before);
+                right.clear();
+                right.extend(merged.iter().zip(&*keep).zip(anchor).map(|((a, keep), w)| {
+                    let factor = if *keep == 1 { kept } else { dropped };
+                    a * factor - rho * w
+                }));
+                if let Some(shift) = shift {
+                    right.iter_mut().zip(&shift[range]).for_each(|(r, t)| *r += t);
+                }
+                primal.copy_from_slice(anchor);
+                gemm(primal, n, 1.0, View::new(right, merged.len() / n, n, n), View::new(inverse, n, n, n), 1.0);
+                for ((a, keep), b) in merged.iter_mut().zip(&*keep).zip(&*primal) {
+                    let factor = if *keep == 1 { 1.0 - sigma } else { dual_ratio };
+                    *a = sigma * b + *a * factor;
+                }
+                match pattern {
+                    Pattern::NofM { keep: kept, of } => {
+                        select::keep_n_of_m(merged, kept, of, keep);
+                        Histogram::default()
+                    }
+                    Pattern::Unstructured { .. } => Histogram::of(merged),
+                }
+            })
+            .collect();
+        self.rho = rho;
+        match (self.budget.pattern, self.budget.row_block) {
+            (Pattern::NofM { .. }, _) => {}
+            (Pattern::Unstructured { .. }, Some(_)) => self.budget.project(&self.merged, n, &mut self.keep),
+            (Pattern::Unstructured { .. }, None) => {
+                let histogram = histograms.iter().fold(Histogram::default(), |sum, part| sum.merged(part));
+                let drop = self.budget.pattern.zeros(self.merged.len() / n, n);
+                select::mark(&self.merged, Cut::from_histogram(&histogram, &self.merged, drop), &mut self.keep);
+            }
+        }
+    }
+
+    /// How many positions entered or left the support since this was last asked, and as a share of the kept ones.
+    pub(crate) fn support_change(&mut self) -> (usize, f64) {
+        let changed = self.keep.iter().zip(&self.checked).filter(|(now, then)| now != then).count();
+        self.checked.copy_from_slice(&self.keep);
+        let kept = self.keep.iter().map(|&keep| usize::from(keep)).sum::<usize>();
+        (changed, changed as f64 / kept.max(1) as f64)
+    }
+
+    /// B of the last iteration, and the support it would have.
+    pub(crate) fn primal(&self) -> (&[f32], Vec<u8>) {
+        let mut keep = vec![1; self.primal.len()];
+        self.budget.project(&self.primal, self.n, &mut keep);
+        (&self.primal, keep)
+    }
+
+    /// D and its support.
+    pub(crate) fn finish(mut self) -> (Vec<f32>, Vec<u8>) {
+        select::zero_dropped(&mut self.merged, &self.keep);
+        (self.merged, self.keep)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linalg::oracle;
+    use crate::prune::fixture;
+
+    /// One iteration as ALGORITHMS.md §4 prints it, in f64: returns (B, D, Λ).
+    fn naive_step(
+        c: &[f64],
+        d: &[f64],
+        dual: &[f64],
+        inverse: &[f64],
+        rho: f64,
+        n: usize,
+        budget: Budget,
+    ) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+        let right: Vec<f64> = (0..c.len()).map(|i| c[i] - dual[i] + rho * d[i]).collect();
+        let b = oracle::product(&right, inverse, n, n);
+        let sum: Vec<f64> = b.iter().zip(dual).map(|(b, l)| b + l / rho).collect();
+        let mut keep = vec![1; sum.len()];
+        budget.project(&sum.iter().map(|&x| x as f32).collect::<Vec<_>>(), n, &mut keep);
+        let d: Vec<f64> = sum.iter().zip(keep).map(|(x, keep)| x * f64::from(keep)).collect();
+        let dual = (0..c.len()).map(|i| dual[i] + rho * (b[i] - d[i])).collect();
+        (b, d, dual)
+    }
+
+    #[test]
+    fn the_merged_state_follows_the_printed_iteration() {
+        let n = 24;
+        let problem = fixture::random(1, 10, n, 90);
+        let (conditioned, ()) = Conditioned::factored(&problem.stats.gram, 0.01, |_| Ok(())).unwrap();
+        let gram = oracle::wide(&conditioned.gram);
+        let anchor = conditioned.scaled(&problem.weight);
+        let shift: Vec<f32> = oracle::random(8, anchor.len()).iter().map(|t| 0.05 * t).collect();
+        let mut c = oracle::product(&oracle::wide(&anchor), &gram, n, n);
+        c.iter_mut().zip(&shift).for_each(|(c, t)| *c += f64::from(*t));
+        let inverses = Inverses::new(Arc::new(conditioned));
+        for pattern in fixture::patterns() {
+            let budget = Budget { pattern, row_block: None };
+            let mut search = Search::new(anchor.clone(), &anchor, Some(&shift), n, budget);
+            let mut d = oracle::wide(&search.merged);
+            let mut dual = vec![0.0; c.len()];
+            for rho in [0.1f32, 0.1, 0.15, 0.3, 0.3, 0.6] {
+                let mut shifted = gram.clone();
+                (0..n).for_each(|j| shifted[j * (n + 1)] += f64::from(rho));
+                let exact = oracle::inverse(&shifted, n);
+                let b;
+                (b, d, dual) = naive_step(&c, &d, &dual, &exact, f64::from(rho), n, budget);
+                search.step(&inverses.at(rho).unwrap().0, rho, 1.0);
+                let (primal, _) = search.primal();
+                assert!(primal.iter().zip(&b).all(|(x, y)| (f64::from(*x) - y).abs() < 1e-4), "{pattern}");
+                fixture::assert_obeys(&search.clone().finish().0, n, pattern);
+            }
+            let (found, _) = search.finish();
+            assert!(found.iter().zip(&d).all(|(x, y)| (f64::from(*x) - y).abs() < 1e-4), "{pattern}");
+        }
+    }
+
+    #[test]
+    fn the_refreshed_inverse_agrees_with_the_exact_one() {
+        let (problem, _) = fixture::golden("synthetic_64x96", "alps");
+        let (conditioned, ()) = Conditioned::factored(&problem.stats.gram, 0.01, |_| Ok(())).unwrap();
+        let (n, gram) = (conditioned.n, oracle::wide(&conditioned.gram));
+        let inverses = Inverses::new(Arc::new(conditioned));
+        for rho in [0.02f32, 0.1, 3.0] {
+            let mut shifted = gram.clone();
+            (0..n).for_each(|j| shifted[j * (n + 1)] += f64::from(rho));
+            let exact = oracle::inverse(&shifted, n);
+            let size = exact.iter().fold(0.0f64, |a, b| a.max(b.abs()));
+            let found = inverses.at(rho).unwrap().0;
+            assert!(found.iter().zip(&exact).all(|(x, y)| (f64::from(*x) - y).abs() <= 1e-4 * size), "{rho}");
+        }
+    }
+
+    #[test]
+    fn an_inverse_is_made_once_for_the_group() {
+        let problem = fixture::random(1, 2, 8, 30);
+        let (conditioned, ()) = Conditioned::factored(&problem.stats.gram, 0.01, |_| Ok(())).unwrap();
+        let inverses = Inverses::new(Arc::new(conditioned));
+        assert!(inverses.at(0.1).unwrap().1 > 0.0);
+        assert!(inverses.at(0.1).unwrap().1 <= 0.0);
+    }
+}

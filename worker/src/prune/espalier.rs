@@ -1,0 +1,262 @@
+//! Espalier's own method, the default: a scaled ADMM with a continuation ramp finds the support, conjugate gradients refit it.
+//!
+//! Source: ALGORITHMS.md §9.4, stages B to D; the iteration is ALPS' (arXiv 2406.07831).
+//! Deviation from ALPS: ρ grows on a fixed ramp instead of following the support's changes, so that sublayers of a group share
+//! their factorisations; the support is that of the feasible copy D; the target may blend in the dense model's outputs (α).
+
+use std::sync::Arc;
+
+use espalier_common::pattern::Pattern;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::admm::{Budget, Inverses, Search};
+use super::condition::{Conditioned, admit, supports_valid};
+use super::{
+    Built, GroupSolver, InputStats, Method, ParamsError, Problem, Solution, SolveCtx, SolveError, Solver, Statistics,
+    read_params,
+};
+use crate::linalg::gemm::product;
+use crate::linalg::pcg::{self, Limits, Quadratic};
+use crate::linalg::{factor, values};
+
+/// This method's row in the table.
+pub const METHOD: Method = Method {
+    name: NAME,
+    version: "1",
+    summary: "the default: ADMM on a continuation ramp, then a refit on its support",
+    build,
+};
+
+const NAME: &str = "espalier";
+/// First penalty; ten times more costs 9 % of error, ten times less only iterations.
+const FIRST_RHO: f64 = 0.1;
+const LARGEST_RHO: f64 = 1e6;
+/// Iterations between two looks at the support.
+const CHECK_EVERY: u32 = 3;
+/// The search ends when fewer than this share of the kept weights changed places.
+const SETTLED: f64 = 2e-4;
+const MOST_ITERATIONS: u32 = 300;
+
+/// How much time to spend on the support.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Profile {
+    /// About 20 iterations.
+    Fast,
+    /// About 33 iterations.
+    Balanced,
+    /// About 60 iterations.
+    Best,
+}
+
+impl Profile {
+    /// The ramp's growth and the over-relaxation σ.
+    fn ramp(self) -> (f64, f32) {
+        match self {
+            Self::Fast => (1.5, 1.5),
+            Self::Balanced => (1.25, 1.0),
+            Self::Best => (1.12, 1.0),
+        }
+    }
+}
+
+/// Parameters of Espalier.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Params {
+    /// Quality against time.
+    pub profile: Profile,
+    /// Target blend: 0 for the dense weight's outputs on the inputs at hand, 1 for the dense model's outputs.
+    pub alpha: f64,
+    /// Share of the gram's mean diagonal added to it, pulling towards the dense weight.
+    pub damping: f64,
+    /// Rows that share a budget of unstructured zeros; 0 for the whole matrix.
+    pub row_block: usize,
+    /// Most steps of the refit.
+    pub refit_steps: usize,
+}
+
+impl Default for Params {
+    fn default() -> Self {
+        Self { profile: Profile::Balanced, alpha: 0.0, damping: 0.01, row_block: 0, refit_steps: 12 }
+    }
+}
+
+fn build(params: &serde_json::Value) -> Result<Built, ParamsError> {
+    let (params, filled) = read_params(NAME, params, |params: &Params| match params {
+        Params { alpha, .. } if !(0.0..=1.0).contains(alpha) => Err("alpha must lie between 0 and 1"),
+        Params { damping, .. } if !(0.0..=10.0).contains(damping) => Err("damping must lie between 0 and 10"),
+        _ => Ok(()),
+    })?;
+    Ok((Box::new(Espalier { params }), filled))
+}
+
+struct Espalier {
+    params: Params,
+}
+
+impl Solver for Espalier {
+    fn needs(&self) -> Statistics {
+        if self.params.alpha > 0.0 { Statistics::GramAndCross } else { Statistics::Gram }
+    }
+
+    fn supports(&self, pattern: Pattern) -> Result<(), SolveError> {
+        supports_valid(NAME, pattern)
+    }
+
+    fn prepare(&self, stats: Arc<InputStats>, ctx: &SolveCtx) -> Result<Box<dyn GroupSolver>, SolveError> {
+        ctx.check_cancelled()?;
+        let (conditioned, ()) = Conditioned::factored(&stats.gram, self.params.damping, |_| Ok(()))?;
+        let towards_dense = match &stats.dense {
+            Some(dense) if self.params.alpha > 0.0 => {
+                Some(blend(&conditioned, &stats.gram, &dense.cross, self.params.alpha)?)
+            }
+            _ => None,
+        };
+        let conditioned = Arc::new(conditioned);
+        let inverses = Inverses::new(Arc::clone(&conditioned));
+        Ok(Box::new(Group { conditioned, towards_dense, inverses, params: self.params }))
+    }
+}
+
+/// `α·(K − G)ᵀD⁻¹ [n, n]`, so that `W` times it is `T = (C_α − W·G)D⁻¹`; zero for dead channels.
+fn blend(
+    conditioned: &Conditioned,
+    gram: &candle_core::Tensor,
+    cross: &candle_core::Tensor,
+    alpha: f64,
+) -> Result<Vec<f32>, SolveError> {
+    let n = conditioned.n;
+    let (gram, cross) = (values(gram)?, values(cross)?);
+    if cross.iter().any(|value| !value.is_finite()) {
+        return Err(SolveError::NotFinite { what: "cross" });
+    }
+    let mut out = vec![0.0; n * n];
+    out.par_chunks_mut(n.max(1)).enumerate().for_each(|(i, row)| {
+        for (j, value) in row.iter_mut().enumerate().filter(|(j, _)| !conditioned.dead[*j]) {
+            let gap = f64::from(cross[j * n + i]) - f64::from(gram[i * n + j]);
+            *value = (alpha * gap / f64::from(conditioned.scale[j])) as f32;
+        }
+    });
+    Ok(out)
+}
+
+struct Group {
+    conditioned: Arc<Conditioned>,
+    towards_dense: Option<Vec<f32>>,
+    inverses: Inverses,
+    params: Params,
+}
+
+impl Group {
+    /// V̂° = Ŵ + T·Ĝ⁻¹, what the weights would be without a pattern.
+    fn unconstrained(&self, anchor: &[f32], shift: Option<&[f32]>) -> Result<Vec<f32>, SolveError> {
+        let Some(shift) = shift else { return Ok(anchor.to_vec()) };
+        let n = self.conditioned.n;
+        let inverse = factor::inverse(self.conditioned.gram.clone(), n).map_err(|error| {
+            SolveError::NotPositiveDefinite { columns: n, pivot: error.pivot, damping: self.conditioned.damping }
+        })?;
+        let mut out = product(shift, &inverse, n, n);
+        out.iter_mut().zip(anchor).for_each(|(v, w)| *v += w);
+        Ok(out)
+    }
+}
+
+impl GroupSolver for Group {
+    fn solve(&self, problem: &Problem<'_>, ctx: &SolveCtx) -> Result<Solution, SolveError> {
+        let admitted = admit(NAME, problem, self.conditioned.n)?;
+        let (rows, n) = (admitted.rows, admitted.columns);
+        if problem.pattern.zeros(rows, n) == 0 {
+            return self.conditioned.solution(problem, admitted.weight, 0, 0.0);
+        }
+        let anchor = self.conditioned.scaled(&admitted.weight);
+        let shift = self.towards_dense.as_ref().map(|towards| product(&admitted.weight, towards, n, n));
+        let shift = shift.as_deref();
+        let budget = Budget {
+            pattern: problem.pattern,
+            row_block: (self.params.row_block > 0).then_some(self.params.row_block),
+        };
+        let mut search = Search::new(self.unconstrained(&anchor, shift)?, &anchor, shift, n, budget);
+
+        let (growth, sigma) = self.params.profile.ramp();
+        let (mut rho, mut iterations, mut flops) = (FIRST_RHO, 0, 0.0);
+        while iterations < MOST_ITERATIONS {
+            let (inverse, spent) = self.inverses.at(rho as f32)?;
+            flops += spent;
+            for _ in 0..CHECK_EVERY {
+                ctx.check_cancelled()?;
+                search.step(&inverse, rho as f32, sigma);
+            }
+            iterations += CHECK_EVERY;
+            if search.support_change().1 < SETTLED {
+                break;
+            }
+            rho = (rho * growth).min(LARGEST_RHO);
+        }
+
+        let (start, keep) = search.finish();
+        let quadratic = Quadratic { anchor: &anchor, shift, gram: &self.conditioned.gram, n };
+        let refit = pcg::refit(quadratic, &start, &keep, Limits { steps: self.params.refit_steps, tolerance: 1e-8 });
+        flops += f64::from(iterations) * 2.0 * (rows * n) as f64 * n as f64 + refit.flops;
+        let values = self.conditioned.restored(&refit.values, &keep, &admitted.weight);
+        self.conditioned.solution(problem, values, iterations, flops)
+    }
+
+    fn row_block(&self) -> Option<usize> {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::prune::fixture::{self, patterns};
+
+    #[test]
+    fn every_pattern_is_met_exactly() {
+        for pattern in patterns() {
+            fixture::assert_obeys_invariants(NAME, json!({}), pattern);
+        }
+        fixture::assert_obeys_invariants(NAME, json!({ "row_block": 3, "profile": "fast" }), patterns()[1]);
+    }
+
+    #[test]
+    fn the_error_is_at_or_below_the_authors_alps() {
+        for file in ["synthetic_64x96", "smollm2_layer2_v_proj"] {
+            let (problem, references) = fixture::golden(file, "alps");
+            for (profile, most) in [("fast", 1.03), ("balanced", 1.002), ("best", 0.998)] {
+                for reference in &references {
+                    let solved = fixture::solve(NAME, json!({ "profile": profile }), &problem, reference.pattern);
+                    fixture::assert_obeys(&solved, problem.columns, reference.pattern);
+                    let ratio = problem.rel_error(&solved) / reference.error;
+                    assert!(ratio <= most, "{file} {profile} {}: {ratio:.4} of ALPS' error", reference.pattern);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_support_beats_magnitude_after_the_same_refit() {
+        let better = (0..20).filter(|&seed| {
+            let problem = fixture::random(seed, 24, 48, 150);
+            let pattern = Pattern::Unstructured { sparsity: 0.6 };
+            let solved = fixture::solve(NAME, json!({}), &problem, pattern);
+            let magnitude = fixture::solve("magnitude", json!({}), &problem, pattern);
+            let keep: Vec<u8> = magnitude.iter().map(|v| u8::from(v.abs() > 0.0)).collect();
+            let quadratic = Quadratic { anchor: &problem.weight, shift: None, gram: &problem.gram, n: 48 };
+            let refit = pcg::refit(quadratic, &magnitude, &keep, Limits { steps: 200, tolerance: 1e-12 });
+            problem.rel_error(&solved) < problem.rel_error(&refit.values)
+        });
+        assert!(better.count() >= 19);
+    }
+
+    #[test]
+    fn bad_parameters_are_refused() {
+        for params in [json!({ "profile": "slow" }), json!({ "alpha": 1.5 }), json!({ "damping": -1 })] {
+            assert!(build(&params).is_err(), "{params}");
+        }
+    }
+}
