@@ -14,7 +14,7 @@ use crate::model::{Decoder, DecoderLayer, Head, ModelError};
 const HEAD_CHUNK: usize = 128;
 
 /// The negative log-likelihood, in nats, of each window's tokens after the first, each given the ones before it: a sum over
-/// `window.len() − 1` targets (0 for windows of fewer than two tokens).
+/// `window.len() − 1` targets. Windows must not be empty.
 ///
 /// Perplexity by the protocol of SparseGPT over n windows of length L is exp(Σ nll · L/(L−1) / (n·L)).
 ///
@@ -85,5 +85,75 @@ impl Steps<'_> {
         let result = step()?;
         (self.progress)(self.done.fetch_add(1, Ordering::Relaxed) + 1, self.total);
         Ok(result)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use candle_core::Device;
+    use espalier_common::checkpoint;
+    use rayon::ThreadPoolBuilder;
+
+    use super::*;
+
+    fn decoder() -> Box<dyn Decoder> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/families/llama-gqa-tied");
+        crate::model::open(checkpoint::open(&path).unwrap(), &Device::Cpu).unwrap()
+    }
+
+    fn tokens(seed: u32, count: u32) -> Vec<u32> {
+        (0..count).map(|i| (i * i + seed * 13) % 64).collect()
+    }
+
+    #[test]
+    fn losses_are_those_of_the_logits() {
+        let decoder = decoder();
+        let (long, short) = (tokens(1, HEAD_CHUNK as u32 + 40), tokens(2, 1));
+        let losses = window_nll(decoder.as_ref(), &[&long, &short], &AtomicBool::new(false), &|_, _| {}).unwrap();
+        let mut hidden = decoder.embed(&long).unwrap();
+        for layer in 0..2 {
+            hidden = decoder.load_layer(LayerIndex(layer)).unwrap().forward(&hidden).unwrap();
+        }
+        let logits = decoder.load_head().unwrap().logits(&hidden).unwrap().to_vec2::<f32>().unwrap();
+        let mut expected = 0.0;
+        for (row, &target) in logits.iter().zip(&long[1..]) {
+            let sum: f64 = row.iter().map(|&logit| f64::from(logit).exp()).sum();
+            expected += sum.ln() - f64::from(row[target as usize]);
+        }
+        assert!((losses[0] - expected).abs() < 1e-5 * expected, "{losses:?} {expected}");
+        assert!(losses[1].abs() < f64::MIN_POSITIVE);
+    }
+
+    #[test]
+    fn bits_do_not_depend_on_the_number_of_threads() {
+        let windows: Vec<Vec<u32>> = (0..6).map(|seed| tokens(seed, 90)).collect();
+        let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
+        let losses = |threads| {
+            let pool = ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let decoder = decoder();
+            let losses =
+                pool.install(|| window_nll(decoder.as_ref(), &windows, &AtomicBool::new(false), &|_, _| {}).unwrap());
+            losses.into_iter().map(f64::to_bits).collect::<Vec<_>>()
+        };
+        assert_eq!(losses(1), losses(3));
+    }
+
+    #[test]
+    fn every_step_is_counted_and_a_cancelled_run_stops() {
+        let decoder = decoder();
+        let window = tokens(3, 10);
+        let (flag, counted) = (AtomicBool::new(false), AtomicUsize::new(0));
+        let progress = |_, total| {
+            assert_eq!(total, 6);
+            counted.fetch_add(1, Ordering::Relaxed);
+        };
+        window_nll(decoder.as_ref(), &[&window, &window], &flag, &progress).unwrap();
+        assert_eq!(counted.load(Ordering::Relaxed), 6);
+        flag.store(true, Ordering::Relaxed);
+        let cancelled = window_nll(decoder.as_ref(), &[&window, &window], &flag, &progress);
+        assert!(matches!(cancelled, Err(ModelError::Cancelled)));
+        assert_eq!(counted.load(Ordering::Relaxed), 6);
     }
 }

@@ -7,6 +7,9 @@ use super::ModelError;
 /// No dimension of any model comes near; products of two of them stay far from overflowing.
 const LARGEST_DIMENSION: u64 = 1 << 24;
 
+/// Far beyond any model, and few enough to list.
+const MOST_LAYERS: usize = 1 << 14;
+
 /// An object of `config.json` (the whole of it, or one nested in it).
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Config<'a> {
@@ -52,6 +55,15 @@ impl<'a> Config<'a> {
     /// A dimension that must be there.
     pub(super) fn dimension(&self, key: &str) -> Result<usize, ModelError> {
         self.dimension_if_any(key)?.ok_or_else(|| self.refuse(key, "is missing"))
+    }
+
+    /// Number of decoder layers.
+    pub(super) fn layers(&self) -> Result<usize, ModelError> {
+        let layers = self.dimension("num_hidden_layers")?;
+        if layers > MOST_LAYERS {
+            return Err(self.refuse("num_hidden_layers", format!("{layers} is more than {MOST_LAYERS}")));
+        }
+        Ok(layers)
     }
 
     pub(super) fn flag(&self, key: &str, default: bool) -> Result<bool, ModelError> {

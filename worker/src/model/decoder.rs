@@ -266,7 +266,7 @@ impl Head for PreNormHead {
 
 /// The windows of a config that has `use_sliding_window`: layers from `max_window_layers` on, or those that `layer_types` names.
 pub(super) fn optional_windows(config: &Config<'_>) -> Result<Vec<Option<usize>>, ModelError> {
-    let layers = config.dimension("num_hidden_layers")?;
+    let layers = config.layers()?;
     if !config.flag("use_sliding_window", false)? {
         return Ok(vec![None; layers]);
     }

@@ -5,6 +5,7 @@
 //! on the number of threads nor on the width of the machine's vectors.
 
 use std::ops::Range;
+use std::slice::ChunksExact;
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, InplaceOp1, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 use pulp::Arch;
@@ -14,8 +15,13 @@ const LANES: usize = 16;
 /// x / √(mean(x²) + ε) · w along the last dimension.
 pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
     if x.device().is_cpu() {
-        return x.contiguous()?.apply_op2_no_bwd(weight, &RowNorm { epsilon: epsilon as f32 });
+        x.contiguous()?.apply_op2_no_bwd(weight, &RowNorm { epsilon: epsilon as f32 })
+    } else {
+        rms_norm_composed(x, weight, epsilon)
     }
+}
+
+fn rms_norm_composed(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
     let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
     x.broadcast_div(&(mean + epsilon)?.sqrt()?)?.broadcast_mul(weight)
 }
@@ -23,20 +29,25 @@ pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tens
 /// (x − mean) / √(var + ε) · w + b along the last dimension.
 pub(super) fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> Result<Tensor> {
     if x.device().is_cpu() {
-        return x.contiguous()?.apply_op3_no_bwd(weight, bias, &RowNorm { epsilon: epsilon as f32 });
+        x.contiguous()?.apply_op3_no_bwd(weight, bias, &RowNorm { epsilon: epsilon as f32 })
+    } else {
+        layer_norm_composed(x, weight, bias, epsilon)
     }
-    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-    let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
-    centred.broadcast_div(&(variance + epsilon)?.sqrt()?)?.broadcast_mul(weight)?.broadcast_add(bias)
 }
 
-/// silu(gate) · up; on the CPU `gate` itself is overwritten.
+fn layer_norm_composed(x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> Result<Tensor> {
+    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    rms_norm_composed(&centred, weight, epsilon)?.broadcast_add(bias)
+}
+
+/// silu(gate) · up; on the CPU the storage of `gate` is overwritten.
 pub(super) fn silu_times(gate: Tensor, up: &Tensor) -> Result<Tensor> {
     if gate.device().is_cpu() {
         gate.inplace_op2(up, &SiluTimes)?;
-        return Ok(gate);
+        Ok(gate)
+    } else {
+        gate.silu()? * up
     }
-    gate.silu()? * up
 }
 
 /// Which keys a block of query rows sees.
@@ -61,27 +72,33 @@ impl Causal {
     }
 }
 
-/// softmax(scale · scores) over the keys that each row sees, zero elsewhere; on the CPU `scores` itself is overwritten.
+/// softmax(scale · scores) over the keys that each row sees, zero elsewhere; on the CPU the storage of `scores` is overwritten.
 pub(super) fn causal_softmax(scores: Tensor, causal: Causal, scale: f32) -> Result<Tensor> {
     if scores.device().is_cpu() {
         scores.inplace_op1(&CausalSoftmax { causal, scale })?;
-        return Ok(scores);
+        Ok(scores)
+    } else {
+        causal_softmax_composed(&scores, causal, scale)
     }
+}
+
+fn causal_softmax_composed(scores: &Tensor, causal: Causal, scale: f32) -> Result<Tensor> {
     let (rows, columns) = scores.dims2()?;
     let mut mask = vec![f32::NEG_INFINITY; rows * columns];
     for (row, mask) in mask.chunks_exact_mut(columns).enumerate() {
         mask[causal.visible(row, columns)].fill(0.0);
     }
-    let masked = ((&scores * f64::from(scale))? + Tensor::from_vec(mask, (rows, columns), scores.device())?)?;
-    candle_nn::ops::softmax_last_dim(&masked)
+    let mask = Tensor::from_vec(mask, (rows, columns), scores.device())?;
+    candle_nn::ops::softmax_last_dim(&((scores * f64::from(scale))? + mask)?)
 }
 
 /// ln Σ exp(x), the sum in f64 over blocks that are summed in f32.
 pub(crate) fn log_sum_exp(row: &[f32]) -> f64 {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = Arch::new()
-        .dispatch(|| row.chunks(LANES * LANES).map(|block| f64::from(sum_of(block, |x| exp(x - max)))).sum());
-    f64::from(max) + sum.ln()
+    Arch::new().dispatch(|| {
+        let max = max_of(row);
+        let sum: f64 = row.chunks(LANES * LANES).map(|block| f64::from(sum_of(block, |x| exp(x - max)))).sum();
+        f64::from(max) + sum.ln()
+    })
 }
 
 /// eˣ to about one unit in the last place; beyond ±87 it saturates.
@@ -149,6 +166,14 @@ fn values_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mu
     }
 }
 
+/// The rows of a tensor whose last dimension must be `width`.
+fn rows<'a>(x: &'a CpuStorage, layout: &Layout, width: usize) -> Result<ChunksExact<'a, f32>> {
+    match layout.dims().last() {
+        Some(&last) if last == width && width > 0 => Ok(values(x, layout)?.chunks_exact(width)),
+        _ => bail!("rows of {width} were expected, not a tensor of shape {:?}", layout.shape()),
+    }
+}
+
 /// RMS normalisation with a weight, layer normalisation with a weight and a bias.
 struct RowNorm {
     epsilon: f32,
@@ -160,10 +185,11 @@ impl CustomOp2 for RowNorm {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, x_l: &Layout, w: &CpuStorage, w_l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (x, weight) = (values(x, x_l)?, values(w, w_l)?);
-        let mut out = Vec::with_capacity(x.len());
+        let weight = values(w, w_l)?;
+        let rows = rows(x, x_l, weight.len())?;
+        let mut out = Vec::with_capacity(x_l.shape().elem_count());
         Arch::new().dispatch(|| {
-            for row in x.chunks_exact(weight.len()) {
+            for row in rows {
                 let mean = sum_of(row, |x| x * x) / row.len() as f32;
                 let factor = 1.0 / (mean + self.epsilon).sqrt();
                 out.extend(row.iter().zip(weight).map(|(x, w)| x * factor * w));
@@ -187,10 +213,11 @@ impl CustomOp3 for RowNorm {
         b: &CpuStorage,
         b_l: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (x, weight, bias) = (values(x, x_l)?, values(w, w_l)?, values(b, b_l)?);
-        let mut out = Vec::with_capacity(x.len());
+        let (weight, bias) = (values(w, w_l)?, values(b, b_l)?);
+        let rows = rows(x, x_l, weight.len())?;
+        let mut out = Vec::with_capacity(x_l.shape().elem_count());
         Arch::new().dispatch(|| {
-            for row in x.chunks_exact(weight.len()) {
+            for row in rows {
                 let mean = sum_of(row, |x| x) / row.len() as f32;
                 let variance = sum_of(row, |x| (x - mean) * (x - mean)) / row.len() as f32;
                 let factor = 1.0 / (variance + self.epsilon).sqrt();
@@ -249,5 +276,71 @@ impl InplaceOp1 for CausalSoftmax {
             }
         });
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+
+    fn noise(rows: usize, columns: usize) -> Tensor {
+        let value = |i: usize| ((i as f32 * 12.9898).sin() * 43_758.547).fract() * 6.0 - 0.5;
+        Tensor::from_vec((0..rows * columns).map(value).collect(), (rows, columns), &Device::Cpu).unwrap()
+    }
+
+    fn assert_close(a: &Tensor, b: &Tensor) {
+        let distance = (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(distance < 5e-6, "{distance:e}");
+    }
+
+    #[test]
+    fn exp_errs_by_at_most_two_units_in_the_last_place() {
+        for step in -87_000..87_000 {
+            let x = step as f32 / 1000.0;
+            let exact = f64::from(x).exp();
+            let error = (f64::from(exp(x)) - exact).abs() / exact;
+            assert!(error < 2.0 * f64::from(f32::EPSILON), "exp({x}) errs by {error:e}");
+        }
+        assert!(exp(f32::NAN).is_nan());
+        assert!(exp(-1e30) < 1e-37 && exp(1e30).is_finite());
+    }
+
+    #[test]
+    fn log_sum_exp_agrees_with_f64() {
+        let row = noise(1, 1000).flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let exact = row.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln();
+        assert!((log_sum_exp(&row) - exact).abs() < 1e-6);
+    }
+
+    #[test]
+    fn passes_agree_with_their_compositions() {
+        let (x, up) = (noise(7, 45), noise(7, 45).affine(-1.0, 1.0).unwrap());
+        let (weight, bias) = (noise(1, 45).get(0).unwrap(), noise(2, 45).get(1).unwrap());
+        assert_close(&rms_norm(&x, &weight, 1e-5).unwrap(), &rms_norm_composed(&x, &weight, 1e-5).unwrap());
+        assert_close(
+            &layer_norm(&x, &weight, &bias, 1e-5).unwrap(),
+            &layer_norm_composed(&x, &weight, &bias, 1e-5).unwrap(),
+        );
+        assert_close(&silu_times(x.copy().unwrap(), &up).unwrap(), &(x.silu().unwrap() * &up).unwrap());
+    }
+
+    #[test]
+    fn softmax_sees_the_past_and_the_window_only() {
+        let causal = Causal { first_token: 30, rows_per_token: 3, first_key: 5, window: Some(20) };
+        let scores = noise(12, 29);
+        let composed = causal_softmax_composed(&scores, causal, 0.3).unwrap();
+        let fused = causal_softmax(scores, causal, 0.3).unwrap();
+        assert_close(&fused, &composed);
+        let first = fused.get(0).unwrap().to_vec1::<f32>().unwrap();
+        assert!(first[..6].iter().chain(&first[26..]).all(|&weight| weight == 0.0));
+        assert!(first[6..26].iter().all(|&weight| weight > 0.0));
+    }
+
+    #[test]
+    fn rows_of_another_width_are_refused() {
+        let weight = Tensor::ones(44, DType::F32, &Device::Cpu).unwrap();
+        assert!(rms_norm(&noise(4, 88), &weight, 1e-5).is_err());
     }
 }

@@ -18,7 +18,7 @@ pub(super) const FAMILY: ModelFamily = ModelFamily {
             o_bias: attention_bias,
             mlp_bias: config.flag("mlp_bias", false)?,
             qk_norm: false,
-            windows: vec![None; config.dimension("num_hidden_layers")?],
+            windows: vec![None; config.layers()?],
         };
         Ok(Box::new(PreNormDecoder::open(checkpoint.clone(), device, &config, spec)?))
     },

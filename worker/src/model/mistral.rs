@@ -24,7 +24,7 @@ pub(super) const FAMILY: ModelFamily = ModelFamily {
             o_bias: false,
             mlp_bias: false,
             qk_norm: false,
-            windows: vec![window; config.dimension("num_hidden_layers")?],
+            windows: vec![window; config.layers()?],
         };
         Ok(Box::new(PreNormDecoder::open(checkpoint.clone(), device, &config, spec)?))
     },

@@ -17,6 +17,8 @@ mod mistral;
 mod opt;
 mod qwen2;
 mod qwen3;
+#[cfg(test)]
+mod refusal_tests;
 mod rope;
 
 use std::sync::Arc;

@@ -67,7 +67,7 @@ impl OptDecoder {
         config.head_width(hidden, heads)?;
         let norm_first = config.flag("do_layer_norm_before", true)?;
         let decoder = Self {
-            layers: config.dimension("num_hidden_layers")?,
+            layers: config.layers()?,
             hidden,
             ffn: config.dimension("ffn_dim")?,
             vocabulary: config.dimension("vocab_size")?,

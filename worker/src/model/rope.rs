@@ -226,3 +226,47 @@ impl CustomOp3 for RotateByGroup {
         Ok((CpuStorage::F32(out), (self.groups, rows, self.head_dim).into()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pass_agrees_with_its_composition() {
+        let values = serde_json::json!({ "rope_theta": 100.0 });
+        let rope = Rope::from_config(&Config::new("config", &values), 6, &Device::Cpu).unwrap();
+        let table = rope.table(5).unwrap();
+        let x = Tensor::arange(0f32, 120.0, &Device::Cpu).unwrap().reshape((5, 24)).unwrap();
+        let fused = by_group(&x, 2, 6, Some(&table)).unwrap();
+        let composed = rotate_composed(&x, 2, 6, &table).unwrap();
+        assert_eq!(fused.dims(), [2, 10, 6]);
+        assert_eq!(fused.dims(), composed.dims());
+        let distance = (fused - composed).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(distance < 2e-5);
+    }
+
+    #[test]
+    fn both_spellings_of_a_config_give_the_same_frequencies() {
+        let older = serde_json::json!({ "rope_theta": 500.0, "rope_scaling": { "type": "linear", "factor": 2.0 } });
+        let newer =
+            serde_json::json!({ "rope_parameters": { "rope_theta": 500.0, "rope_type": "linear", "factor": 2.0 } });
+        let frequencies =
+            |values| Rope::from_config(&Config::new("config", values), 8, &Device::Cpu).unwrap().frequencies(10);
+        assert_eq!(frequencies(&older), frequencies(&newer));
+        assert_eq!(frequencies(&older)[0].to_bits(), 0.5f32.to_bits());
+    }
+
+    #[test]
+    fn what_cannot_be_honoured_is_refused_by_key() {
+        for (values, key) in [
+            (serde_json::json!({ "rope_scaling": { "rope_type": "yarn", "factor": 2.0 } }), "rope_type"),
+            (serde_json::json!({ "rope_scaling": { "rope_type": "linear" } }), "factor"),
+            (serde_json::json!({ "rope_parameters": { "partial_rotary_factor": 0.5 } }), "partial_rotary_factor"),
+            (serde_json::json!({ "rope_parameters": [1] }), "rope_parameters"),
+            (serde_json::json!({ "rope_theta": 0 }), "rope_theta"),
+        ] {
+            let refusal = Rope::from_config(&Config::new("config", &values), 8, &Device::Cpu).unwrap_err();
+            assert!(refusal.to_string().contains(key), "{refusal}");
+        }
+    }
+}
