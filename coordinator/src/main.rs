@@ -1,3 +1,7 @@
-//! Entry point.
+//! Entry point of `espalier`.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    espalier_coordinator::cli::main()
+}

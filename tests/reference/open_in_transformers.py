@@ -24,6 +24,7 @@ import sys
 import torch
 import transformers
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 PERPLEXITY_TOLERANCE = 1e-4
 LOGITS_TOLERANCE = 1e-3
@@ -54,9 +55,10 @@ def open_checkpoint(path):
 
 def perplexity_of_transformers(model, options):
     """One tokenisation of the whole text, windows that do not overlap, the tail dropped, no BOS in each window."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.checkpoint, local_files_only=True)
+    # The file itself: for some architectures AutoTokenizer puts a pre-tokeniser of its own in the place of the file's.
+    tokenizer = Tokenizer.from_file(str(options.checkpoint / "tokenizer.json"))
     with open(options.text, encoding="utf-8", newline="") as file:
-        tokens = torch.tensor(tokenizer(file.read()).input_ids)
+        tokens = torch.tensor(tokenizer.encode(file.read()).ids)
     count = min(options.windows, len(tokens) // options.seq_len)
     if count == 0:
         sys.exit(f"{options.text} holds {len(tokens)} tokens: fewer than one window of {options.seq_len}")

@@ -1,11 +1,11 @@
 //! What the units of one run share: the job, the store, the tokens, the model, the solver.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use candle_core::Device;
 use espalier_common::calibration::{TokenBlock, TokenBlockError};
 use espalier_common::checkpoint::{self, Checkpoint, CheckpointError};
+use espalier_common::config;
 use espalier_common::fault::FaultClass;
 use espalier_common::ids::{LayerIndex, RunId};
 use espalier_common::job::{JobError, JobSpec};
@@ -135,7 +135,7 @@ pub struct Model {
 /// # Errors
 /// `Checkpoint`, `Model`.
 pub fn open_model(uri: &str, device: &Device) -> Result<Model, RunError> {
-    let checkpoint = checkpoint::open(&PathBuf::from(uri))?;
+    let checkpoint = checkpoint::open(&config::locate(uri)?)?;
     let decoder = model::open(Arc::clone(&checkpoint), device)?;
     Ok(Model { checkpoint, decoder })
 }

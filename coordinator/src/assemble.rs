@@ -1,0 +1,175 @@
+//! Artifacts + untouched tensors → sparse checkpoint, every digest checked.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use espalier_common::checkpoint::{Checkpoint, CheckpointWriter, Dtype, TensorHeader};
+use espalier_common::digest::{Digest, Hasher};
+use espalier_common::ids::LayerIndex;
+use espalier_common::job::JobSpec;
+use espalier_common::report::Artifact;
+use espalier_common::store::BlobStore;
+use safetensors::SafeTensors;
+use tokio_util::sync::CancellationToken;
+
+use crate::error::RunError;
+
+/// Read at a time when an artifact is hashed.
+const HASH_BYTES: u64 = 8 << 20;
+/// A header of an artifact longer than this is not one of ours.
+const MAX_HEADER_BYTES: u64 = 16 << 20;
+
+/// What a checkpoint is assembled from.
+pub struct Parts<'a> {
+    /// The job.
+    pub job: &'a JobSpec,
+    /// The source.
+    pub dense: &'a dyn Checkpoint,
+    /// Where the artifacts are.
+    pub store: &'a dyn BlobStore,
+    /// The pruned layers.
+    pub layers: &'a BTreeMap<LayerIndex, Artifact>,
+    /// Set when somebody wants it to stop.
+    pub stop: &'a CancellationToken,
+}
+
+/// Where a pruned tensor's bytes are.
+struct Place<'a> {
+    artifact: &'a Artifact,
+    header: TensorHeader,
+    start: u64,
+}
+
+/// Writes the checkpoint and makes it visible; returns the digest of every file.
+///
+/// # Errors
+/// `Damaged` or `Artifact` if an artifact is not what it should be; what the checkpoint, store or file system says;
+/// `Interrupted`. Nothing is visible unless it is whole.
+pub fn assemble(parts: &Parts<'_>) -> Result<BTreeMap<String, Digest>, RunError> {
+    let mut pruned = BTreeMap::new();
+    for artifact in parts.layers.values() {
+        check_digest(parts.store, artifact)?;
+        for (name, place) in places(parts.store, artifact)? {
+            check_against_source(parts.dense, artifact, &name, &place.header)?;
+            pruned.insert(name, place);
+        }
+    }
+    let plan = parts.dense.names().into_iter().filter_map(|name| {
+        let header = pruned.get(name).map(|place| &place.header).or_else(|| parts.dense.header(name))?;
+        Some((name.to_owned(), header.clone()))
+    });
+    let target = Path::new(&parts.job.output.uri);
+    let mut writer = CheckpointWriter::create(target, parts.job.shard_bytes()?, plan.collect())?;
+    let order: Vec<String> = writer.order().map(|(name, _)| name.to_owned()).collect();
+    for name in order {
+        if parts.stop.is_cancelled() {
+            return Err(RunError::Interrupted);
+        }
+        match pruned.get(&name) {
+            Some(place) => {
+                let end = place.start + place.header.bytes() as u64;
+                writer.write(&name, &parts.store.get_range(&place.artifact.name, place.start..end)?)?;
+            }
+            None => writer.write(&name, &parts.dense.read(&name)?)?,
+        }
+    }
+    let config = serde_json::to_vec_pretty(parts.dense.config()).expect("what was parsed from JSON can be written");
+    let mut companions = parts.dense.companion_files()?;
+    // Byte for byte where the source has the file; only a GGUF's config is made from its metadata.
+    if !companions.iter().any(|(name, _)| name == "config.json") {
+        let original = std::fs::read(parts.dense.path().join("config.json")).unwrap_or(config);
+        companions.push(("config.json".to_owned(), original));
+    }
+    for (name, bytes) in companions.iter().filter(|(name, _)| name != "README.md") {
+        writer.add_file(name, bytes)?;
+    }
+    writer.add_file("README.md", model_card(parts).as_bytes())?;
+    let files: BTreeMap<String, Digest> =
+        writer.close_tensors()?.iter().map(|file| (file.name.clone(), file.sha256)).collect();
+    writer.add_file("espalier.json", &manifest(parts, &files))?;
+    let written = writer.finish()?;
+    Ok(written.into_iter().map(|file| (file.name, file.sha256)).collect())
+}
+
+fn check_digest(store: &dyn BlobStore, artifact: &Artifact) -> Result<(), RunError> {
+    let mut hasher = Hasher::default();
+    let mut at = 0;
+    while at < artifact.bytes {
+        let end = (at + HASH_BYTES).min(artifact.bytes);
+        hasher.update(&store.get_range(&artifact.name, at..end)?);
+        at = end;
+    }
+    if hasher.finish() != artifact.sha256 || store.size(&artifact.name)? != artifact.bytes {
+        let (name, expected) = (artifact.name.clone(), artifact.sha256.to_string());
+        return Err(RunError::Damaged { name, expected });
+    }
+    Ok(())
+}
+
+fn places<'a>(store: &dyn BlobStore, artifact: &'a Artifact) -> Result<Vec<(String, Place<'a>)>, RunError> {
+    let wrong = |reason: String| RunError::Artifact { name: artifact.name.clone(), reason };
+    let length = store.get_range(&artifact.name, 0..8)?;
+    let length = u64::from_le_bytes(length[..].try_into().map_err(|_| wrong("it is shorter than 8 bytes".to_owned()))?);
+    if length > MAX_HEADER_BYTES {
+        return Err(wrong(format!("its header has {length} bytes")));
+    }
+    let header = store.get_range(&artifact.name, 0..8 + length)?;
+    let (_, metadata) = SafeTensors::read_metadata(&header).map_err(|error| wrong(error.to_string()))?;
+    metadata
+        .tensors()
+        .into_iter()
+        .map(|(name, info)| {
+            let dtype = match info.dtype {
+                safetensors::Dtype::F32 => Dtype::F32,
+                safetensors::Dtype::F16 => Dtype::F16,
+                safetensors::Dtype::BF16 => Dtype::Bf16,
+                other => return Err(wrong(format!("{name} is {other:?}"))),
+            };
+            let header = TensorHeader { dtype, shape: info.shape.clone() };
+            Ok((name, Place { artifact, header, start: 8 + length + info.data_offsets.0 as u64 }))
+        })
+        .collect()
+}
+
+fn check_against_source(
+    dense: &dyn Checkpoint,
+    artifact: &Artifact,
+    name: &str,
+    header: &TensorHeader,
+) -> Result<(), RunError> {
+    match dense.header(name) {
+        Some(source) if source == header => Ok(()),
+        source => Err(RunError::Artifact {
+            name: artifact.name.clone(),
+            reason: format!("{name} is {header:?}, but the source has {source:?}"),
+        }),
+    }
+}
+
+fn model_card(parts: &Parts<'_>) -> String {
+    let job = parts.job;
+    let pattern = job.pattern().map_or_else(|_| String::new(), |pattern| pattern.to_string());
+    let toml = toml::to_string_pretty(job).unwrap_or_default();
+    let base = job.model.source.strip_prefix("hf://").map_or_else(String::new, |name| {
+        let name = name.split('@').next().unwrap_or(name);
+        format!("base_model: {name}\nbase_model_relation: finetune\n")
+    });
+    format!(
+        "---\n{base}library_name: transformers\ntags:\n- pruned\n- sparsity\n- espalier\n---\n\n\
+         # Pruned with Espalier\n\n\
+         The linear layers of the decoder were pruned to {pattern} zeros with method `{}`.\n\
+         Zeros are exact; embeddings and head are untouched. `espalier.json` holds the job and the SHA-256 of every file.\n\n\
+         ```toml\n{toml}```\n",
+        job.method.name,
+    )
+}
+
+fn manifest(parts: &Parts<'_>, files: &BTreeMap<String, Digest>) -> Vec<u8> {
+    let manifest = serde_json::json!({
+        "espalier": env!("CARGO_PKG_VERSION"),
+        // No run id, no time: the same job gives the same bytes.
+        "job": parts.job,
+        "files": files,
+    });
+    serde_json::to_vec_pretty(&manifest).expect("a manifest is plain data")
+}

@@ -1,0 +1,225 @@
+//! The arguments.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use espalier_common::job::Propagation;
+use espalier_common::telemetry::LogFormat;
+
+/// Prunes large language models across a cluster, or on this machine.
+#[derive(Debug, Parser)]
+#[command(name = "espalier", version, about, max_term_width = 100)]
+pub(crate) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// Print one JSON document on stdout instead of tables.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// How log lines look: text or json.
+    #[arg(long, global = true, default_value = "text")]
+    pub(crate) log_format: LogFormat,
+    /// What is logged, in tracing's filter syntax.
+    #[arg(long, global = true)]
+    pub(crate) log: Option<String>,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Prune a model: on this machine, or on a cluster with --coordinator.
+    Prune(Box<PruneArgs>),
+    /// Measure perplexity (SparseGPT's and Wanda's protocol).
+    Eval(EvalArgs),
+    /// Count zeros and N:M groups of a checkpoint, and compare it with another.
+    Inspect(InspectArgs),
+    /// Serve a cluster.
+    Coordinator(CoordinatorArgs),
+    /// Show the runs and workers of a coordinator.
+    Status(RemoteArgs),
+    /// Stop a run of a coordinator.
+    Cancel(CancelArgs),
+    /// Take up a run that was interrupted, on this machine.
+    Resume(ResumeArgs),
+    /// Print the report of a run again, from its journal alone.
+    Report(ReportArgs),
+}
+
+/// Which inputs a layer is calibrated with.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum PropagationArg {
+    /// Those its pruned predecessors give.
+    Pruned,
+    /// Those the dense model gives.
+    Dense,
+}
+
+impl From<PropagationArg> for Propagation {
+    fn from(argument: PropagationArg) -> Self {
+        match argument {
+            PropagationArg::Pruned => Self::Pruned,
+            PropagationArg::Dense => Self::Dense,
+        }
+    }
+}
+
+/// Arguments of `prune`. Whatever is also in a job file overrides it.
+#[derive(Debug, Args)]
+pub(crate) struct PruneArgs {
+    /// A Hugging Face directory, a GGUF file, or hf://org/name[@revision].
+    pub(crate) model: Option<String>,
+    /// Where the checkpoint goes: a directory that does not exist yet or is empty.
+    #[arg(long, short)]
+    pub(crate) output: Option<String>,
+    /// The method; `espalier-worker methods` lists them.
+    #[arg(long)]
+    pub(crate) method: Option<String>,
+    /// Share of zeros, in [0, 1).
+    #[arg(long, conflicts_with = "pattern", allow_negative_numbers = true)]
+    pub(crate) sparsity: Option<f64>,
+    /// N:M, e.g. 2:4: 2 kept of every 4.
+    #[arg(long)]
+    pub(crate) pattern: Option<String>,
+    /// A text file, or a .jsonl with `text` or `input_ids`.
+    #[arg(long)]
+    pub(crate) calibration: Option<String>,
+    /// Number of calibration sequences [default: 128].
+    #[arg(long)]
+    pub(crate) samples: Option<usize>,
+    /// Tokens in each [default: 2048].
+    #[arg(long)]
+    pub(crate) seq_len: Option<usize>,
+    /// Chooses the calibration windows [default: 0].
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+    /// Share of the calibration sequences that only measures [default: 0].
+    #[arg(long)]
+    pub(crate) held_out: Option<f64>,
+    /// Which inputs a layer sees [default: pruned].
+    #[arg(long)]
+    pub(crate) propagation: Option<PropagationArg>,
+    /// Largest shard, e.g. 5GB or 512MiB [default: 5GB].
+    #[arg(long)]
+    pub(crate) shard_size: Option<String>,
+    /// A parameter of the method, e.g. --set method.damping=0.02.
+    #[arg(long = "set", value_name = "method.KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+    /// A job file; flags override it.
+    #[arg(long)]
+    pub(crate) job: Option<PathBuf>,
+    /// Also measure perplexity before and after, on this text.
+    #[arg(long, value_name = "SRC")]
+    pub(crate) eval: Option<String>,
+    /// Tokens in each evaluation window [default: 2048].
+    #[arg(long)]
+    pub(crate) eval_seq_len: Option<usize>,
+    /// At most this many evaluation windows.
+    #[arg(long)]
+    pub(crate) eval_max_windows: Option<usize>,
+    /// Where the run keeps its journal and artifacts [default: OUTPUT.run].
+    #[arg(long)]
+    pub(crate) run: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) local: LocalArgs,
+    /// Submit to this coordinator instead of running here, and follow.
+    #[arg(long, value_name = "URL")]
+    pub(crate) coordinator: Option<String>,
+}
+
+/// Workers on this machine.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct LocalArgs {
+    /// Worker processes on this machine.
+    #[arg(long, default_value_t = 1, value_parser = positive)]
+    pub(crate) workers: usize,
+    /// Compute threads in all [default: as many as the machine has].
+    #[arg(long, value_parser = positive)]
+    pub(crate) threads: Option<usize>,
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".to_owned()),
+        Ok(number) => Ok(number),
+        Err(_) => Err(format!("`{text}` is no number")),
+    }
+}
+
+/// Arguments of `eval`.
+#[derive(Debug, Args)]
+pub(crate) struct EvalArgs {
+    /// The model.
+    pub(crate) model: String,
+    /// A text file, read as it is, or a .jsonl.
+    #[arg(long, value_name = "SRC")]
+    pub(crate) text: String,
+    /// Tokens in each window.
+    #[arg(long, default_value_t = 2048)]
+    pub(crate) seq_len: usize,
+    /// At most this many windows.
+    #[arg(long)]
+    pub(crate) max_windows: Option<usize>,
+    #[command(flatten)]
+    pub(crate) local: LocalArgs,
+}
+
+/// Arguments of `inspect`.
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// The checkpoint.
+    pub(crate) model: String,
+    /// Compare with this one.
+    #[arg(long, value_name = "DENSE")]
+    pub(crate) against: Option<String>,
+}
+
+/// Arguments of `coordinator`.
+#[derive(Debug, Args)]
+pub(crate) struct CoordinatorArgs {
+    /// Its configuration file.
+    #[arg(long)]
+    pub(crate) config: Option<PathBuf>,
+    /// Where to listen.
+    #[arg(long)]
+    pub(crate) listen: Option<SocketAddr>,
+    /// Where runs keep their journals and artifacts.
+    #[arg(long)]
+    pub(crate) runs: Option<PathBuf>,
+    /// Workers to wait for before a run is planned.
+    #[arg(long)]
+    pub(crate) workers: Option<u32>,
+}
+
+/// Arguments of commands that only need a coordinator.
+#[derive(Debug, Args)]
+pub(crate) struct RemoteArgs {
+    /// The coordinator.
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:7433")]
+    pub(crate) coordinator: String,
+}
+
+/// Arguments of `cancel`.
+#[derive(Debug, Args)]
+pub(crate) struct CancelArgs {
+    /// The run, as `status` lists it.
+    pub(crate) run: String,
+    #[command(flatten)]
+    pub(crate) remote: RemoteArgs,
+}
+
+/// Arguments of `resume`.
+#[derive(Debug, Args)]
+pub(crate) struct ResumeArgs {
+    /// The run's folder.
+    pub(crate) run: PathBuf,
+    #[command(flatten)]
+    pub(crate) local: LocalArgs,
+}
+
+/// Arguments of `report`.
+#[derive(Debug, Args)]
+pub(crate) struct ReportArgs {
+    /// The run's folder.
+    pub(crate) run: PathBuf,
+}

@@ -1,0 +1,168 @@
+//! Serving a cluster, and talking to one.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use espalier_common::clock::SystemClock;
+use espalier_common::config::Overrides;
+use espalier_common::digest::Digest;
+use espalier_common::job::JobSpec;
+use espalier_common::tasks::TaskGroup;
+use espalier_proto::v1 as pb;
+use espalier_proto::v1::admin_client::AdminClient;
+use tonic::transport::{Channel, Endpoint};
+
+use super::args::{CancelArgs, CoordinatorArgs, RemoteArgs};
+use super::screen::Screen;
+use super::{CliError, local, prune, screen, table};
+use crate::config::CoordinatorConfig;
+use crate::desk::JobDesk;
+use crate::error::exit;
+use crate::events::{RunEvent, Status};
+use crate::fleet::Roster;
+use crate::rpc::admin::AdminDesk;
+use crate::service::Service;
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// Serves until a signal comes; a run that is going on is stopped so that it can be resumed.
+pub(crate) async fn serve(args: CoordinatorArgs) -> Result<(), CliError> {
+    let overrides = Overrides::default()
+        .set("coordinator.listen", args.listen.map(|address| address.to_string()))
+        .set("coordinator.runs", args.runs.map(|path| path.to_string_lossy().into_owned()))
+        .set("coordinator.workers", args.workers);
+    let config =
+        CoordinatorConfig::load(args.config.as_deref(), overrides).map_err(|error| CliError::rejected(&error))?;
+    let section = config.coordinator;
+    let roster = Roster::default();
+    let clock = Arc::new(SystemClock::default());
+    let runs = std::path::absolute(&section.runs).map_err(|error| CliError::rejected(&error))?;
+    let desk = JobDesk::new(roster.clone(), runs, clock, section.workers);
+    let service = Service::start(section.listen, roster, Some(AdminDesk::new(desk.clone()))).await?;
+    screen::out(&format!("listening on http://{}", service.address));
+    let stop = local::stop_on_signal();
+    let tasks = TaskGroup::new();
+    let (working, token) = (desk.clone(), stop.clone());
+    tasks.spawn(async move { working.work(token).await });
+    stop.cancelled().await;
+    // Longer than a run needs to write down that it was stopped.
+    tasks.shut_down(Duration::from_secs(15)).await;
+    service.stop().await;
+    Ok(())
+}
+
+async fn connect(url: &str) -> Result<AdminClient<Channel>, CliError> {
+    let unreachable = |error: &dyn std::fmt::Display| CliError {
+        message: format!("coordinator at {url} cannot be reached: {error}"),
+        code: exit::INTERRUPTED,
+    };
+    let endpoint = Endpoint::from_shared(url.to_owned())
+        .map_err(|error| CliError::usage(format!("--coordinator {url}: {error}")))?
+        .connect_timeout(DEADLINE)
+        .http2_keep_alive_interval(Duration::from_secs(10));
+    let channel = endpoint.connect().await.map_err(|error| unreachable(&error))?;
+    Ok(AdminClient::new(channel).max_decoding_message_size(64 << 20))
+}
+
+fn request<T>(message: T) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.set_timeout(DEADLINE);
+    request
+}
+
+fn refused(status: &tonic::Status) -> CliError {
+    let code = match status.code() {
+        tonic::Code::InvalidArgument | tonic::Code::NotFound => exit::REJECTED,
+        _ => exit::INTERRUPTED,
+    };
+    CliError { message: status.message().to_owned(), code }
+}
+
+/// Submits a job and follows it to its end. Interrupting this leaves the run going on.
+pub(crate) async fn submit(url: &str, job: &JobSpec, run: Option<&Path>, json: bool) -> Result<(), CliError> {
+    let mut client = connect(url).await?;
+    let job_json = serde_json::to_string(job).expect("a job is plain data");
+    let run_url = match run {
+        Some(path) => std::path::absolute(path).map_err(|error| CliError::rejected(&error))?,
+        None => std::path::PathBuf::new(),
+    };
+    let message = pb::SubmitRequest {
+        // The same job to the same output is the same job: submitting it twice follows the first.
+        idempotency_key: Digest::of(job_json.as_bytes()).to_string(),
+        job_json,
+        run_url: run_url.to_string_lossy().into_owned(),
+    };
+    let run = client.submit(request(message)).await.map_err(|status| refused(&status))?.into_inner().run;
+    let mut events = client
+        .watch(tonic::Request::new(pb::WatchRequest { run: run.clone() }))
+        .await
+        .map_err(|status| refused(&status))?
+        .into_inner();
+    let mut screen = Screen::new(json);
+    let mut folder = String::new();
+    let stop = local::stop_on_signal();
+    loop {
+        let message = tokio::select! {
+            message = events.message() => message.map_err(|status| refused(&status))?,
+            () = stop.cancelled() => None,
+        };
+        let Some(message) = message else {
+            let message = format!("no longer following {run}, which goes on: espalier status --coordinator {url}");
+            return Err(CliError { message, code: exit::INTERRUPTED });
+        };
+        let event: RunEvent = serde_json::from_str(&message.event_json)
+            .map_err(|error| CliError { message: format!("event of {run}: {error}"), code: exit::BUG })?;
+        screen.show(&event);
+        match event {
+            RunEvent::Opened { url, .. } => folder = url,
+            RunEvent::Finished { report } => {
+                screen.clear();
+                prune::print_report(&report, Path::new(&folder), json);
+                return Ok(());
+            }
+            RunEvent::Ended { reason, exit_code } => {
+                screen.clear();
+                return Err(CliError { message: reason, code: exit_code });
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Shows a coordinator's runs and workers.
+pub(crate) async fn status(args: RemoteArgs, json: bool) -> Result<(), CliError> {
+    let mut client = connect(&args.coordinator).await?;
+    let answer = client.status(request(pb::StatusRequest {})).await.map_err(|status| refused(&status))?.into_inner();
+    let status: Status = serde_json::from_str(&answer.status_json)
+        .map_err(|error| CliError { message: format!("status: {error}"), code: exit::BUG })?;
+    if json {
+        screen::out(&answer.status_json);
+        return Ok(());
+    }
+    let mut runs = table::table(&["run", "model", "layers", "state"]);
+    for run in &status.runs {
+        let layers = run.layers.map_or_else(String::new, |layers| format!("{}/{layers}", run.committed));
+        runs.add_row([run.run.to_string(), run.model.clone(), layers, run.state.clone()]);
+    }
+    let mut workers = table::table(&["worker", "name", "device", "threads", "GFLOP/s", "peak MB"]);
+    for worker in &status.workers {
+        workers.add_row([
+            worker.worker.to_string(),
+            worker.offer.name.clone(),
+            worker.offer.device.clone(),
+            worker.offer.threads.to_string(),
+            format!("{:.0}", worker.offer.gflops),
+            format!("{:.0}", worker.peak_rss_bytes as f64 / 1e6),
+        ]);
+    }
+    screen::out(&format!("{runs}\n{workers}"));
+    Ok(())
+}
+
+/// Stops a run.
+pub(crate) async fn cancel(args: CancelArgs) -> Result<(), CliError> {
+    let mut client = connect(&args.remote.coordinator).await?;
+    client.cancel(request(pb::CancelRequest { run: args.run })).await.map_err(|status| refused(&status))?;
+    Ok(())
+}

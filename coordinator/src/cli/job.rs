@@ -1,0 +1,120 @@
+//! A job file and the flags over it make one job.
+
+use std::path::{Path, PathBuf};
+
+use espalier_common::job::{JobSpec, Propagation};
+use serde_json::{Map, Value, json};
+
+use super::CliError;
+use super::args::PruneArgs;
+
+/// The job that the arguments amount to.
+pub(crate) fn job(args: &PruneArgs) -> Result<JobSpec, CliError> {
+    let mut job = match &args.job {
+        Some(path) => read(path)?,
+        None => Map::new(),
+    };
+    let mut set = |section: &str, key: &str, value: Option<Value>| {
+        if let Some(value) = value {
+            let section = job.entry(section).or_insert_with(|| json!({}));
+            if let Some(section) = section.as_object_mut() {
+                section.insert(key.to_owned(), value);
+            }
+        }
+    };
+    set("model", "source", args.model.as_deref().map(|model| json!(absolute(model))));
+    set("calibration", "source", args.calibration.as_deref().map(|source| json!(absolute(source))));
+    set("calibration", "samples", args.samples.map(Value::from));
+    set("calibration", "sequence_length", args.seq_len.map(Value::from));
+    set("calibration", "seed", args.seed.map(Value::from));
+    set("calibration", "held_out", args.held_out.map(Value::from));
+    set("method", "name", args.method.clone().map(Value::from));
+    // A flag replaces the file's pattern, whichever kind that was.
+    if args.sparsity.is_some() {
+        set("pattern", "nofm", Some(Value::Null));
+    }
+    if args.pattern.is_some() {
+        set("pattern", "sparsity", Some(Value::Null));
+    }
+    // JSON has no NaN: a sparsity that is not finite would otherwise vanish.
+    if args.sparsity.is_some_and(|sparsity| !sparsity.is_finite()) {
+        return Err(CliError::usage("--sparsity must be a number in [0, 1)"));
+    }
+    set("pattern", "sparsity", args.sparsity.map(Value::from));
+    set("pattern", "nofm", args.pattern.clone().map(Value::from));
+    let mode = args.propagation.map(|mode| json!(Propagation::from(mode)));
+    set("propagation", "mode", mode);
+    set("output", "uri", args.output.as_deref().map(|output| json!(absolute(output))));
+    set("output", "shard_size", args.shard_size.clone().map(Value::from));
+    set("evaluation", "source", args.eval.as_deref().map(|source| json!(absolute(source))));
+    if args.eval.is_none() && !has_evaluation(args)? && (args.eval_seq_len.or(args.eval_max_windows)).is_some() {
+        return Err(CliError::usage("--eval-seq-len and --eval-max-windows need --eval"));
+    }
+    set("evaluation", "sequence_length", args.eval_seq_len.map(Value::from));
+    set("evaluation", "max_windows", args.eval_max_windows.map(Value::from));
+    for assignment in &args.set {
+        let (key, value) = parse_set(assignment)?;
+        set("method", &key, Some(value));
+    }
+    for (section, key, flag) in
+        [("model", "source", "MODEL"), ("output", "uri", "--output"), ("calibration", "source", "--calibration")]
+    {
+        if job.get(section).and_then(|section| section.get(key)).is_none() {
+            return Err(CliError::usage(format!("give {flag}, or [{section}] {key} in a job file")));
+        }
+    }
+    serde_json::from_value(Value::Object(job)).map_err(|error| {
+        let origin = args.job.as_ref().map_or_else(|| "job".to_owned(), |path| path.display().to_string());
+        CliError {
+            message: format!("{origin}: {}", espalier_common::config::suggest(&error.to_string())),
+            code: crate::error::exit::REJECTED,
+        }
+    })
+}
+
+fn has_evaluation(args: &PruneArgs) -> Result<bool, CliError> {
+    args.job.as_deref().map_or(Ok(false), |path| Ok(read(path)?.contains_key("evaluation")))
+}
+
+/// The run's folder: as given, or beside the output.
+pub(crate) fn run_folder(args: &PruneArgs, job: &JobSpec) -> PathBuf {
+    args.run.clone().unwrap_or_else(|| PathBuf::from(format!("{}.run", job.output.uri.trim_end_matches('/'))))
+}
+
+fn read(path: &Path) -> Result<Map<String, Value>, CliError> {
+    espalier_common::config::load_document(path).map_err(|error| CliError::rejected(&error))
+}
+
+/// Makes a local path independent of the working directory, since workers may have another; URLs stay as they are.
+fn absolute(source: &str) -> String {
+    if source.contains("://") {
+        return source.to_owned();
+    }
+    std::path::absolute(source).map_or_else(|_| source.to_owned(), |path| path.to_string_lossy().into_owned())
+}
+
+/// Reads `method.key=value`: the value is a number or a boolean if it looks like one, text otherwise.
+fn parse_set(assignment: &str) -> Result<(String, Value), CliError> {
+    let wrong = || CliError::usage(format!("--set {assignment}: must be method.KEY=VALUE"));
+    let (key, value) = assignment.split_once('=').ok_or_else(wrong)?;
+    let key = key.strip_prefix("method.").filter(|key| !key.is_empty() && *key != "name").ok_or_else(wrong)?;
+    let value = serde_json::from_str::<Value>(value)
+        .ok()
+        .filter(|parsed| parsed.is_number() || parsed.is_boolean())
+        .unwrap_or_else(|| Value::from(value));
+    Ok((key.to_owned(), value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn assignments_are_typed_by_their_look() {
+        assert_eq!(parse_set("method.damping=0.02").unwrap(), ("damping".to_owned(), json!(0.02)));
+        assert_eq!(parse_set("method.profile=best").unwrap(), ("profile".to_owned(), json!("best")));
+        for wrong in ["damping=1", "method.=1", "method.name=x", "method.damping"] {
+            assert_eq!(parse_set(wrong).unwrap_err().code, crate::error::exit::USAGE, "{wrong}");
+        }
+    }
+}

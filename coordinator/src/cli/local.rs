@@ -1,0 +1,111 @@
+//! A coordinator of this process' own, with workers of its own, for one run.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use espalier_common::clock::SystemClock;
+use espalier_common::config::Overrides;
+use tokio_util::sync::CancellationToken;
+
+use super::CliError;
+use super::args::LocalArgs;
+use super::screen::Screen;
+use crate::config::CoordinatorConfig;
+use crate::error::RunError;
+use crate::events::{EventLog, RunEvent};
+use crate::fleet::Roster;
+use crate::local::{Launch, LocalWorkers};
+use crate::run::Setting;
+use crate::schedule::Limits;
+use crate::service::Service;
+
+/// Workers of this machine do not come back: there is no point in waiting long.
+const WITHOUT_WORKERS: Duration = Duration::from_secs(3);
+
+/// The setting of a run on this machine.
+pub(crate) fn setting(folder: &Path, local: &LocalArgs, roster: Roster, stop: CancellationToken) -> Setting {
+    Setting {
+        folder: folder.to_owned(),
+        roster,
+        workers_wanted: local.workers,
+        events: EventLog::default(),
+        clock: Arc::new(SystemClock::default()),
+        limits: Limits { without_workers: WITHOUT_WORKERS, ..Limits::default() },
+        stop,
+    }
+}
+
+/// A token that Ctrl-C (or SIGTERM) sets. A second one ends the process at once.
+pub(crate) fn stop_on_signal() -> CancellationToken {
+    let stop = CancellationToken::new();
+    let token = stop.clone();
+    // It lives as long as the process, by design: there is no parent that could join it before the process ends.
+    #[allow(clippy::disallowed_methods, reason = "the signal watcher has the process as its parent")]
+    tokio::spawn(async move {
+        signal().await;
+        token.cancel();
+        signal().await;
+        std::process::exit(i32::from(crate::error::exit::INTERRUPTED));
+    });
+    stop
+}
+
+async fn signal() {
+    let terminate = async {
+        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+            Ok(mut terminate) => drop(terminate.recv().await),
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        interrupted = tokio::signal::ctrl_c() => if interrupted.is_err() { std::future::pending::<()>().await },
+        () = terminate => {}
+    }
+}
+
+/// Starts a service and workers, does `work` with them, and ends them whatever came of it.
+pub(crate) async fn with_workers<T>(
+    local: &LocalArgs,
+    logs: &Path,
+    roster: Roster,
+    work: impl Future<Output = Result<T, RunError>>,
+) -> Result<T, CliError> {
+    let config = CoordinatorConfig::load(None, Overrides::default()).map_err(|error| CliError::rejected(&error))?;
+    let service = Service::start(SocketAddr::from(([127, 0, 0, 1], 0)), roster.clone(), None).await?;
+    let available = std::thread::available_parallelism().map_or(1, usize::from);
+    let launch = Launch {
+        program: config.coordinator.worker_program,
+        workers: local.workers,
+        threads: local.threads.unwrap_or(available),
+        logs: logs.to_owned(),
+        coordinator: service.address,
+    };
+    let workers = LocalWorkers::start(&launch, &roster)?;
+    let result = work.await;
+    workers.stop().await;
+    service.stop().await;
+    Ok(result?)
+}
+
+/// Shows events while `work` runs.
+pub(crate) async fn shown<T>(events: &EventLog, silent: bool, work: impl Future<Output = T>) -> T {
+    let mut screen = Screen::new(silent);
+    let (past, mut live) = events.follow();
+    past.iter().for_each(|event| screen.show(event));
+    tokio::pin!(work);
+    let result = loop {
+        tokio::select! {
+            result = &mut work => break result,
+            Ok(event) = live.recv() => screen.show(&event),
+        }
+    };
+    while let Ok(event) = live.try_recv() {
+        if !matches!(event, RunEvent::Progress { .. }) {
+            screen.show(&event);
+        }
+    }
+    screen.clear();
+    result
+}

@@ -1,0 +1,79 @@
+//! What a person types: argv → configuration → run → a table and an exit code.
+
+mod args;
+mod cluster;
+mod eval;
+mod inspect;
+mod job;
+mod local;
+mod prune;
+mod screen;
+mod table;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use espalier_common::telemetry::{self, LogConfig};
+
+use crate::error::{RunError, exit};
+use args::{Cli, Command};
+
+/// Why a command ended badly: one line, and an exit code.
+#[derive(Debug)]
+pub(crate) struct CliError {
+    pub(crate) message: String,
+    pub(crate) code: u8,
+}
+
+impl CliError {
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self { message: message.into(), code: exit::USAGE }
+    }
+
+    pub(crate) fn rejected(error: &dyn std::error::Error) -> Self {
+        let fault = espalier_common::fault::Fault::new(espalier_common::fault::FaultClass::Reject, error);
+        Self { message: fault.message, code: exit::REJECTED }
+    }
+}
+
+impl From<RunError> for CliError {
+    fn from(error: RunError) -> Self {
+        Self { message: error.one_line(), code: error.exit_code() }
+    }
+}
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            screen::error_line(&error.message);
+            ExitCode::from(error.code)
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<(), CliError> {
+    let filter = if matches!(cli.command, Command::Coordinator(_)) { "info" } else { "error" };
+    let log = LogConfig { format: cli.log_format, filter: cli.log.clone().unwrap_or_else(|| filter.to_owned()) };
+    telemetry::init(&log).map_err(|error| CliError::usage(error.to_string()))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        // It waits, writes and hashes; the computing is done by workers.
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| CliError { message: format!("cannot start: {error}"), code: exit::BUG })?;
+    runtime.block_on(async {
+        match cli.command {
+            Command::Prune(args) => prune::run(args, cli.json).await,
+            Command::Eval(args) => eval::run(args, cli.json).await,
+            Command::Inspect(args) => inspect::run(&args, cli.json),
+            Command::Report(args) => prune::report(&args, cli.json),
+            Command::Resume(args) => prune::resume(args, cli.json).await,
+            Command::Coordinator(args) => cluster::serve(args).await,
+            Command::Status(args) => cluster::status(args, cli.json).await,
+            Command::Cancel(args) => cluster::cancel(args).await,
+        }
+    })
+}

@@ -1,0 +1,84 @@
+//! The final table.
+
+use std::collections::BTreeMap;
+
+use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
+use comfy_table::{CellAlignment, Table};
+
+use crate::report::{Report, SublayerEntry};
+
+/// A table in the house's look, right-aligned from the second column on.
+pub(crate) fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(UTF8_HORIZONTAL_ONLY).set_header(header);
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+/// The kind of a sublayer: `q_proj` of `model.layers.0.self_attn.q_proj.weight`.
+pub(crate) fn kind(tensor: &str) -> &str {
+    tensor.strip_suffix(".weight").unwrap_or(tensor).rsplit('.').next().unwrap_or(tensor)
+}
+
+/// What a person wants to know of a finished run.
+pub(crate) fn summary(report: &Report, run_folder: &str) -> String {
+    let mut text = String::new();
+    let mut kinds: BTreeMap<&str, Vec<&SublayerEntry>> = BTreeMap::new();
+    let mut order = Vec::new();
+    for sublayer in &report.sublayers {
+        let kind = kind(&sublayer.name);
+        if !kinds.contains_key(kind) {
+            order.push(kind);
+        }
+        kinds.entry(kind).or_default().push(sublayer);
+    }
+    let mut errors = table(&["sublayer", "mean error", "worst error", "sparsity", "solve s"]);
+    for kind in order {
+        let entries = &kinds[kind];
+        let count = entries.len() as f64;
+        let mean = entries.iter().map(|entry| entry.rel_error).sum::<f64>() / count;
+        let worst = entries.iter().map(|entry| entry.rel_error).fold(0.0, f64::max);
+        let zeros: u64 = entries.iter().map(|entry| entry.zeros).sum();
+        let elements: u64 = entries.iter().map(|entry| entry.elements).sum();
+        let seconds: f64 = entries.iter().map(|entry| entry.seconds).sum();
+        errors.add_row([
+            kind.to_owned(),
+            format!("{mean:.5}"),
+            format!("{worst:.5}"),
+            format!("{:.2} %", 100.0 * zeros as f64 / elements.max(1) as f64),
+            format!("{seconds:.2}"),
+        ]);
+    }
+    text.push_str(&format!("{errors}\n"));
+    let phases: Vec<String> = report
+        .totals
+        .seconds_by_phase
+        .iter()
+        .filter(|(_, seconds)| **seconds >= 0.05)
+        .map(|(phase, seconds)| format!("{phase} {seconds:.1}"))
+        .collect();
+    let method = format!("{} to {}", report.method.name, report.pattern);
+    text.push_str(&format!("{method} in {:.1} s  (worker seconds: {})\n", report.totals.seconds, phases.join(", ")));
+    let damped = report.sublayers.iter().filter(|entry| entry.damping_raised > 0).count();
+    if damped > 0 {
+        text.push_str(&format!("damping had to be raised for {damped} sublayers, see report.json\n"));
+    }
+    let dead: u64 = report.sublayers.iter().map(|entry| u64::from(entry.dead_channels)).sum();
+    if dead > 0 {
+        text.push_str(&format!("{dead} input channels were never active (summed over sublayers), see report.json\n"));
+    }
+    if report.totals.retries > 0 {
+        text.push_str(&format!("{} leases ended badly and were given again\n", report.totals.retries));
+    }
+    if let Some(perplexity) = &report.perplexity {
+        text.push_str(&format!(
+            "perplexity {:.3} dense → {:.3} pruned  ({} windows of {} tokens)\n",
+            perplexity.dense, perplexity.pruned, perplexity.windows, perplexity.sequence_length
+        ));
+    }
+    text.push_str(&format!("checkpoint: {}\nreport: {run_folder}/report.json\n", report.output));
+    text.push_str(&format!("next: espalier inspect {}", report.output));
+    text
+}

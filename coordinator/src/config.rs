@@ -1,0 +1,53 @@
+//! `coordinator.toml`: where a coordinator runs. What it computes is in the job.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use espalier_common::config::{self, ConfigError, Overrides};
+use espalier_common::telemetry::LogConfig;
+use serde::{Deserialize, Serialize};
+
+/// The whole file.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CoordinatorConfig {
+    /// `[coordinator]`
+    pub coordinator: CoordinatorSection,
+    /// `[log]`
+    pub log: LogConfig,
+}
+
+/// `[coordinator]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CoordinatorSection {
+    /// Where workers and the command line reach it; loopback only.
+    pub listen: SocketAddr,
+    /// Where runs keep their journals and artifacts.
+    pub runs: PathBuf,
+    /// Workers to wait for before a run is planned.
+    pub workers: usize,
+    /// The worker program that `prune` and `eval` start; empty: `espalier-worker` beside this program.
+    pub worker_program: PathBuf,
+}
+
+impl Default for CoordinatorSection {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 7433)),
+            runs: PathBuf::from("espalier-runs"),
+            workers: 1,
+            worker_program: PathBuf::new(),
+        }
+    }
+}
+
+impl CoordinatorConfig {
+    /// Loads it: defaults < file < environment < `overrides`.
+    ///
+    /// # Errors
+    /// See [`ConfigError`].
+    pub fn load(file: Option<&Path>, overrides: Overrides) -> Result<Self, ConfigError> {
+        config::load(file, config::ENV_PREFIX, overrides)
+    }
+}

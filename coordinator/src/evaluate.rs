@@ -1,0 +1,163 @@
+//! Perplexity on the workers: windows are cut into shares, each share evaluated whole by one worker.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use espalier_common::calibration::TokenBlock;
+use espalier_common::checkpoint::{self, Checkpoint};
+use espalier_common::config;
+use espalier_common::ids::{Lease, RunId, Unit};
+use espalier_common::job::EvaluationSpec;
+use espalier_common::report::{Artifact, Outcome};
+use espalier_common::store::BlobStore;
+use espalier_common::wire::Source;
+
+use crate::calibration;
+use crate::driver::{Driver, Preparation, Purpose};
+use crate::error::RunError;
+use crate::events::{Phase, RunEvent};
+use crate::fleet::UnitCall;
+use crate::journal::{EvaluatedModel, Journal, JournalError, JournalRecord};
+use crate::run::{Setting, wait_for_workers};
+use crate::schedule::{Record, Scheduler, Shape};
+
+/// Puts a token block into a store under its digest.
+///
+/// # Errors
+/// What the store says.
+pub fn put_block(store: &dyn BlobStore, block: &TokenBlock) -> Result<Artifact, RunError> {
+    let bytes = block.to_bytes();
+    let sha256 = block.digest();
+    let name = format!("tokens/{sha256}.bin");
+    store.put(&name, &bytes)?;
+    Ok(Artifact { name, sha256, bytes: bytes.len() as u64 })
+}
+
+/// The windows that a specification asks for.
+///
+/// # Errors
+/// What the text or the tokenizer says.
+pub fn windows(spec: &EvaluationSpec, model: &dyn Checkpoint) -> Result<TokenBlock, RunError> {
+    let source = config::locate(&spec.source)?;
+    Ok(calibration::windows(&source, model, spec.sequence_length, spec.max_windows)?)
+}
+
+/// One share a worker, but never more than windows; as many as before if any share was committed before, so that a resumed
+/// run cuts the same way.
+pub fn shares(done: &[Record], workers: usize, windows: usize) -> u32 {
+    let before = done.iter().find_map(|record| match record {
+        Record::Committed { lease, outcome: Outcome::Evaluated { window_nll, .. } }
+            if lease.unit == Unit::Evaluate(0) =>
+        {
+            Some(windows.div_ceil(window_nll.len().max(1)))
+        }
+        _ => None,
+    });
+    before.unwrap_or_else(|| workers.clamp(1, windows.max(1))) as u32
+}
+
+/// What the driver needs to know of an evaluation.
+pub struct Evaluation {
+    /// Which of a run's models it is.
+    pub model: EvaluatedModel,
+    /// Where that model is.
+    pub uri: String,
+    /// The windows.
+    pub tokens: Artifact,
+    /// The store that they are in.
+    pub run_url: String,
+    /// Number of windows.
+    pub windows: u32,
+    /// Number of shares.
+    pub shares: u32,
+}
+
+impl Purpose for Evaluation {
+    fn record(&self, record: Record) -> JournalRecord {
+        JournalRecord::Evaluate { model: self.model, record }
+    }
+
+    fn call(&self, lease: Lease, _: Source) -> UnitCall {
+        let share = match lease.unit {
+            Unit::Evaluate(share) => share,
+            Unit::Forward(layer) | Unit::Prune(layer) => layer.0,
+        };
+        // Consecutive windows, so that the shares in order are the windows in order.
+        let size = self.windows.div_ceil(self.shares);
+        let windows = (share * size..((share + 1) * size).min(self.windows)).collect();
+        let (model, tokens, run_url) = (self.uri.clone(), self.tokens.clone(), self.run_url.clone());
+        UnitCall::Evaluate { model, tokens, run_url, windows }
+    }
+
+    fn preparation(&self) -> Option<Preparation> {
+        None
+    }
+}
+
+/// An evaluation that belongs to no run.
+pub struct Standalone {
+    uri: String,
+    block: TokenBlock,
+    store: Arc<dyn BlobStore>,
+}
+
+impl Standalone {
+    /// Reads the text and checks the model's files.
+    ///
+    /// # Errors
+    /// What the model, the text or the tokenizer says.
+    pub fn open(model: &str, spec: &EvaluationSpec, store: Arc<dyn BlobStore>) -> Result<Self, RunError> {
+        let path = config::locate(model)?;
+        let checkpoint = checkpoint::open(&path)?;
+        let block = windows(spec, checkpoint.as_ref())?;
+        // Workers may have another working directory.
+        let uri = std::path::absolute(&path).unwrap_or(path).to_string_lossy().into_owned();
+        Ok(Self { uri, block, store })
+    }
+
+    /// The negative log-likelihood of each window, in nats, summed over its targets.
+    ///
+    /// # Errors
+    /// See [`RunError`].
+    pub async fn execute(self, setting: &Setting) -> Result<Vec<f64>, RunError> {
+        wait_for_workers(setting).await?;
+        let count = self.block.sequences();
+        let phase = Phase::Evaluate { model: EvaluatedModel::Dense, windows: count };
+        setting.events.note(RunEvent::Phase { phase });
+        let shares = shares(&[], setting.roster.members().len(), count);
+        let purpose = Evaluation {
+            model: EvaluatedModel::Dense,
+            uri: self.uri,
+            tokens: put_block(self.store.as_ref(), &self.block)?,
+            run_url: self.store.url().to_owned(),
+            windows: count as u32,
+            shares,
+        };
+        let run = RunId("evaluation".to_owned());
+        let mut driver = Driver {
+            run: &run,
+            roster: &setting.roster,
+            journal: &mut Forgetful,
+            events: &setting.events,
+            clock: setting.clock.as_ref(),
+            stop: &setting.stop,
+            committed: BTreeMap::new(),
+        };
+        let scheduler = Scheduler::new(Shape::Evaluate { shares }, setting.limits);
+        let outcomes = driver.drive(scheduler, Arc::new(purpose)).await?;
+        let nll = outcomes.into_values().flat_map(|outcome| match outcome {
+            Outcome::Evaluated { window_nll, .. } => window_nll,
+            Outcome::Pruned { .. } | Outcome::Forwarded { .. } => Vec::new(),
+        });
+        Ok(nll.collect())
+    }
+}
+
+/// An evaluation of its own takes minutes and leaves nothing behind: there is nothing to resume.
+struct Forgetful;
+
+impl Journal for Forgetful {
+    fn append(&mut self, _: &JournalRecord) -> Result<(), JournalError> {
+        Ok(())
+    }
+}

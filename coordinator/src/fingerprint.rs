@@ -1,0 +1,101 @@
+//! What a run was started with: frozen at its creation, compared when it is taken up again.
+
+use std::path::Path;
+
+use espalier_common::checkpoint::Checkpoint;
+use espalier_common::digest::{Digest, Hasher};
+use espalier_common::job::JobSpec;
+use serde::{Deserialize, Serialize};
+
+/// Everything that could change an output bit, besides the code of the methods (whose versions the journal holds).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Fingerprint {
+    /// The job.
+    pub job: JobSpec,
+    /// Digest of the model's config and of every tensor's name, type, shape and leading bytes.
+    pub model: Digest,
+    /// Digest of the calibration tokens.
+    pub tokens: Digest,
+    /// Espalier's version.
+    pub build: String,
+}
+
+/// Bytes of each tensor that are read for the model's digest: enough to tell two trainings apart, without reading 140 GB.
+const SAMPLED_BYTES: usize = 4096;
+
+impl Fingerprint {
+    /// Takes the fingerprint of a job on a checkpoint.
+    ///
+    /// # Errors
+    /// What the checkpoint says.
+    pub fn take(
+        job: &JobSpec,
+        checkpoint: &dyn Checkpoint,
+        tokens: Digest,
+    ) -> Result<Self, espalier_common::checkpoint::CheckpointError> {
+        let mut hasher = Hasher::default();
+        hasher.update(checkpoint.config().to_string().as_bytes());
+        for name in checkpoint.names() {
+            let Some(header) = checkpoint.header(name) else { continue };
+            hasher.update(format!("\n{name} {:?} {:?}\n", header.dtype, header.shape).as_bytes());
+            let row_bytes = header.shape.iter().skip(1).product::<usize>() * header.dtype.bytes();
+            let rows = header.shape.first().copied().unwrap_or(1).min(SAMPLED_BYTES.div_ceil(row_bytes.max(1)));
+            let sample = checkpoint.read_rows(name, 0..rows)?;
+            hasher.update(&sample[..sample.len().min(SAMPLED_BYTES)]);
+        }
+        Ok(Self { job: job.clone(), model: hasher.finish(), tokens, build: env!("CARGO_PKG_VERSION").to_owned() })
+    }
+
+    /// What differs in `other`, one line a difference; empty if nothing does.
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        let mut lines = Vec::new();
+        let (mine, theirs) = (serde_json::to_value(self), serde_json::to_value(other));
+        if let (Ok(mine), Ok(theirs)) = (mine, theirs) {
+            compare("", &mine, &theirs, &mut lines);
+        }
+        lines
+    }
+}
+
+fn compare(path: &str, mine: &serde_json::Value, theirs: &serde_json::Value, lines: &mut Vec<String>) {
+    if let (Some(mine), Some(theirs)) = (mine.as_object(), theirs.as_object()) {
+        let keys: std::collections::BTreeSet<&String> = mine.keys().chain(theirs.keys()).collect();
+        for key in keys {
+            let null = serde_json::Value::Null;
+            let below = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+            compare(&below, mine.get(key).unwrap_or(&null), theirs.get(key).unwrap_or(&null), lines);
+        }
+    } else if mine != theirs {
+        lines.push(format!("{path}: the run has {mine}, now it is {theirs}"));
+    }
+}
+
+/// Reads a fingerprint file, if there is one.
+///
+/// # Errors
+/// What the file system or the parser says.
+pub fn read(path: &Path) -> Result<Option<Fingerprint>, std::io::Error> {
+    match std::fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(std::io::Error::other),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn differences_name_the_key() {
+        let job: JobSpec = serde_json::from_value(
+            serde_json::json!({"model": {"source": "m"}, "calibration": {"source": "c"}, "output": {"uri": "o"}}),
+        )
+        .unwrap();
+        let mine = Fingerprint { job, model: Digest::of(b"m"), tokens: Digest::of(b"t"), build: "1".into() };
+        let mut theirs = mine.clone();
+        theirs.job.calibration.seed = 7;
+        assert_eq!(mine.differences(&theirs), ["job.calibration.seed: the run has 0, now it is 7"]);
+        assert!(mine.differences(&mine).is_empty());
+    }
+}

@@ -1,0 +1,192 @@
+//! Calls to one worker. Every call has a deadline; calls that start work are idempotent by their lease.
+
+use std::time::Duration;
+
+use espalier_common::fault::{Fault, FaultClass};
+use espalier_common::ids::{Boundary, Lease, RunId};
+use espalier_common::outline::ModelOutline;
+use espalier_common::pattern::Pattern;
+use espalier_common::report::Artifact;
+use espalier_common::wire::{self, Source};
+use espalier_proto::v1 as pb;
+use espalier_proto::v1::worker_client::WorkerClient as Stub;
+use tonic::transport::{Channel, Endpoint};
+
+/// Calls that only acknowledge.
+const SHORT: Duration = Duration::from_secs(20);
+/// Calls that read a model's headers or a token block.
+const LONG: Duration = Duration::from_secs(300);
+const MAX_MESSAGE_BYTES: usize = 64 << 20;
+
+/// Why a call did not do what it should.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum CallError {
+    /// The worker could not be reached, or not in time.
+    #[error("worker at {endpoint} does not answer {call}: {reason}")]
+    Unreachable {
+        /// Where it should be.
+        endpoint: String,
+        /// Which call.
+        call: &'static str,
+        /// What the transport said.
+        reason: String,
+    },
+    /// The worker answered with a fault.
+    #[error(transparent)]
+    Fault(#[from] Fault),
+}
+
+impl CallError {
+    /// The fault it amounts to for the scheduler.
+    pub fn into_fault(self) -> Fault {
+        match self {
+            Self::Unreachable { .. } => Fault::new(FaultClass::RetryElsewhere, &self),
+            Self::Fault(fault) => fault,
+        }
+    }
+}
+
+/// What a unit needs to be started with, besides its lease.
+#[derive(Debug, Clone)]
+pub enum UnitCall {
+    /// Run a dense layer.
+    Forward {
+        /// Its input.
+        source: Source,
+    },
+    /// Prune a layer.
+    Prune {
+        /// Its input.
+        source: Source,
+        /// What its matrices must become.
+        pattern: Pattern,
+    },
+    /// Evaluate windows.
+    Evaluate {
+        /// The model's source.
+        model: String,
+        /// The windows.
+        tokens: Artifact,
+        /// The run's store.
+        run_url: String,
+        /// Which windows.
+        windows: Vec<u32>,
+    },
+}
+
+/// Calls to one worker.
+#[async_trait::async_trait]
+pub trait WorkerClient: Send + Sync {
+    /// Outlines a job's model.
+    async fn inspect(&self, job_json: String) -> Result<ModelOutline, CallError>;
+    /// Attaches the worker to a run.
+    async fn prepare(&self, run: &RunId, job_json: String, run_url: String, tokens: Artifact) -> Result<(), CallError>;
+    /// Starts a unit.
+    async fn start(&self, run: &RunId, lease: Lease, call: UnitCall) -> Result<(), CallError>;
+    /// Stops a unit.
+    async fn abandon(&self, run: &RunId, lease: Lease) -> Result<(), CallError>;
+    /// Drops hidden states, or the whole run if no boundary is named.
+    async fn release(&self, run: &RunId, boundaries: &[Boundary]) -> Result<(), CallError>;
+}
+
+/// [`WorkerClient`] over gRPC; connects when first used.
+#[derive(Debug, Clone)]
+pub struct GrpcWorkerClient {
+    endpoint: String,
+    stub: Stub<Channel>,
+}
+
+impl GrpcWorkerClient {
+    /// A client for the worker at `endpoint`.
+    ///
+    /// # Errors
+    /// `Unreachable` if the endpoint is no URL.
+    pub fn new(endpoint: &str) -> Result<Self, CallError> {
+        let channel = Endpoint::from_shared(endpoint.to_owned())
+            .map_err(|error| CallError::Unreachable {
+                endpoint: endpoint.to_owned(),
+                call: "connect",
+                reason: error.to_string(),
+            })?
+            .connect_timeout(Duration::from_secs(5))
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(Duration::from_secs(10))
+            .connect_lazy();
+        let stub = Stub::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        Ok(Self { endpoint: endpoint.to_owned(), stub })
+    }
+
+    fn request<T>(message: T, deadline: Duration) -> tonic::Request<T> {
+        let mut request = tonic::Request::new(message);
+        request.set_timeout(deadline);
+        request
+    }
+
+    fn answer<T>(&self, call: &'static str, answer: Result<tonic::Response<T>, tonic::Status>) -> Result<T, CallError> {
+        answer.map(tonic::Response::into_inner).map_err(|status| CallError::Unreachable {
+            endpoint: self.endpoint.clone(),
+            call,
+            reason: format!("{}: {}", status.code(), status.message()),
+        })
+    }
+}
+
+fn fault_or_ok(fault: Option<pb::Fault>) -> Result<(), CallError> {
+    fault.map_or(Ok(()), |fault| Err(CallError::Fault(fault.into())))
+}
+
+fn protocol_fault(call: &str, error: impl std::fmt::Display) -> CallError {
+    CallError::Fault(Fault { class: FaultClass::Bug, message: format!("answer to {call}: {error}") })
+}
+
+#[async_trait::async_trait]
+impl WorkerClient for GrpcWorkerClient {
+    async fn inspect(&self, job_json: String) -> Result<ModelOutline, CallError> {
+        let request = Self::request(pb::InspectRequest { job_json }, LONG);
+        match self.answer("Inspect", self.stub.clone().inspect(request).await)?.result {
+            Some(pb::inspect_response::Result::Outline(outline)) => {
+                outline.try_into().map_err(|error| protocol_fault("Inspect", error))
+            }
+            Some(pb::inspect_response::Result::Fault(fault)) => Err(CallError::Fault(fault.into())),
+            None => Err(protocol_fault("Inspect", "neither outline nor fault")),
+        }
+    }
+
+    async fn prepare(&self, run: &RunId, job_json: String, run_url: String, tokens: Artifact) -> Result<(), CallError> {
+        let message = pb::PrepareRequest { run: run.0.clone(), job_json, run_url, tokens: Some(tokens.into()) };
+        fault_or_ok(self.answer("Prepare", self.stub.clone().prepare(Self::request(message, LONG)).await)?.fault)
+    }
+
+    async fn start(&self, run: &RunId, lease: Lease, call: UnitCall) -> Result<(), CallError> {
+        let wire_lease = Some(wire::lease_to_wire(run, lease));
+        let mut stub = self.stub.clone();
+        let started = match call {
+            UnitCall::Forward { source } => {
+                let message = pb::ForwardLayerRequest { lease: wire_lease, source: Some(source.into()) };
+                self.answer("ForwardLayer", stub.forward_layer(Self::request(message, SHORT)).await)?
+            }
+            UnitCall::Prune { source, pattern } => {
+                let pattern_json = serde_json::to_string(&pattern).expect("a pattern is plain data");
+                let message = pb::PruneLayerRequest { lease: wire_lease, source: Some(source.into()), pattern_json };
+                self.answer("PruneLayer", stub.prune_layer(Self::request(message, SHORT)).await)?
+            }
+            UnitCall::Evaluate { model, tokens, run_url, windows } => {
+                let message =
+                    pb::EvaluateRequest { lease: wire_lease, model, tokens: Some(tokens.into()), run_url, windows };
+                self.answer("Evaluate", stub.evaluate(Self::request(message, SHORT)).await)?
+            }
+        };
+        fault_or_ok(started.fault)
+    }
+
+    async fn abandon(&self, run: &RunId, lease: Lease) -> Result<(), CallError> {
+        let message = pb::AbandonRequest { lease: Some(wire::lease_to_wire(run, lease)) };
+        self.answer("Abandon", self.stub.clone().abandon(Self::request(message, SHORT)).await).map(drop)
+    }
+
+    async fn release(&self, run: &RunId, boundaries: &[Boundary]) -> Result<(), CallError> {
+        let boundaries = boundaries.iter().map(|boundary| boundary.0).collect();
+        let message = pb::ReleaseRequest { run: run.0.clone(), boundaries };
+        self.answer("Release", self.stub.clone().release(Self::request(message, SHORT)).await).map(drop)
+    }
+}

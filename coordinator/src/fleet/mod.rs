@@ -1,0 +1,7 @@
+//! The workers that are there, and calls out to them.
+
+mod client;
+mod roster;
+
+pub use client::{CallError, GrpcWorkerClient, UnitCall, WorkerClient};
+pub use roster::{FleetEvent, Offer, Roster, RosterError};

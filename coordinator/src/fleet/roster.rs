@@ -1,0 +1,228 @@
+//! Who is there: workers as they registered, and one listener that is told of what they say.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use espalier_common::fault::Fault;
+use espalier_common::ids::{Boundary, Lease, RunId, WorkerId};
+use espalier_common::report::Outcome;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use super::{CallError, GrpcWorkerClient, WorkerClient};
+
+/// Events that may wait for the driver: workers are told to wait when it is this far behind.
+const PENDING_EVENTS: usize = 256;
+
+/// What a worker brings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Offer {
+    /// A name for people.
+    pub name: String,
+    /// Where its services are.
+    pub endpoint: String,
+    /// Its build's version.
+    pub build: String,
+    /// The instruction set that results depend on.
+    pub instruction_set: String,
+    /// Compute threads.
+    pub threads: u32,
+    /// Memory it may use.
+    pub memory_bytes: u64,
+    /// What it computes on.
+    pub device: String,
+    /// Measured f32 matrix-product speed.
+    pub gflops: f64,
+}
+
+/// What workers say.
+#[derive(Debug, Clone, PartialEq)]
+pub enum FleetEvent {
+    /// A worker registered.
+    Joined(WorkerId),
+    /// A worker left, or its process was seen to end.
+    Lost(WorkerId),
+    /// A worker is alive, and this is what it is doing.
+    Heartbeat {
+        /// Who.
+        worker: WorkerId,
+        /// What it runs, and how far it is.
+        progress: Vec<(Lease, String, u32, u32)>,
+    },
+    /// A unit ended.
+    Report {
+        /// Of which run.
+        run: RunId,
+        /// Under which lease.
+        lease: Lease,
+        /// How.
+        result: Result<Outcome, Fault>,
+        /// What the worker holds now.
+        held: Vec<Boundary>,
+    },
+}
+
+/// Why a worker is not let in.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RosterError {
+    /// Another version.
+    #[error("worker {name} is version {theirs}, but this coordinator is version {ours}: results could differ")]
+    Build {
+        /// The worker.
+        name: String,
+        /// Its version.
+        theirs: String,
+        /// Our version.
+        ours: String,
+    },
+    /// Another instruction set than the workers that are there.
+    #[error("worker {name} computes with {theirs}, but the others with {ours}: results could differ in the last bit")]
+    InstructionSet {
+        /// The worker.
+        name: String,
+        /// Its instruction set.
+        theirs: String,
+        /// The others'.
+        ours: String,
+    },
+    /// Its endpoint is no URL.
+    #[error("worker {name} cannot be called at {endpoint}: {reason}")]
+    Endpoint {
+        /// The worker.
+        name: String,
+        /// Its endpoint.
+        endpoint: String,
+        /// Why not.
+        reason: String,
+    },
+}
+
+/// One worker of the roster.
+#[derive(Clone)]
+pub struct Member {
+    /// What it brings.
+    pub offer: Offer,
+    /// Calls to it.
+    pub client: Arc<dyn WorkerClient>,
+    /// Highest resident memory it reported.
+    pub peak_rss_bytes: u64,
+    /// Hidden states it received from other workers.
+    pub bytes_received: u64,
+}
+
+#[derive(Default)]
+struct Inner {
+    next: u64,
+    members: BTreeMap<WorkerId, Member>,
+    /// Those that are gone, for the report.
+    past: BTreeMap<WorkerId, Member>,
+    listener: Option<mpsc::Sender<FleetEvent>>,
+}
+
+/// Who is there.
+#[derive(Clone, Default)]
+pub struct Roster {
+    inner: Arc<Mutex<Inner>>,
+}
+
+impl Roster {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("nobody panics while holding the roster")
+    }
+
+    /// Lets a worker in. One that registers again from the same endpoint replaces its former self.
+    ///
+    /// # Errors
+    /// `Build`, `InstructionSet`, `Endpoint`.
+    pub async fn register(&self, offer: Offer) -> Result<WorkerId, RosterError> {
+        let ours = env!("CARGO_PKG_VERSION");
+        if offer.build != ours {
+            return Err(RosterError::Build { name: offer.name, theirs: offer.build, ours: ours.to_owned() });
+        }
+        let client = GrpcWorkerClient::new(&offer.endpoint).map_err(|error: CallError| RosterError::Endpoint {
+            name: offer.name.clone(),
+            endpoint: offer.endpoint.clone(),
+            reason: error.to_string(),
+        })?;
+        let (worker, replaced) = {
+            let mut inner = self.lock();
+            let replaced = inner.members.iter().find(|(_, m)| m.offer.endpoint == offer.endpoint).map(|(id, _)| *id);
+            if let Some(other) = inner.members.values().find(|m| m.offer.instruction_set != offer.instruction_set) {
+                return Err(RosterError::InstructionSet {
+                    name: offer.name,
+                    theirs: offer.instruction_set,
+                    ours: other.offer.instruction_set.clone(),
+                });
+            }
+            if let Some(member) = replaced.and_then(|id| inner.members.remove(&id).map(|member| (id, member))) {
+                inner.past.insert(member.0, member.1);
+            }
+            inner.next += 1;
+            let worker = WorkerId(inner.next);
+            let member = Member { offer, client: Arc::new(client), peak_rss_bytes: 0, bytes_received: 0 };
+            inner.members.insert(worker, member);
+            (worker, replaced)
+        };
+        if let Some(former) = replaced {
+            self.tell(FleetEvent::Lost(former)).await;
+        }
+        self.tell(FleetEvent::Joined(worker)).await;
+        Ok(worker)
+    }
+
+    /// Takes a worker out.
+    pub async fn remove(&self, worker: WorkerId) {
+        let was_there = {
+            let mut inner = self.lock();
+            let member = inner.members.remove(&worker);
+            let was_there = member.is_some();
+            inner.past.extend(member.map(|member| (worker, member)));
+            was_there
+        };
+        if was_there {
+            self.tell(FleetEvent::Lost(worker)).await;
+        }
+    }
+
+    /// Notes what a worker measured; false if it is not known.
+    pub fn note(&self, worker: WorkerId, peak_rss_bytes: u64, bytes_received: u64) -> bool {
+        let mut inner = self.lock();
+        let Some(member) = inner.members.get_mut(&worker) else { return false };
+        member.peak_rss_bytes = member.peak_rss_bytes.max(peak_rss_bytes);
+        member.bytes_received = member.bytes_received.max(bytes_received);
+        true
+    }
+
+    /// Hands an event to the listener, waiting if it is behind; without a listener the event is dropped.
+    pub async fn tell(&self, event: FleetEvent) {
+        let listener = self.lock().listener.clone();
+        if let Some(listener) = listener {
+            // A listener that is gone has no more interest in events.
+            let _ = listener.send(event).await;
+        }
+    }
+
+    /// Listens from now on, in place of whoever listened before; also returns who is there already.
+    pub fn listen(&self) -> (Vec<WorkerId>, mpsc::Receiver<FleetEvent>) {
+        let (sender, receiver) = mpsc::channel(PENDING_EVENTS);
+        let mut inner = self.lock();
+        inner.listener = Some(sender);
+        (inner.members.keys().copied().collect(), receiver)
+    }
+
+    /// A worker that is there.
+    pub fn member(&self, worker: WorkerId) -> Option<Member> {
+        self.lock().members.get(&worker).cloned()
+    }
+
+    /// All workers that are there.
+    pub fn members(&self) -> BTreeMap<WorkerId, Member> {
+        self.lock().members.clone()
+    }
+
+    /// All workers that ever were.
+    pub fn everyone(&self) -> BTreeMap<WorkerId, Member> {
+        let inner = self.lock();
+        inner.past.iter().chain(&inner.members).map(|(id, member)| (*id, member.clone())).collect()
+    }
+}

@@ -1,0 +1,92 @@
+//! The records of a run. New kinds may be added; a record that is in the golden journals never changes its meaning.
+
+use std::collections::BTreeMap;
+
+use espalier_common::digest::Digest;
+use espalier_common::ids::RunId;
+use espalier_common::job::JobSpec;
+use espalier_common::outline::ModelOutline;
+use espalier_common::pattern::Pattern;
+use espalier_common::report::Artifact;
+use serde::{Deserialize, Serialize};
+
+use crate::schedule::Record;
+
+/// The first record of every run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunCreated {
+    /// The run.
+    pub run: RunId,
+    /// The job, whole.
+    pub job: JobSpec,
+    /// The calibration tokens.
+    pub tokens: Artifact,
+    /// Digest of the model's files, see `fingerprint`.
+    pub model_fingerprint: Digest,
+    /// Seconds since 1970.
+    pub created: u64,
+}
+
+/// One record of a run's journal.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JournalRecord {
+    /// The run exists.
+    Created(RunCreated),
+    /// The model was inspected and each layer was given its pattern.
+    Planned {
+        /// What the model is made of.
+        outline: ModelOutline,
+        /// One pattern a layer.
+        patterns: Vec<Pattern>,
+    },
+    /// Pruning moved on.
+    Prune(Record),
+    /// Evaluation of `dense` or `pruned` moved on.
+    Evaluate {
+        /// Which model.
+        model: EvaluatedModel,
+        /// What happened.
+        record: Record,
+    },
+    /// The sparse checkpoint is complete and visible.
+    Assembled {
+        /// Digest of every file.
+        files: BTreeMap<String, Digest>,
+    },
+    /// What the workers measured of themselves, cumulative.
+    Workers(WorkerTotals),
+    /// The run ended well.
+    Finished {
+        /// Wall-clock seconds of this process' part.
+        seconds: f64,
+    },
+    /// The run was given up, for now or for good.
+    Stopped {
+        /// One line for people.
+        reason: String,
+        /// Wall-clock seconds of this process' part.
+        seconds: f64,
+    },
+}
+
+/// What the processes of a run measured of themselves.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct WorkerTotals {
+    /// Highest resident memory, by worker name.
+    pub peak_rss_bytes: BTreeMap<String, u64>,
+    /// Hidden states received from other workers, summed.
+    pub bytes_received: u64,
+    /// Highest resident memory of the coordinator.
+    pub coordinator_peak_rss_bytes: u64,
+}
+
+/// Which of the two models of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EvaluatedModel {
+    /// The source.
+    Dense,
+    /// The output.
+    Pruned,
+}

@@ -1,0 +1,121 @@
+//! Workers on this machine: started by this process, and gone with it.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use espalier_common::tasks::TaskGroup;
+use tokio::process::{Child, ChildStdin, Command};
+use tracing::warn;
+
+use crate::error::RunError;
+use crate::fleet::Roster;
+
+/// How long workers get to end by themselves.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// What the workers are started with.
+pub struct Launch {
+    /// The worker program; empty: `espalier-worker` beside this program.
+    pub program: PathBuf,
+    /// How many.
+    pub workers: usize,
+    /// Compute threads, shared out among them.
+    pub threads: usize,
+    /// Where their logs go, one file each.
+    pub logs: PathBuf,
+    /// The coordinator they belong to.
+    pub coordinator: SocketAddr,
+}
+
+/// Worker processes of this process. They watch their standard input and end when it closes, even if this process is killed.
+pub struct LocalWorkers {
+    watches: TaskGroup,
+    /// Open as long as the workers shall live.
+    leashes: Vec<ChildStdin>,
+}
+
+impl LocalWorkers {
+    /// Starts the workers. One that ends by itself is taken out of the roster at once.
+    ///
+    /// # Errors
+    /// `Launch`, `Folder`.
+    pub fn start(launch: &Launch, roster: &Roster) -> Result<Self, RunError> {
+        let program = program(&launch.program);
+        std::fs::create_dir_all(&launch.logs).map_err(|source| RunError::folder(&launch.logs, source))?;
+        let watches = TaskGroup::new();
+        let mut leashes = Vec::new();
+        for index in 0..launch.workers {
+            let name = format!("local-{index}");
+            // Threads that do not divide evenly go to the first workers.
+            let threads = (launch.threads + launch.workers - 1 - index) / launch.workers;
+            let mut child = start_one(&program, &name, threads.max(1), launch)?;
+            leashes.extend(child.stdin.take());
+            let (roster, token) = (roster.clone(), watches.token());
+            watches.spawn(async move {
+                tokio::select! {
+                    status = child.wait() => {
+                        warn!(name, ?status, "worker process ended");
+                        remove_by_name(&roster, &name).await;
+                    }
+                    () = token.cancelled() => end(&name, &mut child).await,
+                }
+            });
+        }
+        Ok(Self { watches, leashes })
+    }
+
+    /// Ends all workers and waits until they are gone.
+    pub async fn stop(self) {
+        drop(self.leashes);
+        self.watches.shut_down(GRACE * 2).await;
+    }
+}
+
+async fn end(name: &str, child: &mut Child) {
+    if tokio::time::timeout(GRACE, child.wait()).await.is_err() {
+        warn!(name, "worker process does not end by itself: killing it");
+        if let Err(error) = child.kill().await {
+            warn!(name, %error, "worker process cannot be killed");
+        }
+    }
+}
+
+async fn remove_by_name(roster: &Roster, name: &str) {
+    for (worker, member) in roster.members() {
+        if member.offer.name == name {
+            roster.remove(worker).await;
+        }
+    }
+}
+
+fn program(configured: &Path) -> PathBuf {
+    if !configured.as_os_str().is_empty() {
+        return configured.to_owned();
+    }
+    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join("espalier-worker")));
+    beside.filter(|path| path.exists()).unwrap_or_else(|| PathBuf::from("espalier-worker"))
+}
+
+fn start_one(program: &Path, name: &str, threads: usize, launch: &Launch) -> Result<Child, RunError> {
+    let log_path = launch.logs.join(format!("{name}.log"));
+    let log = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&log_path)
+        .map_err(|source| RunError::folder(&log_path, source))?;
+    Command::new(program)
+        .arg("serve")
+        .args(["--coordinator", &format!("http://{}", launch.coordinator)])
+        .args(["--listen", "127.0.0.1:0", "--name", name, "--exit-with-stdin"])
+        .args(["--threads", &threads.to_string()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::from(log))
+        // Ctrl-C is for this process; it tells the workers in its own way.
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|source| RunError::Launch { path: program.to_owned(), source })
+}

@@ -1,0 +1,3 @@
+//! Planning: pure functions from what is known before the first layer is touched.
+
+pub mod partition;

@@ -1,0 +1,322 @@
+//! `report.json`: a pure function of the journal.
+
+use std::collections::BTreeMap;
+
+use espalier_common::digest::Digest;
+use espalier_common::ids::{RunId, Unit, WorkerId};
+use espalier_common::job::{JobSpec, Propagation};
+use espalier_common::outline::ModelOutline;
+use espalier_common::pattern::Pattern;
+use espalier_common::report::{Outcome, PhaseSeconds, SublayerReport};
+use serde::{Deserialize, Serialize};
+
+use crate::journal::{EvaluatedModel, JournalRecord, WorkerTotals};
+use crate::schedule::Record;
+
+/// The report of one run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// The run.
+    pub run: RunId,
+    /// What was pruned.
+    pub model: ModelReport,
+    /// How.
+    pub method: MethodReport,
+    /// To what, over the whole model.
+    pub pattern: Pattern,
+    /// On which inputs.
+    pub propagation: Propagation,
+    /// With which tokens.
+    pub calibration: CalibrationReport,
+    /// Every sublayer, in dataflow order.
+    pub sublayers: Vec<SublayerEntry>,
+    /// Sums.
+    pub totals: Totals,
+    /// If it was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub perplexity: Option<Perplexity>,
+    /// Where the checkpoint is.
+    pub output: String,
+    /// Digest of every file of the checkpoint.
+    pub files: BTreeMap<String, Digest>,
+}
+
+/// What was pruned.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModelReport {
+    /// As the job names it.
+    pub source: String,
+    /// Digest of the model's files as the fingerprint has it.
+    pub fingerprint: Digest,
+    /// Its family.
+    pub family: String,
+    /// Number of layers.
+    pub layers: usize,
+}
+
+/// How it was pruned.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MethodReport {
+    /// The method.
+    pub name: String,
+    /// Its parameters, defaults filled in.
+    pub params: serde_json::Value,
+    /// Its version.
+    pub version: String,
+}
+
+/// With which tokens.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CalibrationReport {
+    /// Digest of the token block.
+    pub sha256: Digest,
+    /// Number of sequences.
+    pub samples: usize,
+    /// Of these, held out.
+    pub held_out: usize,
+    /// Tokens in each.
+    pub sequence_length: usize,
+}
+
+/// One sublayer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SublayerEntry {
+    /// Index of its layer.
+    pub layer: u32,
+    /// Full tensor name.
+    pub name: String,
+    /// ‖W'X̂ − WX‖² / ‖WX‖², after the cast to the stored type.
+    pub rel_error: f64,
+    /// The same on held-out tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_out_error: Option<f64>,
+    /// Share of zeros.
+    pub sparsity: f64,
+    /// Zeros.
+    pub zeros: u64,
+    /// Weights.
+    pub elements: u64,
+    /// Seconds of solving.
+    pub seconds: f64,
+    /// Iterations.
+    pub iterations: u32,
+    /// Share of the mean diagonal added to the gram.
+    pub damping: f64,
+    /// How often damping had to be raised.
+    pub damping_raised: u32,
+    /// Input channels that were never active.
+    pub dead_channels: u32,
+    /// Who solved it.
+    pub worker: WorkerId,
+}
+
+/// Sums over the run.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Totals {
+    /// Share of zeros in the pruned matrices.
+    pub sparsity: f64,
+    /// Wall-clock seconds, all processes' lives added.
+    pub seconds: f64,
+    /// Seconds of work by phase, summed over workers.
+    pub seconds_by_phase: BTreeMap<String, f64>,
+    /// Floating-point operations of matrix products by phase.
+    pub flops_by_phase: BTreeMap<String, f64>,
+    /// Highest resident memory of each worker.
+    pub peak_rss_bytes_by_worker: BTreeMap<String, u64>,
+    /// Highest resident memory of the coordinator.
+    pub coordinator_peak_rss_bytes: u64,
+    /// Hidden states that went from worker to worker.
+    pub bytes_moved: u64,
+    /// Leases that ended badly.
+    pub retries: u64,
+}
+
+/// Perplexity before and after.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Perplexity {
+    /// Of the source.
+    pub dense: f64,
+    /// Of the output.
+    pub pruned: f64,
+    /// Tokens in each window.
+    pub sequence_length: usize,
+    /// Number of windows.
+    pub windows: usize,
+}
+
+/// exp of the mean negative log-likelihood per predicted token: windows of `sequence_length` tokens have one target fewer.
+///
+/// Source: the SparseGPT and Wanda evaluation (each window's mean over its targets counts the same).
+pub fn perplexity(window_nll: &[f64], sequence_length: usize) -> f64 {
+    let targets = (window_nll.len() * (sequence_length - 1)) as f64;
+    (window_nll.iter().sum::<f64>() / targets).exp()
+}
+
+/// Why a journal gives no report.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReportError {
+    /// The run did not get that far.
+    #[error("the journal has no record that the run was {0}")]
+    Unfinished(&'static str),
+}
+
+/// Makes the report out of a run's journal.
+///
+/// # Errors
+/// `Unfinished` if the run was not created, planned or assembled.
+pub fn build(records: &[JournalRecord]) -> Result<Report, ReportError> {
+    let mut facts = Facts::default();
+    for record in records {
+        facts.take(record);
+    }
+    facts.into_report()
+}
+
+#[derive(Default)]
+struct Facts<'a> {
+    job: Option<&'a JobSpec>,
+    run: Option<&'a RunId>,
+    model_fingerprint: Option<Digest>,
+    tokens: Option<Digest>,
+    outline: Option<&'a ModelOutline>,
+    sublayers: BTreeMap<u32, Vec<SublayerEntry>>,
+    nll: BTreeMap<EvaluatedModel, BTreeMap<u32, &'a [f64]>>,
+    files: Option<&'a BTreeMap<String, Digest>>,
+    totals: Totals,
+    eval_sequence_length: usize,
+}
+
+impl<'a> Facts<'a> {
+    fn take(&mut self, record: &'a JournalRecord) {
+        match record {
+            JournalRecord::Created(created) => {
+                self.job = Some(&created.job);
+                self.run = Some(&created.run);
+                self.tokens = Some(created.tokens.sha256);
+                self.model_fingerprint = Some(created.model_fingerprint);
+                self.eval_sequence_length = created.job.evaluation.as_ref().map_or(0, |spec| spec.sequence_length);
+            }
+            JournalRecord::Planned { outline, .. } => self.outline = Some(outline),
+            JournalRecord::Prune(record) => self.take_pruning(record),
+            JournalRecord::Evaluate { model, record } => {
+                if let Record::Committed { lease, outcome: Outcome::Evaluated { window_nll, phases } } = record
+                    && let Unit::Evaluate(share) = lease.unit
+                {
+                    self.nll.entry(*model).or_default().insert(share, window_nll);
+                    self.add_phases(phases);
+                }
+            }
+            JournalRecord::Workers(WorkerTotals { peak_rss_bytes, bytes_received, coordinator_peak_rss_bytes }) => {
+                for (name, bytes) in peak_rss_bytes {
+                    let peak = self.totals.peak_rss_bytes_by_worker.entry(name.clone()).or_default();
+                    *peak = (*peak).max(*bytes);
+                }
+                self.totals.bytes_moved = self.totals.bytes_moved.max(*bytes_received);
+                self.totals.coordinator_peak_rss_bytes =
+                    self.totals.coordinator_peak_rss_bytes.max(*coordinator_peak_rss_bytes);
+            }
+            JournalRecord::Assembled { files } => self.files = Some(files),
+            JournalRecord::Finished { seconds } | JournalRecord::Stopped { seconds, .. } => {
+                self.totals.seconds += seconds;
+            }
+        }
+    }
+
+    fn take_pruning(&mut self, record: &'a Record) {
+        match record {
+            Record::Committed { lease, outcome: Outcome::Pruned { sublayers, phases, .. } } => {
+                self.add_phases(phases);
+                if let Unit::Prune(layer) = lease.unit {
+                    let entries = sublayers.iter().map(|sublayer| entry(layer.0, lease.worker, sublayer)).collect();
+                    self.sublayers.insert(layer.0, entries);
+                }
+            }
+            Record::Committed { outcome: Outcome::Forwarded { phases }, .. } => self.add_phases(phases),
+            Record::Committed { .. } | Record::Leased { .. } => {}
+            Record::Failed { .. } => self.totals.retries += 1,
+        }
+    }
+
+    fn add_phases(&mut self, phases: &[PhaseSeconds]) {
+        for phase in phases {
+            *self.totals.seconds_by_phase.entry(phase.phase.clone()).or_default() += phase.seconds;
+            *self.totals.flops_by_phase.entry(phase.phase.clone()).or_default() += phase.flops;
+        }
+    }
+
+    fn perplexity(&self) -> Option<Perplexity> {
+        let of = |model| {
+            let windows: Vec<f64> = self.nll.get(&model)?.values().flat_map(|nll| nll.iter().copied()).collect();
+            (!windows.is_empty()).then(|| (perplexity(&windows, self.eval_sequence_length), windows.len()))
+        };
+        let (dense, windows) = of(EvaluatedModel::Dense)?;
+        let (pruned, _) = of(EvaluatedModel::Pruned)?;
+        Some(Perplexity { dense, pruned, sequence_length: self.eval_sequence_length, windows })
+    }
+
+    fn into_report(mut self) -> Result<Report, ReportError> {
+        let job = self.job.ok_or(ReportError::Unfinished("created"))?;
+        let outline = self.outline.ok_or(ReportError::Unfinished("planned"))?;
+        let files = self.files.ok_or(ReportError::Unfinished("assembled"))?.clone();
+        let perplexity = self.perplexity();
+        let sublayers: Vec<SublayerEntry> = std::mem::take(&mut self.sublayers).into_values().flatten().collect();
+        let sum = |count: fn(&SublayerEntry) -> u64| sublayers.iter().map(count).sum::<u64>() as f64;
+        self.totals.sparsity = sum(|entry| entry.zeros) / sum(|entry| entry.elements).max(1.0);
+        Ok(Report {
+            run: self.run.ok_or(ReportError::Unfinished("created"))?.clone(),
+            model: ModelReport {
+                source: job.model.source.clone(),
+                fingerprint: self.model_fingerprint.ok_or(ReportError::Unfinished("created"))?,
+                family: outline.family.clone(),
+                layers: outline.layers.len(),
+            },
+            method: MethodReport {
+                name: job.method.name.clone(),
+                params: outline.method_params.clone(),
+                version: outline.method_version.clone(),
+            },
+            pattern: job.pattern().map_err(|_| ReportError::Unfinished("created from a valid job"))?,
+            propagation: job.propagation.mode,
+            calibration: CalibrationReport {
+                sha256: self.tokens.ok_or(ReportError::Unfinished("created"))?,
+                samples: job.calibration.samples,
+                held_out: job.held_out_samples(),
+                sequence_length: job.calibration.sequence_length,
+            },
+            sublayers,
+            totals: self.totals,
+            perplexity,
+            output: job.output.uri.clone(),
+            files,
+        })
+    }
+}
+
+fn entry(layer: u32, worker: WorkerId, sublayer: &SublayerReport) -> SublayerEntry {
+    SublayerEntry {
+        layer,
+        name: sublayer.tensor.clone(),
+        rel_error: sublayer.rel_error,
+        held_out_error: sublayer.held_out_error,
+        sparsity: sublayer.zeros as f64 / sublayer.elements.max(1) as f64,
+        zeros: sublayer.zeros,
+        elements: sublayer.elements,
+        seconds: sublayer.seconds,
+        iterations: sublayer.iterations,
+        damping: sublayer.damping,
+        damping_raised: sublayer.damping_raised,
+        dead_channels: sublayer.dead_channels,
+        worker,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uniform_guessing_has_the_vocabulary_as_perplexity() {
+        let nll = 7.0 * 50f64.ln();
+        assert!((perplexity(&[nll, nll], 8) - 50.0).abs() < 1e-9);
+    }
+}

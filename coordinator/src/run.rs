@@ -1,0 +1,421 @@
+//! One run from its job to its report: tokens → outline → plan → pruning → checkpoint → evaluation.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use espalier_common::checkpoint::{self, Checkpoint};
+use espalier_common::clock::{Clock, Stopwatch, unix_seconds};
+use espalier_common::config;
+use espalier_common::ids::{LayerIndex, Lease, RunId, Unit};
+use espalier_common::job::{EvaluationSpec, JobSpec, Propagation};
+use espalier_common::outline::ModelOutline;
+use espalier_common::pattern::Pattern;
+use espalier_common::report::{Artifact, Outcome};
+use espalier_common::store::{self, BlobStore};
+use espalier_common::wire::Source;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use crate::driver::{Driver, Preparation, Purpose};
+use crate::error::RunError;
+use crate::events::{EventLog, Phase, RunEvent};
+use crate::fingerprint::{self, Fingerprint};
+use crate::fleet::{CallError, FleetEvent, Roster, UnitCall};
+use crate::journal::{EvaluatedModel, FileJournal, Journal, JournalRecord, RunCreated, WorkerTotals};
+use crate::report::{self, Report};
+use crate::schedule::{Limits, Record, Scheduler, Shape};
+use crate::{assemble, calibration, evaluate};
+
+/// Everything about a run that is no part of its job: where and with whom.
+pub struct Setting {
+    /// The run's folder: journal, artifacts, report.
+    pub folder: PathBuf,
+    /// Its workers.
+    pub roster: Roster,
+    /// Workers to wait for before anything is planned.
+    pub workers_wanted: usize,
+    /// Its followers.
+    pub events: EventLog,
+    /// Its time.
+    pub clock: Arc<dyn Clock>,
+    /// Its patience.
+    pub limits: Limits,
+    /// Set when somebody wants it to stop.
+    pub stop: CancellationToken,
+}
+
+/// How long to wait for the first workers.
+const WORKERS_PATIENCE: Duration = Duration::from_secs(120);
+
+/// A run that was opened: created, or taken up where an earlier process left it.
+pub struct Run {
+    setting: Setting,
+    id: RunId,
+    job: JobSpec,
+    dense: Arc<dyn Checkpoint>,
+    tokens: Artifact,
+    store: Arc<dyn BlobStore>,
+    journal: FileJournal,
+    past: Vec<JournalRecord>,
+    watch: Stopwatch,
+}
+
+impl Run {
+    /// Opens the run in `setting.folder`: creates it, or takes it up if the folder holds a run of the very same job.
+    ///
+    /// # Errors
+    /// `Reject`-like errors for a wrong job or input, before anything is written; `Differs` if the folder holds another run.
+    pub fn open(job: JobSpec, setting: Setting) -> Result<Self, RunError> {
+        let watch = Stopwatch::start();
+        job.validate()?;
+        checkpoint::check_target(&PathBuf::from(&job.output.uri))?;
+        setting.events.note(RunEvent::Phase { phase: Phase::Tokenise });
+        let dense = checkpoint::open(&config::locate(&job.model.source)?)?;
+        let spec = &job.calibration;
+        let source = config::locate(&spec.source)?;
+        let block = calibration::sequences(&source, dense.as_ref(), spec.samples, spec.sequence_length, spec.seed)?;
+        // Read now so that a wrong text is found before hours of pruning, not after.
+        if let Some(spec) = &job.evaluation {
+            evaluate::windows(spec, dense.as_ref())?;
+        }
+        let fingerprint = Fingerprint::take(&job, dense.as_ref(), block.digest())?;
+        let existing = setting.folder.join("fingerprint.json");
+        let frozen = fingerprint::read(&existing).map_err(|error| RunError::folder(&existing, error))?;
+        if let Some(frozen) = frozen {
+            let differences = frozen.differences(&fingerprint);
+            if !differences.is_empty() {
+                return Err(RunError::Differs { folder: setting.folder, differences: differences.join("; ") });
+            }
+        }
+        std::fs::create_dir_all(&setting.folder).map_err(|error| RunError::folder(&setting.folder, error))?;
+        let store = store::open(&setting.folder.to_string_lossy())?;
+        let tokens = evaluate::put_block(store.as_ref(), &block)?;
+        let (mut journal, mut past) = FileJournal::open(&setting.folder.join("journal"))?;
+        if past.is_empty() {
+            let id = RunId(format!("{}-{}", unix_seconds(), &fingerprint.model.to_string()[..8]));
+            let created = RunCreated {
+                run: id,
+                job: job.clone(),
+                tokens: tokens.clone(),
+                model_fingerprint: fingerprint.model,
+                created: unix_seconds(),
+            };
+            store.put("job.toml", toml::to_string_pretty(&job).map_err(RunError::job_text)?.as_bytes())?;
+            let frozen = serde_json::to_vec_pretty(&fingerprint).expect("a fingerprint is plain data");
+            store.put("fingerprint.json", &frozen)?;
+            journal.append(&JournalRecord::Created(created.clone()))?;
+            past.push(JournalRecord::Created(created));
+        }
+        let id = past.iter().find_map(created_run).ok_or_else(|| RunError::Headless(setting.folder.clone()))?;
+        let committed = prune_records(&past).filter(|record| matches!(record, Record::Committed { .. })).count();
+        let url = setting.folder.to_string_lossy().into_owned();
+        setting.events.note(RunEvent::Opened { run: id.clone(), url, committed });
+        Ok(Self { setting, id, job, dense, tokens, store, journal, past, watch })
+    }
+
+    /// The run's id.
+    pub fn id(&self) -> &RunId {
+        &self.id
+    }
+
+    /// Brings the run to its end and returns its report, which is then also in `report.json`.
+    ///
+    /// # Errors
+    /// See [`RunError`]. What is committed stays committed: the run can be taken up again unless its input was wrong.
+    pub async fn execute(mut self) -> Result<Report, RunError> {
+        let result = self.execute_steps().await;
+        let seconds = self.watch.seconds();
+        match &result {
+            Ok(_) => {}
+            Err(error) => {
+                let reason = error.to_string();
+                // The error that stopped the run matters more than one in writing it down.
+                let _ = self.journal.append(&JournalRecord::Stopped { reason, seconds });
+            }
+        }
+        result
+    }
+
+    async fn execute_steps(&mut self) -> Result<Report, RunError> {
+        let (outline, patterns) = self.plan().await?;
+        let layers = self.prune(&outline, &patterns).await?;
+        self.note_workers()?;
+        self.assemble(&layers)?;
+        if let Some(spec) = self.job.evaluation.clone() {
+            let dense = self.job.model.source.clone();
+            self.evaluate(&spec, EvaluatedModel::Dense, dense).await?;
+            let output = self.job.output.uri.clone();
+            self.evaluate(&spec, EvaluatedModel::Pruned, output).await?;
+            self.note_workers()?;
+        }
+        self.append(JournalRecord::Finished { seconds: self.watch.seconds() })?;
+        let report = report::build(&self.past)?;
+        let json = serde_json::to_vec_pretty(&report).expect("a report is plain data");
+        self.store.put("report.json", &json)?;
+        self.collect_garbage()?;
+        info!(run = %self.id, "run finished");
+        Ok(report)
+    }
+
+    fn append(&mut self, record: JournalRecord) -> Result<(), RunError> {
+        self.journal.append(&record)?;
+        self.past.push(record);
+        Ok(())
+    }
+
+    fn job_json(&self) -> String {
+        serde_json::to_string(&self.job).expect("a job is plain data")
+    }
+
+    /// Waits for workers, asks one what the model is, and gives every layer its pattern.
+    async fn plan(&mut self) -> Result<(ModelOutline, Vec<Pattern>), RunError> {
+        self.setting.events.note(RunEvent::Phase { phase: Phase::Inspect });
+        wait_for_workers(&self.setting).await?;
+        let planned = self.past.iter().find_map(|record| match record {
+            JournalRecord::Planned { outline, patterns } => Some((outline.clone(), patterns.clone())),
+            _ => None,
+        });
+        let outline = self.inspect().await?;
+        if let Some((planned, patterns)) = planned {
+            if planned.method_version != outline.method_version {
+                return Err(RunError::MethodVersion {
+                    method: self.job.method.name.clone(),
+                    frozen: planned.method_version,
+                    found: outline.method_version,
+                });
+            }
+            return Ok((planned, patterns));
+        }
+        let pattern = self.job.pattern()?;
+        for sublayer in outline.layers.iter().flat_map(|layer| layer.sublayers()) {
+            pattern.validate_for(&sublayer.tensor, sublayer.columns).map_err(espalier_common::job::JobError::from)?;
+        }
+        let patterns = vec![pattern; outline.layers.len()];
+        self.append(JournalRecord::Planned { outline: outline.clone(), patterns: patterns.clone() })?;
+        Ok((outline, patterns))
+    }
+
+    async fn inspect(&self) -> Result<ModelOutline, RunError> {
+        let mut last = None;
+        for member in self.setting.roster.members().into_values() {
+            let inspected = tokio::select! {
+                () = self.setting.stop.cancelled() => return Err(RunError::Interrupted),
+                inspected = member.client.inspect(self.job_json()) => inspected,
+            };
+            match inspected {
+                Ok(outline) => return Ok(outline),
+                Err(CallError::Fault(fault)) => return Err(RunError::Fault(fault)),
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(last.map_or(RunError::WorkerDiedEarly, RunError::Call))
+    }
+
+    async fn prune(
+        &mut self,
+        outline: &ModelOutline,
+        patterns: &[Pattern],
+    ) -> Result<BTreeMap<LayerIndex, Artifact>, RunError> {
+        self.setting.events.note(RunEvent::Phase { phase: Phase::Prune { layers: outline.layers.len() } });
+        let layer_bytes = outline.layers.iter().map(|layer| layer.bytes).collect();
+        let shape = match self.job.propagation.mode {
+            Propagation::Pruned => Shape::PruneChain { layer_bytes },
+            Propagation::Dense => Shape::PruneApart { layer_bytes },
+        };
+        let scheduler = Scheduler::replay(shape, self.setting.limits, prune_records(&self.past));
+        let committed = prune_records(&self.past).filter_map(committed_layer).collect();
+        let purpose = Pruning {
+            propagation: self.job.propagation.mode,
+            patterns: patterns.to_vec(),
+            preparation: Preparation {
+                job_json: self.job_json(),
+                run_url: self.store.url().to_owned(),
+                tokens: self.tokens.clone(),
+            },
+        };
+        self.drive(scheduler, Arc::new(purpose), committed).await
+    }
+
+    /// Drives a schedule; what the journal got meanwhile is in `self.past` afterwards.
+    async fn drive(
+        &mut self,
+        scheduler: Scheduler,
+        purpose: Arc<dyn Purpose>,
+        committed: BTreeMap<LayerIndex, Artifact>,
+    ) -> Result<BTreeMap<LayerIndex, Artifact>, RunError> {
+        let mut journal = Remembering { journal: &mut self.journal, past: &mut self.past };
+        let mut driver = Driver {
+            run: &self.id,
+            roster: &self.setting.roster,
+            journal: &mut journal,
+            events: &self.setting.events,
+            clock: self.setting.clock.as_ref(),
+            stop: &self.setting.stop,
+            committed,
+        };
+        driver.drive(scheduler, purpose).await?;
+        Ok(driver.committed)
+    }
+
+    fn assemble(&mut self, layers: &BTreeMap<LayerIndex, Artifact>) -> Result<(), RunError> {
+        if self.past.iter().any(|record| matches!(record, JournalRecord::Assembled { .. })) {
+            return Ok(());
+        }
+        self.setting.events.note(RunEvent::Phase { phase: Phase::Assemble });
+        let files = assemble::assemble(&assemble::Parts {
+            job: &self.job,
+            dense: self.dense.as_ref(),
+            store: self.store.as_ref(),
+            layers,
+            stop: &self.setting.stop,
+        })?;
+        self.append(JournalRecord::Assembled { files })
+    }
+
+    async fn evaluate(&mut self, spec: &EvaluationSpec, model: EvaluatedModel, uri: String) -> Result<(), RunError> {
+        let block = evaluate::windows(spec, self.dense.as_ref())?;
+        let count = block.sequences();
+        self.setting.events.note(RunEvent::Phase { phase: Phase::Evaluate { model, windows: count } });
+        let done: Vec<Record> = self.past.iter().filter_map(|record| evaluation_record(record, model)).collect();
+        let shares = evaluate::shares(&done, self.setting.roster.members().len(), count);
+        let tokens = evaluate::put_block(self.store.as_ref(), &block)?;
+        let purpose = evaluate::Evaluation {
+            model,
+            uri,
+            tokens,
+            run_url: self.store.url().to_owned(),
+            windows: count as u32,
+            shares,
+        };
+        let scheduler = Scheduler::replay(Shape::Evaluate { shares }, self.setting.limits, &done);
+        self.drive(scheduler, Arc::new(purpose), BTreeMap::new()).await?;
+        Ok(())
+    }
+
+    fn note_workers(&mut self) -> Result<(), RunError> {
+        let mut totals = WorkerTotals {
+            coordinator_peak_rss_bytes: espalier_common::memory::peak_rss_bytes(),
+            ..WorkerTotals::default()
+        };
+        for member in self.setting.roster.everyone().into_values() {
+            let peak = totals.peak_rss_bytes.entry(member.offer.name).or_default();
+            *peak = (*peak).max(member.peak_rss_bytes);
+            totals.bytes_received += member.bytes_received;
+        }
+        self.append(JournalRecord::Workers(totals))
+    }
+
+    /// Drops the artifacts: the checkpoint holds all that is worth keeping.
+    fn collect_garbage(&self) -> Result<(), RunError> {
+        for folder in ["layers", "tokens"] {
+            for name in self.store.list(folder)? {
+                self.store.delete(&name)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Waits until as many workers as the setting wants are there.
+///
+/// # Errors
+/// `WorkerDiedEarly`, `TooFewWorkers`, `Interrupted`.
+pub async fn wait_for_workers(setting: &Setting) -> Result<(), RunError> {
+    let (present, mut fleet) = setting.roster.listen();
+    let mut count = present.len();
+    let wait = async {
+        while count < setting.workers_wanted {
+            match fleet.recv().await {
+                Some(FleetEvent::Joined(_)) => count += 1,
+                Some(FleetEvent::Heartbeat { .. } | FleetEvent::Report { .. }) => {}
+                Some(FleetEvent::Lost(_)) | None => return false,
+            }
+        }
+        true
+    };
+    tokio::select! {
+        () = setting.stop.cancelled() => Err(RunError::Interrupted),
+        came = tokio::time::timeout(WORKERS_PATIENCE, wait) => match came {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(RunError::WorkerDiedEarly),
+            Err(_) => {
+                Err(RunError::TooFewWorkers { wanted: setting.workers_wanted, seconds: WORKERS_PATIENCE.as_secs() })
+            }
+        },
+    }
+}
+
+/// A journal that also keeps what it wrote.
+struct Remembering<'a> {
+    journal: &'a mut FileJournal,
+    past: &'a mut Vec<JournalRecord>,
+}
+
+impl Journal for Remembering<'_> {
+    fn append(&mut self, record: &JournalRecord) -> Result<(), crate::journal::JournalError> {
+        self.journal.append(record)?;
+        self.past.push(record.clone());
+        Ok(())
+    }
+}
+
+fn created_run(record: &JournalRecord) -> Option<RunId> {
+    match record {
+        JournalRecord::Created(created) => Some(created.run.clone()),
+        _ => None,
+    }
+}
+
+fn prune_records(past: &[JournalRecord]) -> impl Iterator<Item = &Record> {
+    past.iter().filter_map(|record| match record {
+        JournalRecord::Prune(record) => Some(record),
+        _ => None,
+    })
+}
+
+fn committed_layer(record: &Record) -> Option<(LayerIndex, Artifact)> {
+    match record {
+        Record::Committed { lease, outcome: Outcome::Pruned { artifact, .. } } => match lease.unit {
+            Unit::Prune(layer) => Some((layer, artifact.clone())),
+            Unit::Forward(_) | Unit::Evaluate(_) => None,
+        },
+        _ => None,
+    }
+}
+
+fn evaluation_record(record: &JournalRecord, wanted: EvaluatedModel) -> Option<Record> {
+    match record {
+        JournalRecord::Evaluate { model, record } if *model == wanted => Some(record.clone()),
+        _ => None,
+    }
+}
+
+struct Pruning {
+    propagation: Propagation,
+    patterns: Vec<Pattern>,
+    preparation: Preparation,
+}
+
+impl Purpose for Pruning {
+    fn record(&self, record: Record) -> JournalRecord {
+        JournalRecord::Prune(record)
+    }
+
+    fn call(&self, lease: Lease, mut source: Source) -> UnitCall {
+        match lease.unit {
+            Unit::Prune(layer) => {
+                if self.propagation == Propagation::Dense {
+                    source.replay.clear();
+                }
+                UnitCall::Prune { source, pattern: self.patterns[layer.0 as usize] }
+            }
+            Unit::Forward(_) | Unit::Evaluate(_) => UnitCall::Forward { source },
+        }
+    }
+
+    fn preparation(&self) -> Option<Preparation> {
+        Some(self.preparation.clone())
+    }
+}

@@ -1,0 +1,211 @@
+//! What happens to the scheduler, and what it wants done.
+
+use std::time::Duration;
+
+use espalier_common::clock::Millis;
+use espalier_common::fault::Fault;
+use espalier_common::ids::{Boundary, LayerIndex, Lease, Unit, WorkerId};
+use espalier_common::report::Outcome;
+use serde::{Deserialize, Serialize};
+
+/// What the scheduler is told. Time is data (`Tick`), so that a run replays from its events alone.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A worker registered and was prepared for the run.
+    WorkerJoined {
+        /// Who.
+        worker: WorkerId,
+    },
+    /// A worker left, or its process was seen to end.
+    WorkerLost {
+        /// Who.
+        worker: WorkerId,
+    },
+    /// A worker is alive.
+    Heartbeat {
+        /// Who.
+        worker: WorkerId,
+    },
+    /// A unit ended well, under this lease.
+    UnitDone {
+        /// The lease it ended under.
+        lease: Lease,
+        /// What came of it.
+        outcome: Outcome,
+        /// Boundaries that the worker now holds.
+        held: Vec<Boundary>,
+    },
+    /// A unit failed, under this lease.
+    UnitFailed {
+        /// The lease it failed under.
+        lease: Lease,
+        /// Why.
+        fault: Fault,
+    },
+    /// Time passed.
+    Tick {
+        /// The time it is.
+        now: Millis,
+    },
+}
+
+/// Where a unit's input comes from, in the scheduler's terms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// The calibration tokens.
+    Tokens,
+    /// A boundary that a worker holds (the leased worker itself, or another).
+    Held {
+        /// Which boundary.
+        boundary: Boundary,
+        /// Who holds it.
+        by: WorkerId,
+    },
+}
+
+impl Origin {
+    /// The boundary it starts from.
+    pub fn boundary(self) -> Boundary {
+        match self {
+            Self::Tokens => Boundary(0),
+            Self::Held { boundary, .. } => boundary,
+        }
+    }
+}
+
+/// What the scheduler wants done. Actions are carried out in order; a `Record` is durable before the next one starts.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Append to the journal.
+    Record(Record),
+    /// Start a unit on the lease's worker.
+    Start {
+        /// The lease.
+        lease: Lease,
+        /// Where its input comes from; layers between it and the unit's are run again on the way.
+        origin: Origin,
+    },
+    /// Tell a worker to drop hidden states.
+    Release {
+        /// Who.
+        worker: WorkerId,
+        /// Which.
+        boundaries: Vec<Boundary>,
+    },
+    /// Every unit is committed.
+    Finish,
+    /// The run cannot go on.
+    Fail(Failure),
+}
+
+/// Why a run cannot go on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Failure {
+    /// A unit failed for good.
+    Unit {
+        /// The last lease it failed under.
+        lease: Lease,
+        /// Why.
+        fault: Fault,
+        /// How many leases it had.
+        attempts: u32,
+    },
+    /// No worker is left, and none came back in time.
+    NoWorkers {
+        /// Seconds waited.
+        waited_seconds: u64,
+    },
+}
+
+/// What the journal keeps of scheduling: enough to know what is done, and who was trusted with what.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Record {
+    /// A lease was given.
+    Leased {
+        /// The lease.
+        lease: Lease,
+    },
+    /// A unit is done: from here on it is never computed again.
+    Committed {
+        /// The lease it was done under.
+        lease: Lease,
+        /// What came of it.
+        outcome: Outcome,
+    },
+    /// A lease ended badly.
+    Failed {
+        /// The lease.
+        lease: Lease,
+        /// Why.
+        fault: Fault,
+    },
+}
+
+/// How patient the scheduler is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// A worker that was not heard of for this long is lost.
+    pub worker_silence: Duration,
+    /// Without any worker for this long, the run is given up.
+    pub without_workers: Duration,
+    /// Leases given for one unit before the run fails with its last fault.
+    pub attempts: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { worker_silence: Duration::from_secs(15), without_workers: Duration::from_secs(60), attempts: 3 }
+    }
+}
+
+/// What has to be done, before any of it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Shape {
+    /// Layers in a chain: each sees the pruned ones before it.
+    PruneChain {
+        /// Bytes of each layer.
+        layer_bytes: Vec<u64>,
+    },
+    /// Layers on dense inputs: a chain of dense forwards, and prunings that only wait for their input.
+    PruneApart {
+        /// Bytes of each layer.
+        layer_bytes: Vec<u64>,
+    },
+    /// Independent shares of the evaluation windows.
+    Evaluate {
+        /// Number of shares.
+        shares: u32,
+    },
+}
+
+impl Shape {
+    /// Every unit, with the one unit it waits for.
+    pub(super) fn units(&self) -> Vec<(Unit, Option<Unit>)> {
+        let layers = |bytes: &[u64]| (0..bytes.len() as u32).map(LayerIndex);
+        let before = |layer: LayerIndex| layer.0.checked_sub(1).map(LayerIndex);
+        match self {
+            Self::PruneChain { layer_bytes } => {
+                layers(layer_bytes).map(|layer| (Unit::Prune(layer), before(layer).map(Unit::Prune))).collect()
+            }
+            Self::PruneApart { layer_bytes } => {
+                let last = LayerIndex(layer_bytes.len().saturating_sub(1) as u32);
+                let forwards = layers(layer_bytes)
+                    .filter(|&layer| layer != last)
+                    .map(|layer| (Unit::Forward(layer), before(layer).map(Unit::Forward)));
+                let prunes = layers(layer_bytes).map(|layer| (Unit::Prune(layer), before(layer).map(Unit::Forward)));
+                forwards.chain(prunes).collect()
+            }
+            Self::Evaluate { shares } => (0..*shares).map(|share| (Unit::Evaluate(share), None)).collect(),
+        }
+    }
+
+    /// Bytes of each layer; empty for an evaluation.
+    pub(super) fn layer_bytes(&self) -> &[u64] {
+        match self {
+            Self::PruneChain { layer_bytes } | Self::PruneApart { layer_bytes } => layer_bytes,
+            Self::Evaluate { .. } => &[],
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! What must always be true of a scheduler. Serves `debug_assert!`, the simulator and the tests alike.
+
+use espalier_common::ids::Unit;
+
+use super::{Scheduler, UnitState};
+
+/// An invariant that does not hold.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Broken {
+    /// A unit is leased to a worker that is not there or is busy with something else.
+    #[error("{unit} is leased, but its worker does not run it")]
+    LeaseWithoutWorker {
+        /// The unit.
+        unit: Unit,
+    },
+    /// A worker runs something that is not leased to it.
+    #[error("a worker runs {unit}, which is not leased to it")]
+    WorkerWithoutLease {
+        /// The unit.
+        unit: Unit,
+    },
+    /// A unit waits for one that is committed, or was let loose before the one it waits for was.
+    #[error("{unit} is out of order")]
+    OutOfOrder {
+        /// The unit.
+        unit: Unit,
+    },
+    /// A boundary is said to be held by nobody, or by a worker that is gone.
+    #[error("boundary {boundary} is held by nobody that is there")]
+    HeldByNobody {
+        /// The boundary's index.
+        boundary: u32,
+    },
+}
+
+/// Checks a scheduler.
+///
+/// # Errors
+/// The first invariant that does not hold.
+pub fn check(scheduler: &Scheduler) -> Result<(), Broken> {
+    for (unit, state) in &scheduler.units {
+        if let UnitState::Leased { lease } = state {
+            let runs = scheduler.workers.get(&lease.worker).is_some_and(|worker| worker.running == Some(*lease));
+            if !runs || lease.unit != *unit {
+                return Err(Broken::LeaseWithoutWorker { unit: *unit });
+            }
+        }
+    }
+    for worker in scheduler.workers.values() {
+        if let Some(lease) = worker.running
+            && scheduler.units.get(&lease.unit) != Some(&UnitState::Leased { lease })
+        {
+            return Err(Broken::WorkerWithoutLease { unit: lease.unit });
+        }
+    }
+    for (unit, on) in scheduler.shape.units() {
+        let blocked = matches!(scheduler.units[&unit], UnitState::Blocked { .. });
+        let waits = on.is_some_and(|on| scheduler.units[&on] != UnitState::Committed);
+        if blocked != waits && scheduler.units[&unit] != UnitState::Committed {
+            return Err(Broken::OutOfOrder { unit });
+        }
+    }
+    for (boundary, holders) in &scheduler.held {
+        if holders.is_empty() || holders.iter().any(|worker| !scheduler.workers.contains_key(worker)) {
+            return Err(Broken::HeldByNobody { boundary: boundary.0 });
+        }
+    }
+    Ok(())
+}

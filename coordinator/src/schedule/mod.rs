@@ -1,0 +1,377 @@
+//! Who does what, when, and what follows a failure: a pure state machine. No async, no clock, no IO, no tensors.
+
+mod event;
+pub mod invariants;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use espalier_common::clock::Millis;
+use espalier_common::fault::{Fault, FaultClass};
+use espalier_common::ids::{Attempt, Boundary, LayerIndex, Lease, Unit, WorkerId};
+use espalier_common::report::Outcome;
+
+pub use event::{Action, Event, Failure, Limits, Origin, Record, Shape};
+
+use crate::plan::partition;
+
+/// Where a unit stands.
+///
+/// ```text
+/// Blocked ──(its predecessor commits)──▶ Ready ──lease──▶ Leased ──done──▶ Committed
+///                                          ▲                │
+///                                          └── lost/failed ─┘
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum UnitState {
+    /// Waits for another unit.
+    Blocked {
+        /// The other unit.
+        on: Unit,
+    },
+    /// May be leased.
+    Ready,
+    /// A worker has it.
+    Leased {
+        /// Under this lease; reports under any other are dropped.
+        lease: Lease,
+    },
+    /// Done for good.
+    Committed,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct WorkerState {
+    last_seen: Millis,
+    running: Option<Lease>,
+}
+
+/// What went wrong with a unit so far.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Trouble {
+    leases: u32,
+    failures: u32,
+    failed_on: BTreeSet<WorkerId>,
+}
+
+/// The scheduler of one run (or of one evaluation).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scheduler {
+    shape: Shape,
+    limits: Limits,
+    now: Millis,
+    units: BTreeMap<Unit, UnitState>,
+    workers: BTreeMap<WorkerId, WorkerState>,
+    /// Owner of each layer that is not committed yet; decides placement, never the result.
+    owners: BTreeMap<LayerIndex, WorkerId>,
+    held: BTreeMap<Boundary, BTreeSet<WorkerId>>,
+    trouble: BTreeMap<Unit, Trouble>,
+    alone_since: Option<Millis>,
+    ended: bool,
+}
+
+impl Scheduler {
+    /// A scheduler with nothing done and nobody there.
+    pub fn new(shape: Shape, limits: Limits) -> Self {
+        let units = shape
+            .units()
+            .into_iter()
+            .map(|(unit, on)| (unit, on.map_or(UnitState::Ready, |on| UnitState::Blocked { on })))
+            .collect();
+        Self {
+            shape,
+            limits,
+            now: Millis(0),
+            units,
+            workers: BTreeMap::new(),
+            owners: BTreeMap::new(),
+            held: BTreeMap::new(),
+            trouble: BTreeMap::new(),
+            alone_since: Some(Millis(0)),
+            ended: false,
+        }
+    }
+
+    /// Rebuilds what `records` say is done. Leases of the past are not revived: whoever held one must be leased again, so a
+    /// report under an old lease is dropped (its attempt number is spent).
+    pub fn replay<'a>(shape: Shape, limits: Limits, records: impl IntoIterator<Item = &'a Record>) -> Self {
+        let mut scheduler = Self::new(shape, limits);
+        for record in records {
+            match record {
+                Record::Leased { lease } => {
+                    let trouble = scheduler.trouble.entry(lease.unit).or_default();
+                    trouble.leases = trouble.leases.max(lease.attempt.0);
+                }
+                Record::Committed { lease, .. } => scheduler.mark_committed(lease.unit),
+                // Faults of an earlier life do not count against a resumed run: its machines are others.
+                Record::Failed { .. } => {}
+            }
+        }
+        scheduler
+    }
+
+    /// Advances on one event.
+    #[must_use]
+    pub fn step(&mut self, event: Event) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if self.ended {
+            return actions;
+        }
+        match event {
+            Event::WorkerJoined { worker } => self.add(worker),
+            Event::WorkerLost { worker } => self.remove(worker),
+            Event::Heartbeat { worker } => self.hear(worker),
+            Event::UnitDone { lease, outcome, held } if self.holds(lease) => {
+                self.commit(lease, outcome, &held, &mut actions);
+            }
+            Event::UnitFailed { lease, fault } if self.holds(lease) => self.fail(lease, fault, &mut actions),
+            // An older lease: that worker was given up on, and what it made is garbage.
+            Event::UnitDone { .. } | Event::UnitFailed { .. } => {}
+            Event::Tick { now } => self.pass_time(now, &mut actions),
+        }
+        if !self.ended {
+            self.lease_ready_units(&mut actions);
+            self.finish_if_done(&mut actions);
+        }
+        debug_assert_eq!(invariants::check(self), Ok(()));
+        actions
+    }
+
+    /// Whether every unit is committed.
+    pub fn is_finished(&self) -> bool {
+        self.units.values().all(|state| *state == UnitState::Committed)
+    }
+
+    /// Every unit and where it stands.
+    pub fn units(&self) -> impl Iterator<Item = (Unit, &UnitState)> {
+        self.units.iter().map(|(unit, state)| (*unit, state))
+    }
+
+    /// The workers that are there.
+    pub fn workers(&self) -> impl Iterator<Item = WorkerId> {
+        self.workers.keys().copied()
+    }
+
+    fn holds(&self, lease: Lease) -> bool {
+        matches!(self.units.get(&lease.unit), Some(UnitState::Leased { lease: held }) if *held == lease)
+    }
+
+    fn add(&mut self, worker: WorkerId) {
+        self.workers.insert(worker, WorkerState { last_seen: self.now, running: None });
+        self.alone_since = None;
+        self.assign_owners();
+    }
+
+    fn remove(&mut self, worker: WorkerId) {
+        let Some(state) = self.workers.remove(&worker) else { return };
+        if let Some(lease) = state.running {
+            self.units.insert(lease.unit, UnitState::Ready);
+        }
+        for holders in self.held.values_mut() {
+            holders.remove(&worker);
+        }
+        self.held.retain(|_, holders| !holders.is_empty());
+        if self.workers.is_empty() {
+            self.alone_since = Some(self.now);
+        }
+        self.assign_owners();
+    }
+
+    fn hear(&mut self, worker: WorkerId) {
+        if let Some(state) = self.workers.get_mut(&worker) {
+            state.last_seen = self.now;
+        }
+    }
+
+    fn pass_time(&mut self, now: Millis, actions: &mut Vec<Action>) {
+        self.now = self.now.max(now);
+        let silent: Vec<WorkerId> = self
+            .workers
+            .iter()
+            .filter(|(_, state)| state.last_seen.after(self.limits.worker_silence) < self.now)
+            .map(|(worker, _)| *worker)
+            .collect();
+        for worker in silent {
+            self.remove(worker);
+        }
+        if let Some(since) = self.alone_since
+            && since.after(self.limits.without_workers) < self.now
+        {
+            let waited_seconds = (self.now.0 - since.0) / 1000;
+            self.end(Action::Fail(Failure::NoWorkers { waited_seconds }), actions);
+        }
+    }
+
+    /// Spreads the layers that are not committed over the workers that are there, contiguously and by bytes. A layer that is
+    /// being worked on stays where it is.
+    fn assign_owners(&mut self) {
+        let pending: Vec<LayerIndex> = (0..self.shape.layer_bytes().len() as u32)
+            .map(LayerIndex)
+            .filter(|layer| self.units.get(&Unit::Prune(*layer)) != Some(&UnitState::Committed))
+            .collect();
+        let workers: Vec<WorkerId> = self.workers.keys().copied().collect();
+        self.owners.clear();
+        if workers.is_empty() {
+            return;
+        }
+        let bytes: Vec<u64> = pending.iter().map(|layer| self.shape.layer_bytes()[layer.0 as usize]).collect();
+        let parts = partition::contiguous(&bytes, workers.len());
+        self.owners = pending.iter().zip(parts).map(|(layer, part)| (*layer, workers[part])).collect();
+    }
+
+    fn commit(&mut self, lease: Lease, outcome: Outcome, held: &[Boundary], actions: &mut Vec<Action>) {
+        self.free(lease);
+        for boundary in held {
+            self.held.entry(*boundary).or_default().insert(lease.worker);
+        }
+        actions.push(Action::Record(Record::Committed { lease, outcome }));
+        self.mark_committed(lease.unit);
+        self.release_what_nobody_needs(actions);
+    }
+
+    fn mark_committed(&mut self, unit: Unit) {
+        self.units.insert(unit, UnitState::Committed);
+        for state in self.units.values_mut() {
+            if *state == (UnitState::Blocked { on: unit }) {
+                *state = UnitState::Ready;
+            }
+        }
+    }
+
+    fn free(&mut self, lease: Lease) {
+        if let Some(worker) = self.workers.get_mut(&lease.worker)
+            && worker.running == Some(lease)
+        {
+            worker.running = None;
+        }
+    }
+
+    fn fail(&mut self, lease: Lease, fault: Fault, actions: &mut Vec<Action>) {
+        self.free(lease);
+        self.units.insert(lease.unit, UnitState::Ready);
+        actions.push(Action::Record(Record::Failed { lease, fault: fault.clone() }));
+        let trouble = self.trouble.entry(lease.unit).or_default();
+        trouble.failures += 1;
+        let final_ = match fault.class {
+            FaultClass::Reject | FaultClass::Bug => true,
+            FaultClass::RetryHere => trouble.failures >= self.limits.attempts,
+            FaultClass::RetryElsewhere => {
+                trouble.failed_on.insert(lease.worker);
+                trouble.failures >= self.limits.attempts
+            }
+        };
+        if final_ {
+            let attempts = trouble.failures;
+            self.end(Action::Fail(Failure::Unit { lease, fault, attempts }), actions);
+        }
+    }
+
+    /// Gives every idle worker the unit that suits it best.
+    fn lease_ready_units(&mut self, actions: &mut Vec<Action>) {
+        let idle: Vec<WorkerId> =
+            self.workers.iter().filter(|(_, state)| state.running.is_none()).map(|(worker, _)| *worker).collect();
+        // Owners first, so that nobody takes away what its owner is free to do.
+        for pass in [Self::best_own_unit, Self::best_other_unit] {
+            for worker in &idle {
+                if self.workers[worker].running.is_none()
+                    && let Some(unit) = pass(self, *worker)
+                {
+                    self.lease(unit, *worker, actions);
+                }
+            }
+        }
+    }
+
+    fn is_ready_for(&self, unit: Unit, worker: WorkerId) -> bool {
+        self.units[&unit] == UnitState::Ready && !self.is_shunned(unit, worker)
+    }
+
+    /// A unit that failed on a worker goes elsewhere, as long as there is an elsewhere.
+    fn is_shunned(&self, unit: Unit, worker: WorkerId) -> bool {
+        self.trouble.get(&unit).is_some_and(|trouble| {
+            trouble.failed_on.contains(&worker) && self.workers.keys().any(|other| !trouble.failed_on.contains(other))
+        })
+    }
+
+    fn owner(&self, unit: Unit) -> Option<WorkerId> {
+        match unit {
+            Unit::Forward(layer) | Unit::Prune(layer) => self.owners.get(&layer).copied(),
+            Unit::Evaluate(_) => None,
+        }
+    }
+
+    /// The first ready unit the worker owns. `Unit`'s order puts forwards before prunings: others wait for them.
+    fn best_own_unit(&self, worker: WorkerId) -> Option<Unit> {
+        self.units.keys().copied().find(|unit| self.is_ready_for(*unit, worker) && self.owner(*unit) == Some(worker))
+    }
+
+    /// A ready unit whose owner cannot start it now: the first forward or share, or the last pruning (the one its owner would
+    /// come to last).
+    fn best_other_unit(&self, worker: WorkerId) -> Option<Unit> {
+        let ready = |unit: &&Unit| {
+            self.is_ready_for(**unit, worker)
+                && self.owner(**unit).is_none_or(|owner| {
+                    self.workers.get(&owner).is_none_or(|owner| owner.running.is_some())
+                        || self.is_shunned(**unit, owner)
+                })
+        };
+        let first = self.units.keys().find(ready)?;
+        let last = self.units.keys().rev().find(ready)?;
+        Some(if matches!(first, Unit::Prune(_)) { *last } else { *first })
+    }
+
+    fn lease(&mut self, unit: Unit, worker: WorkerId, actions: &mut Vec<Action>) {
+        let trouble = self.trouble.entry(unit).or_default();
+        trouble.leases += 1;
+        let lease = Lease { unit, worker, attempt: Attempt(trouble.leases) };
+        let origin = self.origin(unit, worker);
+        self.units.insert(unit, UnitState::Leased { lease });
+        self.workers.get_mut(&worker).expect("only workers that are there are leased to").running = Some(lease);
+        actions.push(Action::Record(Record::Leased { lease }));
+        actions.push(Action::Start { lease, origin });
+    }
+
+    /// The nearest boundary at or before the unit's layer that somebody holds, the worker itself if it does.
+    fn origin(&self, unit: Unit, worker: WorkerId) -> Origin {
+        let (Unit::Forward(layer) | Unit::Prune(layer)) = unit else { return Origin::Tokens };
+        self.held.range(..=Boundary(layer.0)).next_back().map_or(Origin::Tokens, |(boundary, holders)| {
+            let by = if holders.contains(&worker) {
+                worker
+            } else {
+                *holders.first().expect("boundaries without holders are dropped")
+            };
+            Origin::Held { boundary: *boundary, by }
+        })
+    }
+
+    /// Boundary `b` is needed while layer `b` is not pruned, or its dense forward is still to come.
+    fn is_needed(&self, boundary: Boundary) -> bool {
+        let layer = LayerIndex(boundary.0);
+        [Unit::Prune(layer), Unit::Forward(layer)]
+            .iter()
+            .any(|unit| self.units.get(unit).is_some_and(|state| *state != UnitState::Committed))
+    }
+
+    fn release_what_nobody_needs(&mut self, actions: &mut Vec<Action>) {
+        let useless: Vec<Boundary> = self.held.keys().copied().filter(|boundary| !self.is_needed(*boundary)).collect();
+        let mut by_worker: BTreeMap<WorkerId, Vec<Boundary>> = BTreeMap::new();
+        for boundary in useless {
+            for worker in self.held.remove(&boundary).unwrap_or_default() {
+                by_worker.entry(worker).or_default().push(boundary);
+            }
+        }
+        actions.extend(by_worker.into_iter().map(|(worker, boundaries)| Action::Release { worker, boundaries }));
+    }
+
+    fn finish_if_done(&mut self, actions: &mut Vec<Action>) {
+        if self.is_finished() {
+            self.end(Action::Finish, actions);
+        }
+    }
+
+    fn end(&mut self, action: Action, actions: &mut Vec<Action>) {
+        self.ended = true;
+        actions.push(action);
+    }
+}

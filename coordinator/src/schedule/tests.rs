@@ -1,0 +1,276 @@
+use espalier_common::digest::Digest;
+use espalier_common::report::Artifact;
+use proptest::prelude::*;
+
+use super::*;
+
+const A: WorkerId = WorkerId(1);
+const B: WorkerId = WorkerId(2);
+
+fn chain(layers: usize) -> Scheduler {
+    Scheduler::new(Shape::PruneChain { layer_bytes: vec![1; layers] }, Limits::default())
+}
+
+fn joined(worker: WorkerId) -> Event {
+    Event::WorkerJoined { worker }
+}
+
+fn started(actions: &[Action]) -> Vec<(Lease, Origin)> {
+    actions
+        .iter()
+        .filter_map(|action| match action {
+            Action::Start { lease, origin } => Some((*lease, *origin)),
+            _ => None,
+        })
+        .collect()
+}
+
+fn outcome(unit: Unit) -> Outcome {
+    match unit {
+        Unit::Prune(layer) => Outcome::Pruned {
+            artifact: Artifact {
+                name: format!("layers/{layer}"),
+                sha256: Digest::of(&layer.0.to_le_bytes()),
+                bytes: 1,
+            },
+            sublayers: Vec::new(),
+            phases: Vec::new(),
+        },
+        Unit::Forward(_) => Outcome::Forwarded { phases: Vec::new() },
+        Unit::Evaluate(_) => Outcome::Evaluated { window_nll: vec![1.0], phases: Vec::new() },
+    }
+}
+
+/// What a worker says when a unit is done: it then holds the next boundary.
+fn done(lease: Lease) -> Event {
+    let held = match lease.unit {
+        Unit::Prune(layer) | Unit::Forward(layer) => vec![Boundary(layer.0 + 1)],
+        Unit::Evaluate(_) => Vec::new(),
+    };
+    Event::UnitDone { lease, outcome: outcome(lease.unit), held }
+}
+
+fn fault(class: FaultClass) -> Fault {
+    Fault { class, message: "it broke".to_owned() }
+}
+
+#[test]
+fn a_chain_goes_layer_by_layer_and_moves_to_the_next_owner() {
+    let mut scheduler = chain(4);
+    let mut running = started(&scheduler.step(joined(A)));
+    assert!(started(&scheduler.step(joined(B))).is_empty());
+    let mut seen = Vec::new();
+    while let Some((lease, origin)) = running.pop() {
+        seen.push((lease.unit, lease.worker, origin));
+        running = started(&scheduler.step(done(lease)));
+    }
+    let held = |boundary, by| Origin::Held { boundary: Boundary(boundary), by };
+    let prune = |layer| Unit::Prune(LayerIndex(layer));
+    assert_eq!(
+        seen,
+        [
+            (prune(0), A, Origin::Tokens),
+            (prune(1), A, held(1, A)),
+            (prune(2), B, held(2, A)),
+            (prune(3), B, held(3, B)),
+        ]
+    );
+    assert!(scheduler.is_finished());
+}
+
+#[test]
+fn a_lease_is_recorded_before_it_is_started() {
+    let actions = chain(1).step(joined(A));
+    assert!(matches!(actions[..], [Action::Record(Record::Leased { .. }), Action::Start { .. }]), "{actions:?}");
+}
+
+#[test]
+fn reply_under_a_lost_lease_is_dropped() {
+    let mut scheduler = chain(1);
+    let (first, _) = started(&scheduler.step(joined(A)))[0];
+    let _ = scheduler.step(Event::WorkerLost { worker: A });
+    let (second, _) = started(&scheduler.step(joined(B)))[0];
+    assert_eq!(second.attempt, Attempt(2));
+    assert_eq!(scheduler.step(done(first)), []);
+    let actions = scheduler.step(done(second));
+    assert!(matches!(&actions[0], Action::Record(Record::Committed { lease, .. }) if *lease == second));
+    assert_eq!(actions.last(), Some(&Action::Finish));
+}
+
+#[test]
+fn lost_hidden_states_are_computed_again_from_the_tokens() {
+    let mut scheduler = chain(3);
+    let (lease, _) = started(&scheduler.step(joined(A)))[0];
+    let (lease, _) = started(&scheduler.step(done(lease)))[0];
+    assert_eq!(lease.unit, Unit::Prune(LayerIndex(1)));
+    let _ = scheduler.step(Event::WorkerLost { worker: A });
+    let (lease, origin) = started(&scheduler.step(joined(B)))[0];
+    assert_eq!((lease.unit, origin), (Unit::Prune(LayerIndex(1)), Origin::Tokens));
+}
+
+#[test]
+fn dense_layers_are_pruned_side_by_side() {
+    let shape = Shape::PruneApart { layer_bytes: vec![1; 4] };
+    let mut scheduler = Scheduler::new(shape, Limits::default());
+    let mut queue = started(&scheduler.step(joined(A)));
+    queue.extend(started(&scheduler.step(joined(B))));
+    let mut most = 0;
+    let mut finished = false;
+    while let Some((lease, _)) = queue.pop() {
+        most = most.max(queue.len() + 1);
+        let actions = scheduler.step(done(lease));
+        finished |= actions.contains(&Action::Finish);
+        queue.splice(0..0, started(&actions));
+    }
+    assert!(finished);
+    assert_eq!(most, 2);
+}
+
+#[test]
+fn boundaries_are_released_once_nobody_needs_them() {
+    let mut scheduler = chain(2);
+    let (first, _) = started(&scheduler.step(joined(A)))[0];
+    let (second, _) = started(&scheduler.step(done(first)))[0];
+    let actions = scheduler.step(Event::UnitDone { lease: second, outcome: outcome(second.unit), held: Vec::new() });
+    assert!(actions.contains(&Action::Release { worker: A, boundaries: vec![Boundary(1)] }));
+}
+
+#[test]
+fn a_rejected_job_ends_at_once_and_a_passing_fault_goes_elsewhere() {
+    let mut scheduler = chain(1);
+    let _ = scheduler.step(joined(A));
+    let (lease, _) = {
+        let mut fresh = chain(1);
+        started(&fresh.step(joined(A)))[0]
+    };
+    let _ = scheduler.step(joined(B));
+    let actions = scheduler.step(Event::UnitFailed { lease, fault: fault(FaultClass::RetryElsewhere) });
+    assert_eq!(started(&actions)[0].0.worker, B);
+    let lease = started(&actions)[0].0;
+    let actions = scheduler.step(Event::UnitFailed { lease, fault: fault(FaultClass::Reject) });
+    assert!(matches!(actions.last(), Some(Action::Fail(Failure::Unit { .. }))));
+    assert_eq!(scheduler.step(Event::Tick { now: Millis(1) }), []);
+}
+
+#[test]
+fn a_unit_that_fails_everywhere_ends_the_run_with_its_cause() {
+    let mut scheduler = chain(1);
+    let mut running = started(&scheduler.step(joined(A)));
+    for _ in 0..Limits::default().attempts - 1 {
+        let (lease, _) = running[0];
+        running = started(&scheduler.step(Event::UnitFailed { lease, fault: fault(FaultClass::RetryHere) }));
+    }
+    let lease = running[0].0;
+    let actions = scheduler.step(Event::UnitFailed { lease, fault: fault(FaultClass::RetryHere) });
+    assert!(matches!(actions.last(), Some(Action::Fail(Failure::Unit { attempts: 3, .. }))));
+}
+
+#[test]
+fn a_silent_worker_is_lost_and_an_empty_cluster_is_given_up() {
+    let mut scheduler = chain(1);
+    let _ = scheduler.step(joined(A));
+    let _ = scheduler.step(Event::Tick { now: Millis(16_000) });
+    assert_eq!(scheduler.workers().count(), 0);
+    let actions = scheduler.step(Event::Tick { now: Millis(77_000) });
+    assert_eq!(actions, [Action::Fail(Failure::NoWorkers { waited_seconds: 61 })]);
+}
+
+#[test]
+fn nothing_left_to_do_finishes_without_workers() {
+    let records = [Record::Committed {
+        lease: Lease { unit: Unit::Prune(LayerIndex(0)), worker: A, attempt: Attempt(1) },
+        outcome: outcome(Unit::Prune(LayerIndex(0))),
+    }];
+    let shape = Shape::PruneChain { layer_bytes: vec![1] };
+    let mut scheduler = Scheduler::replay(shape, Limits::default(), &records);
+    assert_eq!(scheduler.step(Event::Tick { now: Millis(0) }), [Action::Finish]);
+}
+
+/// What may happen next in a random schedule.
+#[derive(Debug, Clone)]
+enum Chance {
+    Join,
+    Lose(usize),
+    Done(usize),
+    Fail(usize),
+    Duplicate(usize),
+    Restart,
+    Wait(u64),
+}
+
+fn chance() -> impl Strategy<Value = Chance> {
+    prop_oneof![
+        2 => Just(Chance::Join),
+        1 => any::<usize>().prop_map(Chance::Lose),
+        8 => any::<usize>().prop_map(Chance::Done),
+        1 => any::<usize>().prop_map(Chance::Fail),
+        2 => any::<usize>().prop_map(Chance::Duplicate),
+        1 => Just(Chance::Restart),
+        1 => (0u64..4000).prop_map(Chance::Wait),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(600))]
+    /// Whatever dies, joins, repeats itself or restarts: nothing is committed twice, nothing out of order, and with a worker
+    /// that stays everything gets done.
+    #[test]
+    fn every_schedule_commits_each_unit_once(dense in any::<bool>(), layers in 1usize..7, chances in prop::collection::vec(chance(), 0..80)) {
+        let layer_bytes = vec![1; layers];
+        let shape = if dense { Shape::PruneApart { layer_bytes } } else { Shape::PruneChain { layer_bytes } };
+        let limits = Limits { attempts: u32::MAX, ..Limits::default() };
+        let mut scheduler = Scheduler::new(shape.clone(), limits);
+        let mut journal: Vec<Record> = Vec::new();
+        let (mut running, mut past): (Vec<Lease>, Vec<Lease>) = (Vec::new(), Vec::new());
+        let (mut now, mut next_worker) = (0u64, 1u64);
+        let tail = std::iter::once(Chance::Join).chain(std::iter::repeat_n(Chance::Done(0), 4 * layers + 2));
+        for chance in chances.into_iter().chain(tail) {
+            let pick = |at: usize, of: &[Lease]| of.get(at % of.len().max(1)).copied();
+            let event = match chance {
+                Chance::Join => { next_worker += 1; Some(joined(WorkerId(next_worker))) }
+                Chance::Lose(at) => {
+                    let workers: Vec<WorkerId> = scheduler.workers().collect();
+                    workers.get(at % workers.len().max(1)).map(|worker| Event::WorkerLost { worker: *worker })
+                }
+                Chance::Done(at) => pick(at, &running).map(done),
+                Chance::Fail(at) => pick(at, &running).map(|lease| Event::UnitFailed { lease, fault: fault(FaultClass::RetryElsewhere) }),
+                Chance::Duplicate(at) => pick(at, &past).map(done),
+                Chance::Restart => {
+                    scheduler = Scheduler::replay(shape.clone(), limits, &journal);
+                    past.append(&mut running);
+                    None
+                }
+                Chance::Wait(millis) => { now += millis; Some(Event::Tick { now: Millis(now) }) }
+            };
+            let Some(event) = event else { continue };
+            if let Event::UnitDone { lease, .. } | Event::UnitFailed { lease, .. } = &event {
+                running.retain(|other| other != lease);
+                past.push(*lease);
+            }
+            for action in scheduler.step(event) {
+                match action {
+                    Action::Record(record) => {
+                        if let Record::Committed { lease, .. } = &record {
+                            let twice = journal.iter().any(|old| matches!(old, Record::Committed { lease: other, .. } if other.unit == lease.unit));
+                            prop_assert!(!twice, "{} committed twice", lease.unit);
+                        }
+                        journal.push(record);
+                    }
+                    Action::Start { lease, origin } => {
+                        let (Unit::Prune(layer) | Unit::Forward(layer)) = lease.unit else { panic!("no evaluation here") };
+                        prop_assert!(origin.boundary().0 <= layer.0);
+                        running.push(lease);
+                    }
+                    Action::Release { .. } | Action::Finish => {}
+                    Action::Fail(failure) => prop_assert!(matches!(failure, Failure::NoWorkers { .. }), "{failure:?}"),
+                }
+            }
+            prop_assert_eq!(invariants::check(&scheduler), Ok(()));
+            // What can be rebuilt from the journal is what is committed.
+            let rebuilt = Scheduler::replay(shape.clone(), limits, &journal);
+            let committed = |s: &Scheduler| s.units().filter(|(_, state)| **state == UnitState::Committed).map(|(unit, _)| unit).collect::<Vec<_>>();
+            prop_assert_eq!(committed(&rebuilt), committed(&scheduler));
+        }
+        prop_assert!(scheduler.is_finished() || scheduler.workers().count() == 0 || scheduler.ended);
+    }
+}

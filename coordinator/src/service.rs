@@ -1,0 +1,70 @@
+//! The coordinator as a service: a listener, the workers' desk, and (for clusters) the desk where jobs are submitted.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use espalier_common::tasks::TaskGroup;
+use espalier_proto::v1::admin_server::AdminServer;
+use espalier_proto::v1::coordinator_server::CoordinatorServer;
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::Server;
+use tracing::error;
+
+use crate::error::RunError;
+use crate::fleet::Roster;
+use crate::rpc::admin::AdminDesk;
+use crate::rpc::workers::WorkerDesk;
+
+/// Reports of a layer with thousands of sublayers stay far below this.
+const MAX_MESSAGE_BYTES: usize = 64 << 20;
+
+/// A coordinator that listens.
+pub struct Service {
+    /// Its workers.
+    pub roster: Roster,
+    /// Where it listens.
+    pub address: SocketAddr,
+    tasks: TaskGroup,
+}
+
+impl Service {
+    /// Listens on `address` (port 0: any) and serves workers, and `admin` if there is one.
+    ///
+    /// # Errors
+    /// `Listen`, also for an address beyond loopback: nothing protects the service there yet.
+    pub async fn start(address: SocketAddr, roster: Roster, admin: Option<AdminDesk>) -> Result<Self, RunError> {
+        let failed = |source| RunError::Listen { address: address.to_string(), source };
+        if !address.ip().is_loopback() {
+            return Err(failed(std::io::Error::new(
+                std::io::ErrorKind::PermissionDenied,
+                "an address beyond loopback needs TLS, which is not configured",
+            )));
+        }
+        let listener = TcpListener::bind(address).await.map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        let tasks = TaskGroup::new();
+        let token = tasks.token();
+        let workers = CoordinatorServer::new(WorkerDesk::new(roster.clone()))
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let server = Server::builder()
+            .tcp_nodelay(true)
+            .http2_keepalive_interval(Some(Duration::from_secs(10)))
+            .add_service(workers)
+            .add_optional_service(admin.map(AdminServer::new));
+        tasks.spawn(async move {
+            let served =
+                server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), token.cancelled_owned()).await;
+            if let Err(error) = served {
+                error!(%error, "the coordinator's services ended");
+            }
+        });
+        Ok(Self { roster, address, tasks })
+    }
+
+    /// Stops serving.
+    pub async fn stop(self) {
+        self.tasks.shut_down(Duration::from_secs(2)).await;
+    }
+}
