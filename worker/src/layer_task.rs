@@ -103,7 +103,7 @@ fn gather(
     let sequences = place.run.tokens.sequences();
     let calibrating = sequences - place.run.job.held_out_samples().min(sequences - 1);
     let accumulator = || GramAccumulator::new(first.columns, lanes.len() == 2);
-    let (mut gram, mut held_out) = (accumulator(), accumulator());
+    let (mut gram, mut held_out) = (accumulator(), (calibrating < sequences).then(accumulator));
     let (mut seen, mut gram_seconds) = (0, 0.0);
     let watch = Stopwatch::start();
     capture_group(lanes, group, place.cache, place.control, |inputs| {
@@ -113,7 +113,7 @@ fn gather(
         if here > 0 {
             gram.add(&inputs[0][..here], dense.map(|dense| &dense[..here])).map_err(failed)?;
         }
-        if here < inputs[0].len() {
+        if let Some(held_out) = held_out.as_mut().filter(|_| here < inputs[0].len()) {
             held_out.add(&inputs[0][here..], dense.map(|dense| &dense[here..])).map_err(failed)?;
         }
         seen += inputs[0].len();
@@ -122,9 +122,9 @@ fn gather(
     })?;
     let forward_seconds = watch.seconds() - gram_seconds;
     let watch = Stopwatch::start();
-    let flops = gram.flops() + held_out.flops();
+    let flops = gram.flops() + held_out.as_ref().map_or(0.0, GramAccumulator::flops);
     let mut stats = gram.finish(&place.run.device).map_err(failed)?;
-    if calibrating < sequences {
+    if let Some(held_out) = held_out {
         stats.held_out = Some(Arc::new(held_out.finish(&place.run.device).map_err(failed)?));
     }
     phases.add("gram", gram_seconds + watch.seconds(), flops);

@@ -21,6 +21,8 @@ pub mod run;
 pub mod serve;
 pub mod server;
 pub mod session;
+#[cfg(test)]
+mod session_tests;
 pub mod source;
 pub mod transport;
 pub mod unit;

@@ -61,10 +61,16 @@ pub enum SessionError {
     Draining,
     /// See the run.
     #[error(transparent)]
-    Run(#[from] RunError),
+    Run(Box<RunError>),
     /// See the device.
     #[error(transparent)]
     Device(#[from] DeviceError),
+}
+
+impl From<RunError> for SessionError {
+    fn from(error: RunError) -> Self {
+        Self::Run(Box::new(error))
+    }
 }
 
 impl SessionError {

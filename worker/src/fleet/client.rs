@@ -135,3 +135,134 @@ fn request<T>(message: T) -> Request<T> {
     request.set_timeout(DEADLINE);
     request
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+    use std::sync::{Arc, Mutex};
+
+    use espalier_common::fault::{Fault, FaultClass};
+    use espalier_common::ids::{Attempt, Boundary, LayerIndex, Lease, RunId, Unit, WorkerId};
+    use espalier_common::tasks::TaskGroup;
+    use espalier_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
+    use tokio::sync::{Notify, mpsc};
+    use tonic::Response;
+    use tonic::transport::server::TcpIncoming;
+
+    use super::super::Membership;
+    use super::*;
+    use crate::calibrate::cache::ActivationCache;
+    use crate::device::DeviceThread;
+    use crate::session::{Session, UnitReport};
+
+    /// A coordinator that forgets its first worker, and fails the first report.
+    #[derive(Default)]
+    struct Forgetful {
+        registered: AtomicU64,
+        report_calls: AtomicU32,
+        reports: Mutex<Vec<pb::ReportRequest>>,
+        left: AtomicU64,
+        changed: Notify,
+    }
+
+    #[tonic::async_trait]
+    impl Coordinator for Forgetful {
+        async fn register(
+            &self,
+            request: Request<pb::RegisterRequest>,
+        ) -> Result<Response<pb::RegisterResponse>, Status> {
+            if request.into_inner().build != "right" {
+                return Err(Status::failed_precondition("another build"));
+            }
+            let worker = self.registered.fetch_add(1, Ordering::SeqCst) + 1;
+            self.changed.notify_one();
+            Ok(Response::new(pb::RegisterResponse { worker, heartbeat_interval_ms: 20 }))
+        }
+
+        async fn heartbeat(
+            &self,
+            request: Request<pb::HeartbeatRequest>,
+        ) -> Result<Response<pb::HeartbeatResponse>, Status> {
+            Ok(Response::new(pb::HeartbeatResponse { known: request.into_inner().worker != 1 }))
+        }
+
+        async fn report(&self, request: Request<pb::ReportRequest>) -> Result<Response<pb::ReportResponse>, Status> {
+            if self.report_calls.fetch_add(1, Ordering::SeqCst) == 0 {
+                return Err(Status::unavailable("not now"));
+            }
+            self.reports.lock().unwrap().push(request.into_inner());
+            self.changed.notify_one();
+            Ok(Response::new(pb::ReportResponse {}))
+        }
+
+        async fn leave(&self, request: Request<pb::LeaveRequest>) -> Result<Response<pb::LeaveResponse>, Status> {
+            self.left.store(request.into_inner().worker, Ordering::SeqCst);
+            Ok(Response::new(pb::LeaveResponse {}))
+        }
+    }
+
+    fn serve(tasks: &TaskGroup) -> (Arc<Forgetful>, CoordinatorClient) {
+        let coordinator = Arc::new(Forgetful::default());
+        let incoming = TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let client = CoordinatorClient::new(&format!("http://{}", incoming.local_addr().unwrap())).unwrap();
+        let (service, token) = (CoordinatorServer::from_arc(Arc::clone(&coordinator)), tasks.token());
+        tasks.spawn(async move {
+            let server = tonic::transport::Server::builder().add_service(service);
+            server.serve_with_incoming_shutdown(incoming, token.cancelled_owned()).await.unwrap();
+        });
+        (coordinator, client)
+    }
+
+    fn membership(client: CoordinatorClient, build: &str) -> Membership {
+        let cache = ActivationCache::new(0, std::env::temp_dir());
+        let (sender, _) = mpsc::channel(1);
+        let runtime = tokio::runtime::Handle::current();
+        let session = Session::new(DeviceThread::start().unwrap(), cache, sender, runtime);
+        Membership::new(client, session, pb::RegisterRequest { build: build.to_owned(), ..Default::default() })
+    }
+
+    async fn until(coordinator: &Forgetful, holds: impl Fn() -> bool) {
+        let wait = async {
+            while !holds() {
+                coordinator.changed.notified().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), wait).await.unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_forgotten_worker_registers_again_and_reports_until_it_is_heard() {
+        let tasks = TaskGroup::new();
+        let (coordinator, client) = serve(&tasks);
+        let membership = Arc::new(membership(client, "right"));
+        let (sender, reports) = mpsc::channel(1);
+        let lease = Lease { unit: Unit::Prune(LayerIndex(3)), worker: WorkerId(1), attempt: Attempt(2) };
+        let fault = Fault { class: FaultClass::RetryHere, message: "so it goes".to_owned() };
+        let (run, held) = (RunId("r".to_owned()), vec![Boundary(3)]);
+        sender.send(UnitReport { run, lease, result: Err(fault), held }).await.unwrap();
+        let (member, token) = (Arc::clone(&membership), tasks.token());
+        tasks.spawn(async move {
+            tokio::select! {
+                Err(error) = member.run(reports) => panic!("{error}"),
+                () = token.cancelled() => {}
+            }
+        });
+        until(&coordinator, || coordinator.registered.load(Ordering::SeqCst) == 2).await;
+        until(&coordinator, || !coordinator.reports.lock().unwrap().is_empty()).await;
+        assert_eq!(coordinator.reports.lock().unwrap()[0].held, [3]);
+        membership.leave(Duration::from_secs(5)).await;
+        assert_eq!(coordinator.left.load(Ordering::SeqCst), 2);
+        assert!(tasks.shut_down(Duration::from_secs(5)).await);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_refusal_is_not_repeated() {
+        let tasks = TaskGroup::new();
+        let (_, client) = serve(&tasks);
+        let (_sender, reports) = mpsc::channel(1);
+        let Err(error) = membership(client, "wrong").run(reports).await;
+        assert_eq!(error.class(), FaultClass::Reject);
+        assert!(error.to_string().contains("another build"), "{error}");
+        assert!(tasks.shut_down(Duration::from_secs(5)).await);
+    }
+}

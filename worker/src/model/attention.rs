@@ -9,6 +9,9 @@ use super::rope::{RopeTable, by_group};
 /// what lies beyond a block's last token is never computed.
 const BLOCK_ROWS: usize = 256;
 
+/// Tokens of one block are a multiple of this, which is what matrix products are fastest at.
+const BLOCK_MULTIPLE: usize = 16;
+
 /// Heads and their widths.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Attention {
@@ -33,7 +36,7 @@ impl Attention {
         let k = by_group(k, kv_heads, head_dim, table)?;
         let v = by_group(v, kv_heads, head_dim, None)?;
         let scale = 1.0 / (head_dim as f32).sqrt();
-        let block_tokens = (BLOCK_ROWS / rows_per_token).max(1);
+        let block_tokens = (BLOCK_ROWS / rows_per_token).max(1).next_multiple_of(BLOCK_MULTIPLE);
         let mut blocks = Vec::with_capacity(tokens.div_ceil(block_tokens));
         for first_token in (0..tokens).step_by(block_tokens) {
             let count = block_tokens.min(tokens - first_token);

@@ -4,10 +4,12 @@ mod admm;
 pub mod alps;
 mod condition;
 pub mod espalier;
+pub mod fista;
 #[cfg(test)]
 mod fixture;
 pub mod magnitude;
 pub mod problem;
+pub mod refit;
 pub mod sparsegpt;
 pub mod verify;
 pub mod wanda;
@@ -51,7 +53,8 @@ pub trait GroupSolver: Send + Sync {
 }
 
 /// Every method there is, from the plainest to the best.
-pub const METHODS: &[Method] = &[magnitude::METHOD, wanda::METHOD, sparsegpt::METHOD, alps::METHOD, espalier::METHOD];
+pub const METHODS: &[Method] =
+    &[magnitude::METHOD, wanda::METHOD, sparsegpt::METHOD, fista::METHOD, alps::METHOD, espalier::METHOD];
 
 /// Builds the solver of a method by name.
 ///

@@ -99,6 +99,16 @@ impl Compensation {
         Ok(Self { upper, conditioned, params, shared })
     }
 
+    /// Share of the mean diagonal that was added to the gram.
+    pub(crate) fn damping(&self) -> f64 {
+        self.conditioned.damping
+    }
+
+    /// How often it had to be raised.
+    pub(crate) fn damping_raised(&self) -> u32 {
+        self.conditioned.raised
+    }
+
     /// Prunes `weight [rows, n]` in place and returns what stays, and `Σ e²` over the pruned weights: by theory the damped
     /// error `(V − W)(G + δI)(V − W)ᵀ`.
     pub(crate) fn prune(

@@ -277,7 +277,6 @@ fn channel(endpoint: &str) -> Result<Endpoint, LinkError> {
 #[cfg(test)]
 mod tests {
     use candle_core::{Device, Tensor};
-    use espalier_common::clock::Stopwatch;
     use espalier_proto::v1::activations_server::ActivationsServer;
     use tonic::transport::server::TcpIncoming;
 
@@ -326,11 +325,7 @@ mod tests {
         let tasks = TaskGroup::new();
         let sent = states(EXPECTED);
         let remote = serve(&tasks, sent.clone());
-        let watch = Stopwatch::start();
         let fetched = fetch(&remote, EXPECTED, &cache(), &tasks.token()).await.unwrap();
-        let bytes = (2 * 8 * 2048 * 1024 * 4) as f64;
-        let _ = espalier_common::telemetry::init(&Default::default());
-        tracing::info!(gigabytes_per_second = bytes / 1e9 / watch.seconds(), "hidden states fetched over loopback");
         for (sent, fetched) in sent.streams.iter().flatten().zip(fetched.streams.iter().flatten()) {
             let values = |entry: &crate::calibrate::cache::Entry| entry.load().unwrap().to_vec2::<f32>().unwrap();
             assert!(values(sent) == values(fetched));

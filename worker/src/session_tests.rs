@@ -1,0 +1,273 @@
+//! Sessions end to end, in one process: real model, real store, real transfers between workers.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use espalier_common::calibration::TokenBlock;
+use espalier_common::fault::FaultClass;
+use espalier_common::ids::{Attempt, Boundary, LayerIndex, Lease, RunId, Unit, WorkerId};
+use espalier_common::pattern::Pattern;
+use espalier_common::report::{Artifact, Outcome, SublayerReport};
+use espalier_common::store;
+use espalier_common::tasks::TaskGroup;
+use espalier_common::wire::{Source, SourceFrom};
+use serde_json::json;
+use tempfile::TempDir;
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+
+use crate::calibrate::cache::ActivationCache;
+use crate::device::DeviceThread;
+use crate::evaluation::Evaluation;
+use crate::server::Listener;
+use crate::session::{Session, SessionError, UnitReport, Work};
+
+const HALF: Pattern = Pattern::Unstructured { sparsity: 0.5 };
+const LAYERS: u32 = 4;
+
+fn model(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/tiny").join(name)
+}
+
+/// A run on disk: a store with a token block, and the job.
+struct TestRun {
+    folder: TempDir,
+    id: RunId,
+    job: String,
+    model: String,
+    tokens: Artifact,
+}
+
+impl TestRun {
+    fn new(name: &str, method: &str, mode: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (samples, length) = (5, 24);
+        let block = TokenBlock::new(length, (0..samples * length).map(|at| (at * at + 7 * at) as u32 % 500).collect());
+        let tokens = Artifact {
+            name: "tokens/calibration".to_owned(),
+            sha256: block.digest(),
+            bytes: block.to_bytes().len() as u64,
+        };
+        store::open(&folder.path().display().to_string()).unwrap().put(&tokens.name, &block.to_bytes()).unwrap();
+        let model = model(name).display().to_string();
+        let job = json!({
+            "model": { "source": model },
+            "calibration": { "source": "c", "samples": samples, "sequence_length": length, "held_out": 0.2 },
+            "method": { "name": method },
+            "propagation": { "mode": mode },
+            "output": { "uri": "o" },
+        });
+        Self { folder, id: RunId("r".to_owned()), job: job.to_string(), model, tokens }
+    }
+
+    fn url(&self) -> String {
+        self.folder.path().display().to_string()
+    }
+}
+
+/// One worker of the test.
+struct TestWorker {
+    session: Arc<Session>,
+    reports: mpsc::Receiver<UnitReport>,
+    attempt: u32,
+}
+
+impl TestWorker {
+    fn idle(budget_bytes: u64) -> Self {
+        let (sender, reports) = mpsc::channel(16);
+        let cache = ActivationCache::new(budget_bytes, std::env::temp_dir());
+        let session = Session::new(DeviceThread::start().unwrap(), cache, sender, Handle::current());
+        Self { session, reports, attempt: 0 }
+    }
+
+    fn prepared(run: &TestRun, budget_bytes: u64) -> Self {
+        let worker = Self::idle(budget_bytes);
+        worker.session.prepare(run.id.clone(), run.job.clone(), &run.url(), &run.tokens).unwrap();
+        worker
+    }
+
+    fn lease(&mut self, unit: Unit) -> Lease {
+        self.attempt += 1;
+        Lease { unit, worker: WorkerId(1), attempt: Attempt(self.attempt) }
+    }
+
+    async fn report(&mut self) -> UnitReport {
+        tokio::time::timeout(Duration::from_secs(60), self.reports.recv()).await.unwrap().unwrap()
+    }
+
+    async fn outcome(&mut self, run: &TestRun, unit: Unit, work: Work) -> Outcome {
+        let lease = self.lease(unit);
+        self.session.start(&run.id, lease, work).unwrap();
+        let report = self.report().await;
+        assert_eq!(report.lease, lease);
+        report.result.unwrap()
+    }
+
+    async fn prune(&mut self, run: &TestRun, layer: u32, source: Source) -> (Artifact, Vec<SublayerReport>) {
+        let layer = LayerIndex(layer);
+        match self.outcome(run, Unit::Prune(layer), Work::Prune(layer, source, HALF)).await {
+            Outcome::Pruned { artifact, sublayers, .. } => (artifact, sublayers),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Prunes all layers as one chain.
+    async fn chain(&mut self, run: &TestRun) -> Vec<Artifact> {
+        let mut artifacts = Vec::new();
+        for layer in 0..LAYERS {
+            let source = if layer == 0 { embedded(&[]) } else { held(layer) };
+            artifacts.push(self.prune(run, layer, source).await.0);
+        }
+        artifacts
+    }
+}
+
+fn embedded(replay: &[Artifact]) -> Source {
+    Source { from: SourceFrom::Tokens, replay: replay.to_vec() }
+}
+
+fn held(boundary: u32) -> Source {
+    Source { from: SourceFrom::Held(Boundary(boundary)), replay: vec![] }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chain_gives_the_same_bytes_from_peers_from_replays_and_from_disk() {
+    for name in ["llama-tiny", "opt-tiny", "qwen2-tiny"] {
+        let run = TestRun::new(name, "sparsegpt", "pruned");
+        let mut first = TestWorker::prepared(&run, u64::MAX);
+        let artifacts = first.chain(&run).await;
+        assert_eq!(TestWorker::prepared(&run, 0).chain(&run).await, artifacts, "{name}: spilled");
+
+        let (mut upper, tasks) = (TestWorker::prepared(&run, u64::MAX), TaskGroup::new());
+        let listener = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let endpoint = listener.endpoint();
+        let mut lower = TestWorker::prepared(&run, 1 << 20);
+        let (session, group) = (Arc::clone(&lower.session), tasks.clone());
+        tasks.spawn(async move { listener.serve(session, group.clone(), group.token()).await.unwrap() });
+        lower.prune(&run, 0, embedded(&[])).await;
+        lower.prune(&run, 1, held(1)).await;
+        let from = SourceFrom::Peer { endpoint, boundary: Boundary(2) };
+        let (artifact, sublayers) = upper.prune(&run, 2, Source { from, replay: vec![] }).await;
+        assert_eq!(artifact, artifacts[2], "{name}: fetched");
+        assert!(upper.session.bytes_received() > 0);
+        for report in sublayers {
+            assert_eq!(report.zeros * 2, report.elements);
+            assert!(report.rel_error > 0.0 && report.rel_error < 0.5, "{report:?}");
+            assert!(report.held_out_error.is_some_and(|error| error > 0.0 && error < 1.0), "{report:?}");
+        }
+        assert!(tasks.shut_down(Duration::from_secs(5)).await);
+
+        let mut late = TestWorker::prepared(&run, u64::MAX);
+        assert_eq!(late.prune(&run, 3, embedded(&artifacts[..3])).await.0, artifacts[3], "{name}: replayed");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dense_layers_are_independent_of_each_other() {
+    let run = TestRun::new("llama-tiny", "sparsegpt", "dense");
+    let (mut walker, mut jumper) = (TestWorker::prepared(&run, u64::MAX), TestWorker::prepared(&run, u64::MAX));
+    for layer in 0..2 {
+        let source = if layer == 0 { embedded(&[]) } else { held(layer) };
+        let work = Work::Forward(LayerIndex(layer), source);
+        walker.outcome(&run, Unit::Forward(LayerIndex(layer)), work).await;
+    }
+    assert_eq!(walker.session.holdings().boundaries(&run.id), [Boundary(0), Boundary(1), Boundary(2)]);
+    let walked = walker.prune(&run, 2, held(2)).await;
+    let jumped = jumper.prune(&run, 2, embedded(&[])).await;
+    assert_eq!(walked.0, jumped.0);
+    walker.session.release(&run.id, &[Boundary(1)]);
+    assert_eq!(walker.session.holdings().boundaries(&run.id), [Boundary(0), Boundary(2)]);
+    walker.session.release(&run.id, &[]);
+    assert!(walker.session.holdings().boundaries(&run.id).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lease_is_carried_out_once_and_a_newer_one_replaces_it() {
+    let run = TestRun::new("llama-tiny", "magnitude", "pruned");
+    let mut worker = TestWorker::prepared(&run, u64::MAX);
+    let unit = Unit::Prune(LayerIndex(0));
+    let work = Work::Prune(LayerIndex(0), embedded(&[]), HALF);
+    let (first, second) = (worker.lease(unit), worker.lease(unit));
+    // The device is kept busy, so that the first lease cannot end before the second comes.
+    let other = worker.lease(Unit::Prune(LayerIndex(1)));
+    worker.session.start(&run.id, other, Work::Prune(LayerIndex(1), embedded(&[]), HALF)).unwrap();
+    for lease in [first, first, second, first, second] {
+        worker.session.start(&run.id, lease, work.clone()).unwrap();
+    }
+    let refused = worker.report().await;
+    assert_eq!(
+        (refused.lease, refused.result.unwrap_err().class),
+        (other, FaultClass::Bug),
+        "no replay leads to layer 1"
+    );
+    let report = worker.report().await;
+    assert_eq!(report.lease, second);
+    assert_eq!(report.held, [Boundary(0), Boundary(1)]);
+    worker.session.start(&run.id, second, work.clone()).unwrap();
+    let third = worker.lease(unit);
+    worker.session.start(&run.id, third, work).unwrap();
+    assert_eq!(worker.report().await.lease, third, "the second lease was not carried out again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn abandoned_units_say_nothing_and_others_go_on() {
+    let run = TestRun::new("llama-tiny", "sparsegpt", "pruned");
+    let mut worker = TestWorker::prepared(&run, u64::MAX);
+    let abandoned = worker.lease(Unit::Prune(LayerIndex(0)));
+    worker.session.start(&run.id, abandoned, Work::Prune(LayerIndex(0), embedded(&[]), HALF)).unwrap();
+    worker.session.abandon(&run.id, abandoned);
+    let missing = worker.lease(Unit::Prune(LayerIndex(2)));
+    worker.session.start(&run.id, missing, Work::Prune(LayerIndex(2), held(2), HALF)).unwrap();
+    let report = worker.report().await;
+    assert_eq!((report.lease, report.result.unwrap_err().class), (missing, FaultClass::RetryElsewhere));
+    worker.session.drain();
+    let late = worker.lease(Unit::Prune(LayerIndex(0)));
+    let refused = worker.session.start(&run.id, late, Work::Prune(LayerIndex(0), embedded(&[]), HALF));
+    assert!(matches!(refused, Err(SessionError::Draining)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn preparing_is_idempotent_and_checks_what_it_is_given() {
+    let run = TestRun::new("llama-tiny", "wanda", "pruned");
+    let worker = TestWorker::idle(u64::MAX);
+    let lease = Lease { unit: Unit::Prune(LayerIndex(0)), worker: WorkerId(1), attempt: Attempt(1) };
+    let early = worker.session.start(&run.id, lease, Work::Prune(LayerIndex(0), embedded(&[]), HALF));
+    assert!(matches!(early, Err(SessionError::NotPrepared { .. })));
+    let prepare = |job: &str, tokens: &Artifact| {
+        worker.session.prepare(run.id.clone(), job.to_owned(), &run.url(), tokens).map_err(|error| error.fault())
+    };
+    let wrong = Artifact { sha256: espalier_common::digest::Digest::of(b"other"), ..run.tokens.clone() };
+    assert_eq!(prepare(&run.job, &wrong).unwrap_err().class, FaultClass::RetryElsewhere);
+    let other_shape = run.job.replace("\"samples\":5", "\"samples\":6");
+    assert_eq!(prepare(&other_shape, &run.tokens).unwrap_err().class, FaultClass::Reject);
+    prepare(&run.job, &run.tokens).unwrap();
+    std::fs::remove_dir_all(run.folder.path()).unwrap();
+    prepare(&run.job, &run.tokens).expect("the run is open already");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn windows_are_evaluated_in_the_order_asked_for_without_a_run() {
+    let run = TestRun::new("llama-tiny", "wanda", "pruned");
+    let mut worker = TestWorker::idle(u64::MAX);
+    let evaluation = |windows: &[u32]| {
+        Work::Evaluate(Evaluation {
+            model: run.model.clone(),
+            tokens: run.tokens.clone(),
+            run_url: run.url(),
+            windows: windows.to_vec(),
+        })
+    };
+    let mut nll = async |share: u32, windows: &[u32]| match worker
+        .outcome(&run, Unit::Evaluate(share), evaluation(windows))
+        .await
+    {
+        Outcome::Evaluated { window_nll, .. } => window_nll,
+        other => panic!("{other:?}"),
+    };
+    let all = nll(0, &[0, 1, 2]).await;
+    assert_eq!(nll(1, &[2, 0]).await, [all[2], all[0]]);
+    let lease = worker.lease(Unit::Evaluate(2));
+    worker.session.start(&run.id, lease, evaluation(&[5])).unwrap();
+    assert!(worker.report().await.result.unwrap_err().message.contains("window 5"));
+}
