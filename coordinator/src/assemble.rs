@@ -9,7 +9,7 @@ use espalier_common::ids::LayerIndex;
 use espalier_common::job::JobSpec;
 use espalier_common::report::Artifact;
 use espalier_common::store::BlobStore;
-use safetensors::SafeTensors;
+use safetensors::tensor::Metadata;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::RunError;
@@ -127,8 +127,8 @@ fn places<'a>(store: &dyn BlobStore, artifact: &'a Artifact) -> Result<Vec<(Stri
     if length > MAX_HEADER_BYTES {
         return Err(wrong(format!("its header has {length} bytes")));
     }
-    let header = store.get_range(&artifact.name, 0..8 + length)?;
-    let (_, metadata) = SafeTensors::read_metadata(&header).map_err(|error| wrong(error.to_string()))?;
+    let header = store.get_range(&artifact.name, 8..8 + length)?;
+    let metadata: Metadata = serde_json::from_slice(&header).map_err(|error| wrong(error.to_string()))?;
     metadata
         .tensors()
         .into_iter()
