@@ -170,7 +170,7 @@ impl GroupSolver for Group {
         if problem.pattern.zeros(rows, n) == 0 {
             return self.conditioned.solution(problem, admitted.weight, 0, 0.0);
         }
-        let anchor = self.conditioned.scaled(&admitted.weight);
+        let anchor = self.conditioned.scaled_alive(&admitted.weight);
         let shift = self.towards_dense.as_ref().map(|towards| product(&admitted.weight, towards, n, n));
         let shift = shift.as_deref();
         let budget = Budget {

@@ -2,7 +2,7 @@
 //!
 //! Source: Zhao et al., *FISTAPruner* (arXiv 2408.03728); ALGORITHMS.md §3.
 //! Deviation: where the paper is silent, λ starts at 1e-3·max|C|, its bracket grows by a factor of eight until it is one, and is
-//! then halved geometrically, for at most twelve rounds. Errors and gradients come from the gram and cross products.
+//! then halved geometrically, for at most 24 rounds. Errors and gradients come from the gram and cross products.
 
 use std::sync::Arc;
 
@@ -31,7 +31,7 @@ pub const METHOD: Method = Method {
 };
 
 const NAME: &str = "fista";
-const MOST_ROUNDS: u32 = 12;
+const MOST_ROUNDS: u32 = 24;
 /// By how much λ moves while only one end of its bracket is known.
 const BRACKET_GROWTH: f64 = 8.0;
 
