@@ -323,9 +323,13 @@ impl GroupSolver for Group {
             select::zero_dropped(&mut solved, &keep);
             let error = lasso.error(&solved);
             let total = distance(error);
-            lambda = bracket.next(lambda, total - relaxed > self.params.rounding_share * total);
+            // More zeros than asked for: this λ is too large, whatever the rounding's share.
+            let overshot = keep.iter().zip(&solved).zip(&weight).enumerate().any(|(index, ((keep, v), w))| {
+                *keep == 1 && v.to_bits() == 0 && w.abs() > 0.0 && self.norms[index % n] > 0.0
+            });
+            lambda = bracket.next(lambda, !overshot && total - relaxed > self.params.rounding_share * total);
             stale += 1;
-            if error < best_error {
+            if !overshot && error < best_error {
                 (best, best_keep, best_error, stale) = (solved, keep, error, 0);
             }
         }
