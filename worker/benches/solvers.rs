@@ -1,4 +1,4 @@
-//! Seconds, arithmetic and error of every method on made layer problems, against the speed of a plain matrix product measured
+//! Seconds, arithmetic and error of every method on a real layer problem and on made ones, against the speed of a plain matrix product measured
 //! in the same process. `cargo bench -p espalier-worker --bench solvers [-- --large] [-- --method NAME]`.
 
 #![allow(clippy::print_stdout, reason = "a table is what this program is for")]
@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use espalier_common::clock::Stopwatch;
 use espalier_common::pattern::Pattern;
 use espalier_worker::calibrate::gram::GramAccumulator;
@@ -28,36 +28,55 @@ fn main() -> Result<()> {
         shapes.push((4096, 4096));
     }
     println!("{} threads", rayon::current_num_threads());
+    let (weight, stats) = real_layer()?;
+    table("SmolLM2-135M, layer 2, v_proj", &weight, &stats, only)?;
     for (rows, columns) in shapes {
-        let (weight, stats) = layer(rows, columns)?;
-        let peak = kernels(rows, columns);
-        println!(
-            "{:<22} {:>8} {:>9} {:>7} {:>9} {:>6} {:>10}  [{rows}, {columns}]",
-            "method", "pattern", "seconds", "GEMMs", "GFLOP/s", "peak", "error"
-        );
-        for (name, params) in methods() {
-            if only.is_some_and(|only| only != name) {
-                continue;
-            }
-            for pattern in [Pattern::Unstructured { sparsity: 0.5 }, Pattern::NofM { keep: 2, of: 4 }] {
-                let run = solve(name, &params, &weight, &stats, pattern)?;
-                let label = params
-                    .get("profile")
-                    .and_then(Value::as_str)
-                    .map_or_else(|| name.to_owned(), |p| format!("{name} {p}"));
-                let gemms = run.flops / (2.0 * rows as f64 * (columns as f64).powi(2));
-                let speed = run.flops / run.seconds / 1e9;
-                let pattern = pattern.to_string();
-                println!(
-                    "{label:<22} {pattern:>8} {:>9.4} {gemms:>7.1} {speed:>9.1} {:>5.0}% {:>10.6}",
-                    run.seconds,
-                    100.0 * speed / peak,
-                    run.error
-                );
-            }
+        let (weight, stats) = made_layer(rows, columns)?;
+        table("made", &weight, &stats, only)?;
+    }
+    Ok(())
+}
+
+fn table(title: &str, weight: &Tensor, stats: &Arc<InputStats>, only: Option<&String>) -> Result<()> {
+    let (rows, columns) = weight.dims2()?;
+    println!("\n{title} [{rows}, {columns}]");
+    let peak = kernels(rows, columns);
+    println!("method                  pattern   seconds  GEMMs  GFLOP/s  peak      error");
+    for (name, params) in methods() {
+        if only.is_some_and(|only| only != name) {
+            continue;
+        }
+        let profile = params.get("profile").and_then(Value::as_str).unwrap_or_default();
+        for pattern in [half(), Pattern::Unstructured { sparsity: 0.7 }, Pattern::NofM { keep: 2, of: 4 }] {
+            let run = solve(name, &params, weight, stats, pattern)?;
+            let gemms = run.flops / (2.0 * rows as f64 * (columns as f64).powi(2));
+            let speed = run.flops / run.seconds / 1e9;
+            println!(
+                "{:<22} {:>8} {:>9.4} {gemms:>6.1} {speed:>8.1} {:>4.0}% {:>10.6}",
+                format!("{name} {profile}"),
+                pattern.to_string(),
+                run.seconds,
+                100.0 * speed / peak,
+                run.error
+            );
         }
     }
     Ok(())
+}
+
+fn half() -> Pattern {
+    Pattern::Unstructured { sparsity: 0.5 }
+}
+
+/// The golden problem of `tests/golden/problems`.
+fn real_layer() -> Result<(Tensor, Arc<InputStats>)> {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/problems/smollm2_layer2_v_proj.safetensors");
+    let tensors = candle_core::safetensors::load(path, &Device::Cpu)?;
+    let tensor = |name: &str| tensors.get(name).ok_or_else(|| anyhow::anyhow!("{path}: no tensor {name}"));
+    let tokens: i32 = 16 * 512;
+    let gram = (tensor("gram")? / f64::from(tokens))?;
+    let stats = InputStats { gram, dense: None, tokens: tokens as usize, held_out: None };
+    Ok((tensor("weight")?.to_dtype(DType::F32)?, Arc::new(stats)))
 }
 
 fn methods() -> Vec<(&'static str, Value)> {
@@ -112,7 +131,7 @@ fn kernels(rows: usize, columns: usize) -> f64 {
     let whole = seconds(|| select::keep_largest(&a, a.len() / 2, &mut keep));
     let groups = seconds(|| select::keep_n_of_m(&a, 2, 4, &mut keep));
     println!(
-        "\n[{rows}, {columns}] product {peak:.0} GFLOP/s · inverse {:.1} ms ({:.0} GFLOP/s) · upper factor {:.1} ms · select {:.2} ms · 2:4 {:.2} ms",
+        "product {peak:.0} GFLOP/s · inverse {:.1} ms ({:.0} GFLOP/s) · upper factor {:.1} ms · select {:.2} ms · 2:4 {:.2} ms",
         inverse * 1e3,
         (columns as f64).powi(3) / inverse / 1e9,
         upper * 1e3,
@@ -135,7 +154,7 @@ fn seconds<T>(mut work: impl FnMut() -> T) -> f64 {
 }
 
 /// A weight and the statistics of four tokens a channel, with a shared component and channels of different size.
-fn layer(rows: usize, columns: usize) -> Result<(Tensor, Arc<InputStats>)> {
+fn made_layer(rows: usize, columns: usize) -> Result<(Tensor, Arc<InputStats>)> {
     let tokens = 4 * columns;
     let mut inputs = random(3, tokens * columns);
     let shared = random(4, tokens * 16);
