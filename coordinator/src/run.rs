@@ -288,7 +288,7 @@ impl Run {
         let count = block.sequences();
         self.setting.events.note(RunEvent::Phase { phase: Phase::Evaluate { model, windows: count } });
         let done: Vec<Record> = self.past.iter().filter_map(|record| evaluation_record(record, model)).collect();
-        let shares = evaluate::shares(&done, self.setting.roster.members().len(), count);
+        let shares = evaluate::shares(model, &done, self.setting.roster.members().len(), count);
         let tokens = evaluate::put_block(self.store.as_ref(), &block)?;
         let purpose = evaluate::Evaluation {
             model,
@@ -298,7 +298,8 @@ impl Run {
             windows: count as u32,
             shares,
         };
-        let scheduler = Scheduler::replay(Shape::Evaluate { shares }, self.setting.limits, &done);
+        let scheduler =
+            Scheduler::replay(Shape::Evaluate { first: model.first_share(), shares }, self.setting.limits, &done);
         self.drive(scheduler, Arc::new(purpose), BTreeMap::new()).await?;
         Ok(())
     }

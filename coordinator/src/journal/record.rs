@@ -90,3 +90,13 @@ pub enum EvaluatedModel {
     /// The output.
     Pruned,
 }
+
+impl EvaluatedModel {
+    /// Index of the model's first share of windows, so that no lease fits both evaluations of a run.
+    pub fn first_share(self) -> u32 {
+        match self {
+            Self::Dense => 0,
+            Self::Pruned => 1 << 16,
+        }
+    }
+}
