@@ -100,13 +100,13 @@ impl Run {
         let (mut journal, mut past) = FileJournal::open(&setting.folder.join("journal"))?;
         if past.is_empty() {
             let id = RunId(format!("{}-{}", unix_seconds(), &fingerprint.model.to_string()[..8]));
-            let created = RunCreated {
+            let created = Box::new(RunCreated {
                 run: id,
                 job: job.clone(),
                 tokens: tokens.clone(),
                 model_fingerprint: fingerprint.model,
                 created: unix_seconds(),
-            };
+            });
             store.put("job.toml", toml::to_string_pretty(&job).map_err(RunError::job_text)?.as_bytes())?;
             let frozen = serde_json::to_vec_pretty(&fingerprint).expect("a fingerprint is plain data");
             store.put("fingerprint.json", &frozen)?;

@@ -32,7 +32,7 @@ pub struct RunCreated {
 #[serde(rename_all = "snake_case")]
 pub enum JournalRecord {
     /// The run exists.
-    Created(RunCreated),
+    Created(Box<RunCreated>),
     /// The model was inspected and each layer was given its pattern.
     Planned {
         /// What the model is made of.
