@@ -1,6 +1,6 @@
 //! The one loop: event → `schedule.step` → journal → carry out actions, in order.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -132,7 +132,13 @@ impl Driver<'_> {
         let mut event = Some(Event::Tick { now: self.clock.now() });
         loop {
             if let Some(event) = event.take() {
-                for action in scheduler.step(event) {
+                let there: Vec<WorkerId> = scheduler.workers().collect();
+                let is_tick = matches!(event, Event::Tick { .. });
+                let actions = scheduler.step(event);
+                if is_tick {
+                    self.forget_silent(&there, scheduler);
+                }
+                for action in actions {
                     match action {
                         Action::Finish => return Ok(outcomes),
                         Action::Fail(failure) => return Err(DriveError::Failed(failure)),
@@ -151,6 +157,17 @@ impl Driver<'_> {
 
     fn name_of(&self, worker: WorkerId) -> String {
         self.roster.everyone().get(&worker).map_or_else(|| format!("worker {worker}"), |m| m.offer.name.clone())
+    }
+
+    /// Workers that the scheduler gave up on when time passed. One that only paused registers again.
+    fn forget_silent(&self, there: &[WorkerId], scheduler: &Scheduler) {
+        let left: BTreeSet<WorkerId> = scheduler.workers().collect();
+        for &worker in there.iter().filter(|worker| !left.contains(worker)) {
+            let name = self.name_of(worker);
+            warn!(%worker, name, "worker is silent");
+            self.roster.forget(worker);
+            self.events.note(RunEvent::WorkerLost { worker, name, reason: "it is silent".to_owned() });
+        }
     }
 
     fn hear(
@@ -199,6 +216,10 @@ impl Driver<'_> {
             Answer::Prepared(worker, Err(error)) => {
                 let (name, reason) = (self.name_of(worker), error.to_string());
                 warn!(%worker, name, reason, "worker cannot be used");
+                if matches!(error, CallError::Unreachable { .. }) {
+                    // If it lives, it registers again and is asked again.
+                    self.roster.forget(worker);
+                }
                 self.events.note(RunEvent::WorkerLost { worker, name, reason });
                 None
             }

@@ -43,6 +43,8 @@ pub struct Setting {
     pub clock: Arc<dyn Clock>,
     /// Its patience.
     pub limits: Limits,
+    /// Whether a worker that is lost before anything is planned may be followed by another: so in a cluster, not on one machine.
+    pub workers_return: bool,
     /// Set when somebody wants it to stop.
     pub stop: CancellationToken,
 }
@@ -240,19 +242,21 @@ impl Run {
                 tokens: self.tokens.clone(),
             },
         };
-        self.drive(scheduler, Arc::new(purpose), committed).await
+        let run = self.id.clone();
+        self.drive(run, scheduler, Arc::new(purpose), committed).await
     }
 
     /// Drives a schedule; what the journal got meanwhile is in `self.past` afterwards.
     async fn drive(
         &mut self,
+        run: RunId,
         scheduler: Scheduler,
         purpose: Arc<dyn Purpose>,
         committed: BTreeMap<LayerIndex, Artifact>,
     ) -> Result<BTreeMap<LayerIndex, Artifact>, RunError> {
         let mut journal = Remembering { journal: &mut self.journal, past: &mut self.past };
         let mut driver = Driver {
-            run: &self.id,
+            run: &run,
             roster: &self.setting.roster,
             journal: &mut journal,
             events: &self.setting.events,
@@ -299,7 +303,12 @@ impl Run {
             shares,
         };
         let scheduler = Scheduler::replay(Shape::Evaluate { shares }, self.setting.limits, &done);
-        self.drive(scheduler, Arc::new(purpose), BTreeMap::new()).await?;
+        // Towards workers each evaluation is a run of its own: the leases of one must not be taken for those of the other.
+        let run = RunId(match model {
+            EvaluatedModel::Dense => format!("{}-dense", self.id),
+            EvaluatedModel::Pruned => format!("{}-pruned", self.id),
+        });
+        self.drive(run, scheduler, Arc::new(purpose), BTreeMap::new()).await?;
         Ok(())
     }
 
@@ -339,6 +348,7 @@ pub async fn wait_for_workers(setting: &Setting) -> Result<(), RunError> {
             match fleet.recv().await {
                 Some(FleetEvent::Joined(_)) => count += 1,
                 Some(FleetEvent::Heartbeat { .. } | FleetEvent::Report { .. }) => {}
+                Some(FleetEvent::Lost(_)) if setting.workers_return => count = count.saturating_sub(1),
                 Some(FleetEvent::Lost(_)) | None => return false,
             }
         }

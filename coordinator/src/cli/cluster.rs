@@ -38,7 +38,10 @@ pub(crate) async fn serve(args: CoordinatorArgs) -> Result<(), CliError> {
     let roster = Roster::default();
     let clock = Arc::new(SystemClock::default());
     let runs = std::path::absolute(&section.runs).map_err(|error| CliError::rejected(&error))?;
-    let desk = JobDesk::new(roster.clone(), runs, clock, section.workers);
+    let desk = JobDesk::open(roster.clone(), runs, clock, section.workers).map_err(|error| {
+        let code = if error.is_passing() { exit::INTERRUPTED } else { exit::REJECTED };
+        CliError { code, ..CliError::rejected(&error) }
+    })?;
     let service = Service::start(section.listen, roster, Some(AdminDesk::new(desk.clone()))).await?;
     screen::out(&format!("listening on http://{}", service.address));
     let stop = local::stop_on_signal();

@@ -33,6 +33,7 @@ pub(crate) fn setting(folder: &Path, local: &LocalArgs, roster: Roster, stop: Ca
         events: EventLog::default(),
         clock: Arc::new(SystemClock::default()),
         limits: Limits { without_workers: WITHOUT_WORKERS, ..Limits::default() },
+        workers_return: false,
         stop,
     }
 }

@@ -43,7 +43,10 @@ impl Admin for AdminDesk {
         let run = self
             .desk
             .submit(&message.job_json, &message.idempotency_key, &message.run_url)
-            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+            .map_err(|error| match error.is_passing() {
+                true => Status::unavailable(error.to_string()),
+                false => Status::invalid_argument(error.to_string()),
+            })?;
         Ok(Response::new(pb::SubmitResponse { run: run.0 }))
     }
 
