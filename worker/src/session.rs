@@ -204,8 +204,8 @@ impl Session {
         }
         let key = (run.clone(), lease.unit);
         if let Some(given) = state.units.get(&key) {
-            let is_late = given.lease.worker == lease.worker && given.lease.attempt > lease.attempt;
-            if given.lease == lease || is_late {
+            // Attempts at a unit are counted over all lives of a run, whatever number this worker had in each.
+            if given.lease.attempt >= lease.attempt {
                 return Ok(());
             }
             given.control.cancel();
