@@ -3,6 +3,8 @@
 mod event;
 pub mod invariants;
 #[cfg(test)]
+mod sim;
+#[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -45,6 +47,8 @@ pub enum UnitState {
 struct WorkerState {
     last_seen: Millis,
     running: Option<Lease>,
+    /// The boundary that what it runs began with, and who was said to hold it.
+    began_with: Option<(Boundary, WorkerId)>,
 }
 
 /// What went wrong with a unit so far.
@@ -166,7 +170,7 @@ impl Scheduler {
     }
 
     fn add(&mut self, worker: WorkerId) {
-        self.workers.insert(worker, WorkerState { last_seen: self.now, running: None });
+        self.workers.insert(worker, WorkerState { last_seen: self.now, running: None, began_with: None });
         self.alone_since = None;
         self.assign_owners();
     }
@@ -256,6 +260,7 @@ impl Scheduler {
     }
 
     fn fail(&mut self, lease: Lease, fault: Fault, actions: &mut Vec<Action>) {
+        self.doubt_origin(lease.worker);
         self.free(lease);
         self.units.insert(lease.unit, UnitState::Ready);
         actions.push(Action::Record(Record::Failed { lease, fault: fault.clone() }));
@@ -272,6 +277,19 @@ impl Scheduler {
         if final_ {
             let attempts = trouble.failures;
             self.end(Action::Fail(Failure::Unit { lease, fault, attempts }), actions);
+        }
+    }
+
+    /// What a failed unit began with may be why it failed (its holder is gone, or dropped it): the next try begins elsewhere.
+    fn doubt_origin(&mut self, worker: WorkerId) {
+        let began_with = self.workers.get(&worker).and_then(|state| state.began_with);
+        if let Some((boundary, holder)) = began_with
+            && let Some(holders) = self.held.get_mut(&boundary)
+        {
+            holders.remove(&holder);
+            if holders.is_empty() {
+                self.held.remove(&boundary);
+            }
         }
     }
 
@@ -335,7 +353,12 @@ impl Scheduler {
         let lease = Lease { unit, worker, attempt: Attempt(trouble.leases) };
         let origin = self.origin(unit, worker);
         self.units.insert(unit, UnitState::Leased { lease });
-        self.workers.get_mut(&worker).expect("only workers that are there are leased to").running = Some(lease);
+        let state = self.workers.get_mut(&worker).expect("only workers that are there are leased to");
+        state.running = Some(lease);
+        state.began_with = match origin {
+            Origin::Tokens => None,
+            Origin::Held { boundary, by } => Some((boundary, by)),
+        };
         actions.push(Action::Record(Record::Leased { lease }));
         actions.push(Action::Start { lease, origin });
     }
