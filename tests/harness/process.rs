@@ -45,6 +45,7 @@ pub fn binary(name: &str) -> PathBuf {
 #[derive(Debug)]
 pub struct Workplace {
     folder: TempDir,
+    settings: Vec<(&'static str, String)>,
 }
 
 impl Workplace {
@@ -53,12 +54,18 @@ impl Workplace {
     /// # Panics
     /// If the file system does not let it.
     pub fn new() -> Self {
-        Self { folder: tempfile::tempdir().expect("the system's folder for temporary files is writable") }
+        let folder = tempfile::tempdir().expect("the system's folder for temporary files is writable");
+        Self { folder, settings: Vec::new() }
     }
 
     /// The folder.
     pub fn path(&self) -> &Path {
         self.folder.path()
+    }
+
+    /// Sets an environment variable for everything that is started from now on.
+    pub fn set(&mut self, variable: &'static str, value: &str) {
+        self.settings.push((variable, value.to_owned()));
     }
 
     /// Starts `espalier` with `arguments` in the folder.
@@ -85,6 +92,7 @@ impl Workplace {
         for (variable, _) in std::env::vars().filter(|(name, _)| name.starts_with("ESPALIER__")) {
             command.env_remove(variable);
         }
+        command.envs(self.settings.iter().map(|(variable, value)| (variable, value)));
         let child = command
             .stdout(File::create(output.path().join("stdout"))?)
             .stderr(File::create(output.path().join("stderr"))?)

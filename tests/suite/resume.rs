@@ -305,3 +305,70 @@ fn a_restarted_coordinator_goes_on_with_its_job_and_the_workers_that_outlived_it
     each_layer_once(&run).unwrap();
     same_output(&reference, &cluster.workplace).unwrap();
 }
+
+/// Files below a folder, if it is there.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    paths.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+}
+
+/// A run that stores every boundary and was killed after two layers.
+fn killed_with_boundaries(method: &str) -> Workplace {
+    let mut workplace = Workplace::new();
+    workplace.set("ESPALIER__COORDINATOR__STORED_EVERY", "1");
+    killed_after(&workplace, &prune("llama-tiny", &["--set", method]), 2).unwrap();
+    workplace
+}
+
+#[test]
+fn a_resumed_run_begins_at_the_nearest_stored_boundary() {
+    let method = "method.damping=0.02";
+    let reference = undisturbed("llama-tiny", &["--set", method]).unwrap();
+    let log = |workplace: &Workplace| fs::read_to_string(workplace.path().join("run/logs/local-0.log")).unwrap();
+    let is_read = "hidden states read from the store";
+
+    let workplace = killed_with_boundaries(method);
+    assert!(!log(&workplace).contains(is_read));
+    workplace.run(["resume", "run"]).unwrap().success().unwrap();
+    assert!(log(&workplace).contains(is_read), "{}", log(&workplace));
+    same_output(&reference, &workplace).unwrap();
+    assert_eq!(files(&workplace.path().join("run/activations")), Vec::<PathBuf>::new(), "left behind");
+
+    // Damaged ones are not believed: the run begins at the tokens again.
+    let workplace = killed_with_boundaries(method);
+    let stored = files(&workplace.path().join("run/activations"));
+    let damaged: Vec<_> = stored.iter().filter(|path| path.extension().is_some_and(|kind| kind == "f32")).collect();
+    assert!(!damaged.is_empty(), "{stored:?}");
+    for path in damaged {
+        let mut bytes = fs::read(path).unwrap();
+        bytes[5] ^= 1;
+        fs::write(path, bytes).unwrap();
+    }
+    let finished = workplace.run(["resume", "run"]).unwrap().success().unwrap();
+    assert!(finished.stderr.contains("has digest"), "{}", finished.stderr);
+    same_output(&reference, &workplace).unwrap();
+}
+
+#[test]
+fn a_plan_names_what_does_not_fit() {
+    let workplace = Workplace::new();
+    let cluster = |memory: &str| {
+        let text = format!("[[workers]]\nname = \"box\"\ncount = 2\nmemory = \"{memory}\"\ngflops = 50.0\n");
+        fs::write(workplace.path().join("cluster.toml"), text).unwrap();
+    };
+    let model = tiny("llama-tiny");
+    let plan = ["plan", utf8(&model), "--cluster", "cluster.toml", "--samples", "8", "--seq-len", "64"];
+    cluster("8GB");
+    let finished = workplace.run(plan.iter().chain(&["--json"])).unwrap().success().unwrap().json().unwrap();
+    assert_eq!(finished["critical_path"].as_array().map(Vec::len), Some(LAYERS), "{finished}");
+    assert!(finished["seconds"].as_f64() > Some(0.0) && finished["bytes_moved"].as_u64() > Some(0), "{finished}");
+    workplace.run(plan).unwrap().success().unwrap();
+    cluster("1MB");
+    let finished = workplace.run(plan).unwrap();
+    assert_eq!(finished.code(), Some(65), "{}", finished.stderr);
+    let errors = finished.error_lines();
+    assert!(errors.len() == 1 && errors[0].contains("layer 0 does not fit worker box-0"), "{errors:?}");
+    let left: Vec<_> = fs::read_dir(workplace.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["cluster.toml"], "a plan writes nothing");
+}

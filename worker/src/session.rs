@@ -28,8 +28,8 @@ use crate::unit::{Progress, TaskError, UnitControl};
 pub enum Work {
     /// Run a dense layer.
     Forward(LayerIndex, Source),
-    /// Prune a layer.
-    Prune(LayerIndex, Source, Pattern),
+    /// Prune a layer; if the last is true, its output is also left in the store.
+    Prune(LayerIndex, Source, Pattern, bool),
     /// Evaluate windows.
     Evaluate(Evaluation),
 }
@@ -275,7 +275,9 @@ impl Session {
         match work {
             Work::Evaluate(evaluation) => evaluate(evaluation, device, control),
             Work::Forward(layer, source) => run_dense_layer(&place?, *layer, source),
-            Work::Prune(layer, source, pattern) => prune_layer(&place?, *layer, source, *pattern),
+            Work::Prune(layer, source, pattern, keeps_output) => {
+                prune_layer(&place?, *layer, source, *pattern, *keeps_output)
+            }
         }
     }
 

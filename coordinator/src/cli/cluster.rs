@@ -22,6 +22,7 @@ use crate::error::exit;
 use crate::events::{RunEvent, Status};
 use crate::fleet::Roster;
 use crate::rpc::admin::AdminDesk;
+use crate::schedule::Limits;
 use crate::service::Service;
 
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -38,7 +39,8 @@ pub(crate) async fn serve(args: CoordinatorArgs) -> Result<(), CliError> {
     let roster = Roster::default();
     let clock = Arc::new(SystemClock::default());
     let runs = std::path::absolute(&section.runs).map_err(|error| CliError::rejected(&error))?;
-    let desk = JobDesk::open(roster.clone(), runs, clock, section.workers).map_err(|error| {
+    let limits = Limits { stored_every: section.stored_every, ..Limits::default() };
+    let desk = JobDesk::open(roster.clone(), runs, clock, section.workers, limits).map_err(|error| {
         let code = if error.is_passing() { exit::INTERRUPTED } else { exit::REJECTED };
         CliError { code, ..CliError::rejected(&error) }
     })?;

@@ -78,6 +78,7 @@ pub struct JobDesk {
     root: PathBuf,
     clock: Arc<dyn Clock>,
     workers_wanted: usize,
+    limits: Limits,
 }
 
 /// Why a job is not taken, or the desk not opened.
@@ -130,6 +131,7 @@ impl JobDesk {
         root: PathBuf,
         clock: Arc<dyn Clock>,
         workers_wanted: usize,
+        limits: Limits,
     ) -> Result<Self, DeskError> {
         let (book, entries) = Book::open(&root)?;
         let mut inner = Inner::default();
@@ -140,7 +142,7 @@ impl JobDesk {
             inner.add(Ticket::new(entry));
         }
         let inner = Arc::new(Mutex::new(inner));
-        Ok(Self { inner, wake: Arc::default(), book, roster, root, clock, workers_wanted })
+        Ok(Self { inner, wake: Arc::default(), book, roster, root, clock, workers_wanted, limits })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -250,7 +252,7 @@ impl JobDesk {
             workers_wanted: self.workers_wanted,
             events: ticket.events.clone(),
             clock: self.clock.clone(),
-            limits: Limits::default(),
+            limits: self.limits,
             workers_return: true,
             stop: ticket.stop.clone(),
         };

@@ -47,7 +47,11 @@ impl Coordinator for WorkerDesk {
         let worker =
             self.roster.register(offer).await.map_err(|error| Status::failed_precondition(error.to_string()))?;
         let heartbeat_interval_ms = HEARTBEAT_INTERVAL.as_millis() as u32;
-        Ok(Response::new(pb::RegisterResponse { worker: worker.0, heartbeat_interval_ms, coordinator: self.roster.life() }))
+        Ok(Response::new(pb::RegisterResponse {
+            worker: worker.0,
+            heartbeat_interval_ms,
+            coordinator: self.roster.life(),
+        }))
     }
 
     async fn heartbeat(

@@ -109,7 +109,9 @@ impl CoordinatorClient {
     /// `Refused`, `Unreachable`.
     pub async fn leave(&self, worker: u64, coordinator: u64) -> Result<(), CallError> {
         let mut stub = self.stub.clone();
-        self.within_deadline(stub.leave(request(pb::LeaveRequest { worker, coordinator }))).await.map(|pb::LeaveResponse {}| ())
+        self.within_deadline(stub.leave(request(pb::LeaveRequest { worker, coordinator })))
+            .await
+            .map(|pb::LeaveResponse {}| ())
     }
 
     async fn within_deadline<T>(

@@ -4,15 +4,16 @@
 //! Artifacts and hidden states are modelled by what they were computed from, and every attempt gives another artifact, so
 //! that a layer which was computed from anything but the committed layers before it is seen.
 
+mod process;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::rc::Rc;
 
 use espalier_common::digest::Digest;
-use espalier_common::report::Artifact;
 use rand::seq::IndexedRandom as _;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use self::process::{From, Message, Order, Process, States};
 use super::*;
 
 /// Steps with faults, before the calm in which everything must end.
@@ -33,39 +34,6 @@ enum Planted {
     ForgottenReplay,
 }
 
-/// Hidden states at a boundary: the layers that made them, first to last; `None` for a layer that was run dense.
-type States = Rc<Vec<Option<Digest>>>;
-
-/// What is sent to a worker.
-#[derive(Debug, Clone)]
-enum Order {
-    Start { lease: Lease, from: From, replay: Vec<Digest> },
-    Release(Vec<Boundary>),
-}
-
-#[derive(Debug, Clone, Copy)]
-enum From {
-    Tokens,
-    Held(Boundary),
-    Peer { process: usize, boundary: Boundary },
-}
-
-#[derive(Debug, Clone)]
-enum Message {
-    ToWorker { process: usize, order: Order },
-    ToCoordinator(Event),
-}
-
-/// A worker process. It is numbered anew with every registration, and holds what it holds.
-#[derive(Debug, Default)]
-struct Process {
-    number: Option<WorkerId>,
-    is_dead: bool,
-    holdings: BTreeMap<Boundary, States>,
-    newest: BTreeMap<Unit, Attempt>,
-    queue: Vec<(Lease, From, Vec<Digest>)>,
-}
-
 /// What an artifact was made from, and under which lease.
 #[derive(Debug, Clone)]
 struct Provenance {
@@ -83,6 +51,8 @@ struct World {
     /// Leases that were started, by unit and attempt.
     started: BTreeSet<(Unit, Attempt)>,
     provenance: BTreeMap<Digest, Provenance>,
+    /// The run's store, as far as boundaries go.
+    store: BTreeMap<(Boundary, Digest), States>,
     processes: Vec<Process>,
     /// The process that a number was given to in the present life of the coordinator.
     numbers: BTreeMap<WorkerId, usize>,
@@ -97,7 +67,12 @@ struct World {
 
 fn limits() -> Limits {
     // Faults come without end here; how many make a run give up is tested elsewhere.
-    Limits { attempts: u32::MAX, without_workers: std::time::Duration::from_secs(1 << 30), ..Limits::default() }
+    Limits {
+        stored_every: 2,
+        attempts: u32::MAX,
+        without_workers: std::time::Duration::from_secs(1 << 30),
+        ..Limits::default()
+    }
 }
 
 impl World {
@@ -113,6 +88,7 @@ impl World {
             journal: Vec::new(),
             started: BTreeSet::new(),
             provenance: BTreeMap::new(),
+            store: BTreeMap::new(),
             processes: Vec::new(),
             numbers: BTreeMap::new(),
             network: Vec::new(),
@@ -157,7 +133,8 @@ impl World {
             }
             match action {
                 Action::Record(record) => self.append(record)?,
-                Action::Start { lease, origin } => self.start(lease, origin)?,
+                Action::Start { lease, origin, keeps_output } => self.start(lease, origin, keeps_output)?,
+                Action::Discard { boundary } => self.store.retain(|(stored, _), _| *stored != boundary),
                 Action::Release { worker, boundaries } => {
                     if let Some(&process) = self.numbers.get(&worker) {
                         self.network.push(Message::ToWorker { process, order: Order::Release(boundaries) });
@@ -219,7 +196,7 @@ impl World {
         commits.collect()
     }
 
-    fn start(&mut self, lease: Lease, origin: Origin) -> Result<(), String> {
+    fn start(&mut self, lease: Lease, origin: Origin, keeps_output: bool) -> Result<(), String> {
         if !self.journal.contains(&Record::Leased { lease }) {
             return Err(format!("{lease} is started before it is recorded"));
         }
@@ -230,6 +207,7 @@ impl World {
             Origin::Tokens => From::Tokens,
             Origin::Held { boundary, by } if by == lease.worker => From::Held(boundary),
             Origin::Held { boundary, by } => From::Peer { process: self.numbers[&by], boundary },
+            Origin::Stored { boundary } => From::Stored { boundary, artifact: self.stored(boundary)? },
         };
         let (Unit::Prune(layer) | Unit::Forward(layer)) = lease.unit else { return Err("an evaluation".to_owned()) };
         let committed = self.committed();
@@ -241,9 +219,22 @@ impl World {
             replay.clear();
         }
         let process = self.numbers[&lease.worker];
-        let order = Order::Start { lease, from, replay };
+        let order = Order::Start { lease, from, replay, keeps_output };
         self.network.push(Message::ToWorker { process, order });
         Ok(())
+    }
+
+    /// What the journal says of a stored boundary.
+    fn stored(&self, boundary: Boundary) -> Result<Digest, String> {
+        let stored = self.journal.iter().find_map(|record| match record {
+            Record::Committed { lease, outcome: Outcome::Pruned { boundary: Some(artifact), .. } }
+                if lease.unit == Unit::Prune(LayerIndex(boundary.0.wrapping_sub(1))) =>
+            {
+                Some(artifact.sha256)
+            }
+            _ => None,
+        });
+        stored.ok_or_else(|| format!("boundary {boundary} is not in the store by the journal"))
     }
 
     /// The coordinator is gone: what it knew is in the journal, and its workers do not know the new one.
@@ -280,9 +271,9 @@ impl World {
         let number = WorkerId(self.next_number);
         let former = self.processes[index].number.replace(number);
         // What it was doing is given up; a unit that is nearly through still leaves behind what it holds.
-        for (lease, from, replay) in std::mem::take(&mut self.processes[index].queue) {
+        for task in std::mem::take(&mut self.processes[index].queue) {
             if self.rng.random_bool(0.5) {
-                let _ = self.compute(index, lease, from, &replay);
+                let _ = self.compute(index, &task);
             }
         }
         self.numbers.insert(number, index);
@@ -294,89 +285,6 @@ impl World {
             self.tell(Event::WorkerJoined { worker: number }, may_crash)?;
         }
         Ok(())
-    }
-
-    fn deliver(&mut self, message: Message, may_crash: bool) -> Result<(), String> {
-        match message {
-            Message::ToCoordinator(event) => self.tell(event, may_crash),
-            Message::ToWorker { process, order } => {
-                let there = &mut self.processes[process];
-                match order {
-                    _ if there.is_dead => {}
-                    Order::Release(boundaries) => {
-                        there.holdings.retain(|boundary, _| !boundaries.contains(boundary));
-                    }
-                    Order::Start { lease, from, replay } => {
-                        let newest = there.newest.entry(lease.unit).or_insert(Attempt(0));
-                        if lease.attempt > *newest {
-                            *newest = lease.attempt;
-                            there.queue.retain(|(other, ..)| other.unit != lease.unit);
-                            there.queue.push((lease, from, replay));
-                        }
-                    }
-                }
-                Ok(())
-            }
-        }
-    }
-
-    /// A process does the first unit of its queue and reports it.
-    fn work(&mut self, index: usize) {
-        if self.processes[index].is_dead || self.processes[index].queue.is_empty() {
-            return;
-        }
-        let (lease, from, replay) = self.processes[index].queue.remove(0);
-        let event = match self.compute(index, lease, from, &replay) {
-            Some(outcome) => {
-                Event::UnitDone { lease, outcome, held: self.processes[index].holdings.keys().copied().collect() }
-            }
-            None => {
-                let fault = Fault { class: FaultClass::RetryElsewhere, message: "its input is gone".to_owned() };
-                Event::UnitFailed { lease, fault }
-            }
-        };
-        self.network.push(Message::ToCoordinator(event));
-    }
-
-    /// What a unit computes; `None` if its input is not there.
-    fn compute(&mut self, index: usize, lease: Lease, from: From, replay: &[Digest]) -> Option<Outcome> {
-        let (Unit::Prune(layer) | Unit::Forward(layer)) = lease.unit else { return None };
-        let (start, mut states) = match from {
-            From::Tokens => (0, Vec::new()),
-            From::Held(boundary) => (boundary.0, self.processes[index].holdings.get(&boundary)?.to_vec()),
-            From::Peer { process, boundary } => {
-                let peer = Some(&self.processes[process]).filter(|peer| !peer.is_dead)?;
-                (boundary.0, peer.holdings.get(&boundary)?.to_vec())
-            }
-        };
-        if self.is_chain {
-            self.processes[index].holdings.retain(|boundary, _| boundary.0 >= start);
-        }
-        states.extend((start..layer.0).enumerate().map(|(step, _)| replay.get(step).copied()));
-        let input: States = Rc::new(states);
-        self.processes[index].holdings.insert(Boundary(layer.0), input.clone());
-        let made = match lease.unit {
-            Unit::Prune(_) => {
-                self.next_artifact += 1;
-                let digest = Digest::of(&self.next_artifact.to_le_bytes());
-                self.provenance.insert(digest, Provenance { lease, input: input.clone() });
-                Some(digest)
-            }
-            _ => None,
-        };
-        if layer.0 + 1 < self.layers && self.is_chain == made.is_some() {
-            let mut output = input.to_vec();
-            output.push(made);
-            self.processes[index].holdings.insert(Boundary(layer.0 + 1), Rc::new(output));
-        }
-        Some(match made {
-            Some(sha256) => Outcome::Pruned {
-                artifact: Artifact { name: format!("layers/{layer}"), sha256, bytes: 1 },
-                sublayers: Vec::new(),
-                phases: Vec::new(),
-            },
-            None => Outcome::Forwarded { phases: Vec::new() },
-        })
     }
 
     fn living(&self) -> Vec<usize> {
