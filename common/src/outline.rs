@@ -57,4 +57,7 @@ pub struct ModelOutline {
     pub method_version: String,
     /// The method's parameters with every default filled in.
     pub method_params: serde_json::Value,
+    /// Whether the method compares corrected with dense inputs, which then run side by side in `pruned` propagation.
+    #[serde(default)]
+    pub needs_dense: bool,
 }

@@ -64,6 +64,9 @@ pub enum Outcome {
         sublayers: Vec<SublayerReport>,
         /// Where the time went.
         phases: Vec<PhaseSeconds>,
+        /// Its output hidden states, if they were to be stored.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        boundary: Option<Artifact>,
     },
     /// A dense layer was run.
     Forwarded {

@@ -142,6 +142,7 @@ impl From<ModelOutline> for pb::ModelOutline {
             other_bytes: outline.other_bytes,
             method_version: outline.method_version,
             method_params_json: outline.method_params.to_string(),
+            needs_dense: outline.needs_dense,
         }
     }
 }
@@ -177,6 +178,7 @@ impl TryFrom<pb::ModelOutline> for ModelOutline {
             method_version: outline.method_version,
             method_params: serde_json::from_str(&outline.method_params_json)
                 .map_err(|error| invalid("outline.method_params_json", error))?,
+            needs_dense: outline.needs_dense,
         })
     }
 }
@@ -226,10 +228,11 @@ fn phases_from_wire(phases: Vec<pb::PhaseSeconds>) -> Vec<PhaseSeconds> {
 impl From<Outcome> for pb::report_request::Outcome {
     fn from(outcome: Outcome) -> Self {
         match outcome {
-            Outcome::Pruned { artifact, sublayers, phases } => Self::Pruned(pb::Pruned {
+            Outcome::Pruned { artifact, sublayers, phases, boundary } => Self::Pruned(pb::Pruned {
                 artifact: Some(artifact.into()),
                 sublayers: sublayers.into_iter().map(Into::into).collect(),
                 phases: phases_to_wire(phases),
+                boundary: boundary.map(Into::into),
             }),
             Outcome::Forwarded { phases } => Self::Forwarded(pb::Forwarded { phases: phases_to_wire(phases) }),
             Outcome::Evaluated { window_nll, phases } => {
@@ -249,6 +252,7 @@ pub fn outcome_from_wire(outcome: pb::report_request::Outcome) -> Result<Result<
             artifact: pruned.artifact.ok_or(WireError::Missing("pruned.artifact"))?.try_into()?,
             sublayers: pruned.sublayers.into_iter().map(Into::into).collect(),
             phases: phases_from_wire(pruned.phases),
+            boundary: pruned.boundary.map(TryInto::try_into).transpose()?,
         }),
         pb::report_request::Outcome::Forwarded(forwarded) => {
             Ok(Outcome::Forwarded { phases: phases_from_wire(forwarded.phases) })
@@ -274,6 +278,13 @@ pub enum SourceFrom {
         /// The boundary.
         boundary: Boundary,
     },
+    /// It is in the run's store.
+    Stored {
+        /// The boundary.
+        boundary: Boundary,
+        /// As it was committed.
+        artifact: Artifact,
+    },
 }
 
 /// Where a unit's input comes from, and the committed layers to run before it is the unit's input.
@@ -290,7 +301,9 @@ impl Source {
     pub fn boundary(&self) -> Boundary {
         match self.from {
             SourceFrom::Tokens => Boundary(0),
-            SourceFrom::Held(boundary) | SourceFrom::Peer { boundary, .. } => boundary,
+            SourceFrom::Held(boundary) | SourceFrom::Peer { boundary, .. } | SourceFrom::Stored { boundary, .. } => {
+                boundary
+            }
         }
     }
 }
@@ -302,6 +315,9 @@ impl From<Source> for pb::Source {
             SourceFrom::Held(boundary) => pb::source::From::Held(pb::Held { boundary: boundary.0 }),
             SourceFrom::Peer { endpoint, boundary } => {
                 pb::source::From::Peer(pb::Peer { endpoint, boundary: boundary.0 })
+            }
+            SourceFrom::Stored { boundary, artifact } => {
+                pb::source::From::Stored(pb::Stored { boundary: boundary.0, artifact: Some(artifact.into()) })
             }
         };
         Self { from: Some(from), replay: source.replay.into_iter().map(Into::into).collect() }
@@ -318,6 +334,10 @@ impl TryFrom<pb::Source> for Source {
             pb::source::From::Peer(peer) => {
                 SourceFrom::Peer { endpoint: peer.endpoint, boundary: Boundary(peer.boundary) }
             }
+            pb::source::From::Stored(stored) => SourceFrom::Stored {
+                boundary: Boundary(stored.boundary),
+                artifact: stored.artifact.ok_or(WireError::Missing("stored.artifact"))?.try_into()?,
+            },
         };
         let replay = source.replay.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?;
         Ok(Self { from, replay })
@@ -349,6 +369,9 @@ mod tests {
             from: SourceFrom::Peer { endpoint: "http://127.0.0.1:1".into(), boundary: Boundary(4) },
             replay: vec![artifact],
         };
-        assert_eq!(Source::try_from(pb::Source::from(source.clone())), Ok(source));
+        let stored = SourceFrom::Stored { boundary: Boundary(8), artifact: source.replay[0].clone() };
+        for source in [source, Source { from: stored, replay: Vec::new() }] {
+            assert_eq!(Source::try_from(pb::Source::from(source.clone())), Ok(source));
+        }
     }
 }

@@ -27,6 +27,9 @@ pub struct CoordinatorSection {
     pub runs: PathBuf,
     /// Workers to wait for before a run is planned.
     pub workers: usize,
+    /// In `pruned` propagation, the hidden states behind every so many layers, and those that go to another worker, are also
+    /// stored, so that a run which loses all its workers need not begin at the tokens again; 0: never.
+    pub stored_every: u32,
     /// The worker program that `prune` and `eval` start; empty: `espalier-worker` beside this program.
     pub worker_program: PathBuf,
 }
@@ -37,6 +40,7 @@ impl Default for CoordinatorSection {
             listen: SocketAddr::from(([127, 0, 0, 1], 7433)),
             runs: PathBuf::from("espalier-runs"),
             workers: 1,
+            stored_every: 0,
             worker_program: PathBuf::new(),
         }
     }

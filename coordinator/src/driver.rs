@@ -1,13 +1,14 @@
 //! The one loop: event → `schedule.step` → journal → carry out actions, in order.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use espalier_common::clock::Clock;
 use espalier_common::fault::{Fault, FaultClass};
-use espalier_common::ids::{LayerIndex, Lease, RunId, Unit, WorkerId};
+use espalier_common::ids::{Boundary, LayerIndex, Lease, RunId, Unit, WorkerId};
 use espalier_common::report::{Artifact, Outcome};
+use espalier_common::store::{BlobStore, StoreError};
 use espalier_common::tasks::TaskGroup;
 use espalier_common::wire::{Source, SourceFrom};
 use tokio::sync::mpsc;
@@ -58,7 +59,7 @@ pub trait Purpose: Send + Sync {
     /// Wraps a record of the scheduler for the journal.
     fn record(&self, record: Record) -> JournalRecord;
     /// What the worker of a lease must be told.
-    fn call(&self, lease: Lease, source: Source) -> UnitCall;
+    fn call(&self, lease: Lease, source: Source, keeps_output: bool) -> UnitCall;
     /// What a worker must be told before its first unit; `None` if nothing.
     fn preparation(&self) -> Option<Preparation>;
 }
@@ -90,6 +91,10 @@ pub struct Driver<'a> {
     pub stop: &'a CancellationToken,
     /// Layers committed so far.
     pub committed: BTreeMap<LayerIndex, Artifact>,
+    /// Boundaries that committed layers left in the store.
+    pub stored: BTreeMap<Boundary, Artifact>,
+    /// The run's store.
+    pub store: Arc<dyn BlobStore>,
 }
 
 /// What the loop's own tasks tell it.
@@ -132,7 +137,13 @@ impl Driver<'_> {
         let mut event = Some(Event::Tick { now: self.clock.now() });
         loop {
             if let Some(event) = event.take() {
-                for action in scheduler.step(event) {
+                let there: Vec<WorkerId> = scheduler.workers().collect();
+                let is_tick = matches!(event, Event::Tick { .. });
+                let actions = scheduler.step(event);
+                if is_tick {
+                    self.forget_silent(&there, scheduler);
+                }
+                for action in actions {
                     match action {
                         Action::Finish => return Ok(outcomes),
                         Action::Fail(failure) => return Err(DriveError::Failed(failure)),
@@ -151,6 +162,17 @@ impl Driver<'_> {
 
     fn name_of(&self, worker: WorkerId) -> String {
         self.roster.everyone().get(&worker).map_or_else(|| format!("worker {worker}"), |m| m.offer.name.clone())
+    }
+
+    /// Workers that the scheduler gave up on when time passed. One that only paused registers again.
+    fn forget_silent(&self, there: &[WorkerId], scheduler: &Scheduler) {
+        let left: BTreeSet<WorkerId> = scheduler.workers().collect();
+        for &worker in there.iter().filter(|worker| !left.contains(worker)) {
+            let name = self.name_of(worker);
+            warn!(%worker, name, "worker is silent");
+            self.roster.forget(worker);
+            self.events.note(RunEvent::WorkerLost { worker, name, reason: "it is silent".to_owned() });
+        }
     }
 
     fn hear(
@@ -199,6 +221,10 @@ impl Driver<'_> {
             Answer::Prepared(worker, Err(error)) => {
                 let (name, reason) = (self.name_of(worker), error.to_string());
                 warn!(%worker, name, reason, "worker cannot be used");
+                if matches!(error, CallError::Unreachable { .. }) {
+                    // If it lives, it registers again and is asked again.
+                    self.roster.forget(worker);
+                }
                 self.events.note(RunEvent::WorkerLost { worker, name, reason });
                 None
             }
@@ -229,7 +255,19 @@ impl Driver<'_> {
     ) -> Result<(), DriveError> {
         match action {
             Action::Record(record) => self.record(record, purpose.as_ref(), outcomes)?,
-            Action::Start { lease, origin } => self.start(lease, origin, purpose, calls, answer),
+            Action::Start { lease, origin, keeps_output } => {
+                self.start(lease, origin, keeps_output, purpose, calls, answer);
+            }
+            Action::Discard { boundary } => {
+                let store = Arc::clone(&self.store);
+                calls.spawn(async move {
+                    let discarded = tokio::task::spawn_blocking(move || discard(store.as_ref(), boundary)).await;
+                    if let Ok(Err(error)) = discarded {
+                        // It goes with the run at the latest.
+                        warn!(%boundary, %error, "stored hidden states were not deleted");
+                    }
+                });
+            }
             Action::Release { worker, boundaries } => {
                 if let Some(member) = self.roster.member(worker) {
                     let run = self.run.clone();
@@ -263,8 +301,9 @@ impl Driver<'_> {
             }
         });
         if let Record::Committed { lease, outcome } = record {
-            if let (Unit::Prune(layer), Outcome::Pruned { artifact, .. }) = (lease.unit, &outcome) {
+            if let (Unit::Prune(layer), Outcome::Pruned { artifact, boundary, .. }) = (lease.unit, &outcome) {
                 self.committed.insert(layer, artifact.clone());
+                self.stored.extend(boundary.clone().map(|boundary| (Boundary(layer.0 + 1), boundary)));
             }
             outcomes.insert(lease.unit, outcome);
         }
@@ -275,6 +314,7 @@ impl Driver<'_> {
         &self,
         lease: Lease,
         origin: Origin,
+        keeps_output: bool,
         purpose: &Arc<dyn Purpose>,
         calls: &TaskGroup,
         answer: &mpsc::Sender<Answer>,
@@ -282,7 +322,7 @@ impl Driver<'_> {
         // A worker that is not there any more will be reported as lost; its leases go with it.
         let Some(member) = self.roster.member(lease.worker) else { return };
         let Some(source) = self.source(lease, origin) else { return };
-        let call = purpose.call(lease, source);
+        let call = purpose.call(lease, source, keeps_output);
         let (run, answer) = (self.run.clone(), answer.clone());
         calls.spawn(async move {
             if let Err(error) = member.client.start(&run, lease, call).await {
@@ -299,6 +339,9 @@ impl Driver<'_> {
             Origin::Held { boundary, by } => {
                 SourceFrom::Peer { endpoint: self.roster.everyone().get(&by)?.offer.endpoint.clone(), boundary }
             }
+            Origin::Stored { boundary } => {
+                SourceFrom::Stored { boundary, artifact: self.stored.get(&boundary)?.clone() }
+            }
         };
         let replay = match lease.unit {
             Unit::Prune(layer) => self
@@ -310,6 +353,14 @@ impl Driver<'_> {
         };
         Some(Source { from, replay })
     }
+}
+
+/// Deletes what is stored of a boundary.
+fn discard(store: &dyn BlobStore, boundary: Boundary) -> Result<(), StoreError> {
+    for name in store.list(&format!("activations/{:05}", boundary.0))? {
+        store.delete(&name)?;
+    }
+    Ok(())
 }
 
 fn mean_error(outcome: &Outcome) -> Option<f64> {

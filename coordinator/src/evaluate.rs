@@ -77,7 +77,7 @@ impl Purpose for Evaluation {
         JournalRecord::Evaluate { model: self.model, record }
     }
 
-    fn call(&self, lease: Lease, _: Source) -> UnitCall {
+    fn call(&self, lease: Lease, _: Source, _: bool) -> UnitCall {
         let share = match lease.unit {
             Unit::Evaluate(share) => share - self.model.first_share(),
             Unit::Forward(layer) | Unit::Prune(layer) => layer.0,
@@ -142,6 +142,8 @@ impl Standalone {
             clock: setting.clock.as_ref(),
             stop: &setting.stop,
             committed: BTreeMap::new(),
+            stored: BTreeMap::new(),
+            store: Arc::clone(&self.store),
         };
         let scheduler =
             Scheduler::new(Shape::Evaluate { first: EvaluatedModel::Dense.first_share(), shares }, setting.limits);

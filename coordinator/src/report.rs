@@ -127,7 +127,7 @@ pub struct Totals {
     pub coordinator_peak_rss_bytes: u64,
     /// Hidden states that went from worker to worker.
     pub bytes_moved: u64,
-    /// Leases that ended badly.
+    /// Leases that came to nothing: their unit was leased again.
     pub retries: u64,
 }
 
@@ -199,6 +199,7 @@ impl<'a> Facts<'a> {
             JournalRecord::Planned { outline, .. } => self.outline = Some(outline),
             JournalRecord::Prune(record) => self.take_pruning(record),
             JournalRecord::Evaluate { model, record } => {
+                self.count_lease(record);
                 if let Record::Committed { lease, outcome: Outcome::Evaluated { window_nll, phases } } = record
                     && let Unit::Evaluate(share) = lease.unit
                 {
@@ -223,6 +224,7 @@ impl<'a> Facts<'a> {
     }
 
     fn take_pruning(&mut self, record: &'a Record) {
+        self.count_lease(record);
         match record {
             Record::Committed { lease, outcome: Outcome::Pruned { sublayers, phases, .. } } => {
                 self.add_phases(phases);
@@ -232,8 +234,16 @@ impl<'a> Facts<'a> {
                 }
             }
             Record::Committed { outcome: Outcome::Forwarded { phases }, .. } => self.add_phases(phases),
-            Record::Committed { .. } | Record::Leased { .. } => {}
-            Record::Failed { .. } => self.totals.retries += 1,
+            Record::Committed { .. } | Record::Leased { .. } | Record::Failed { .. } => {}
+        }
+    }
+
+    /// A lease that is not followed by its commit came to nothing, whether a fault was reported or nobody was left to.
+    fn count_lease(&mut self, record: &Record) {
+        match record {
+            Record::Leased { .. } => self.totals.retries += 1,
+            Record::Committed { .. } => self.totals.retries = self.totals.retries.saturating_sub(1),
+            Record::Failed { .. } => {}
         }
     }
 

@@ -9,7 +9,7 @@ use espalier_common::checkpoint::{self, Checkpoint};
 use espalier_common::clock::{Clock, Stopwatch, unix_seconds};
 use espalier_common::config;
 use espalier_common::digest::Digest;
-use espalier_common::ids::{LayerIndex, Lease, RunId, Unit};
+use espalier_common::ids::{Boundary, LayerIndex, Lease, RunId, Unit};
 use espalier_common::job::{EvaluationSpec, JobSpec, Propagation};
 use espalier_common::outline::ModelOutline;
 use espalier_common::pattern::Pattern;
@@ -43,6 +43,8 @@ pub struct Setting {
     pub clock: Arc<dyn Clock>,
     /// Its patience.
     pub limits: Limits,
+    /// Whether a worker that is lost before anything is planned may be followed by another: so in a cluster, not on one machine.
+    pub workers_return: bool,
     /// Set when somebody wants it to stop.
     pub stop: CancellationToken,
 }
@@ -182,7 +184,7 @@ impl Run {
             JournalRecord::Planned { outline, patterns } => Some((outline.clone(), patterns.clone())),
             _ => None,
         });
-        let outline = self.inspect().await?;
+        let outline = inspect(&self.setting, &self.job).await?;
         if let Some((planned, patterns)) = planned {
             if planned.method_version != outline.method_version {
                 return Err(RunError::MethodVersion {
@@ -202,22 +204,6 @@ impl Run {
         Ok((outline, patterns))
     }
 
-    async fn inspect(&self) -> Result<ModelOutline, RunError> {
-        let mut last = None;
-        for member in self.setting.roster.members().into_values() {
-            let inspected = tokio::select! {
-                () = self.setting.stop.cancelled() => return Err(RunError::Interrupted),
-                inspected = member.client.inspect(self.job_json()) => inspected,
-            };
-            match inspected {
-                Ok(outline) => return Ok(outline),
-                Err(CallError::Fault(fault)) => return Err(RunError::Fault(fault)),
-                Err(error) => last = Some(error),
-            }
-        }
-        Err(last.map_or(RunError::WorkerDiedEarly, RunError::Call))
-    }
-
     async fn prune(
         &mut self,
         outline: &ModelOutline,
@@ -230,7 +216,6 @@ impl Run {
             Propagation::Dense => Shape::PruneApart { layer_bytes },
         };
         let scheduler = Scheduler::replay(shape, self.setting.limits, prune_records(&self.past));
-        let committed = prune_records(&self.past).filter_map(committed_layer).collect();
         let purpose = Pruning {
             propagation: self.job.propagation.mode,
             patterns: patterns.to_vec(),
@@ -240,25 +225,30 @@ impl Run {
                 tokens: self.tokens.clone(),
             },
         };
-        self.drive(scheduler, Arc::new(purpose), committed).await
+        let run = self.id.clone();
+        self.drive(run, scheduler, Arc::new(purpose)).await
     }
 
     /// Drives a schedule; what the journal got meanwhile is in `self.past` afterwards.
     async fn drive(
         &mut self,
+        run: RunId,
         scheduler: Scheduler,
         purpose: Arc<dyn Purpose>,
-        committed: BTreeMap<LayerIndex, Artifact>,
     ) -> Result<BTreeMap<LayerIndex, Artifact>, RunError> {
+        let committed = prune_records(&self.past).filter_map(committed_layer).collect();
+        let stored = prune_records(&self.past).filter_map(stored_boundary).collect();
         let mut journal = Remembering { journal: &mut self.journal, past: &mut self.past };
         let mut driver = Driver {
-            run: &self.id,
+            run: &run,
             roster: &self.setting.roster,
             journal: &mut journal,
             events: &self.setting.events,
             clock: self.setting.clock.as_ref(),
             stop: &self.setting.stop,
             committed,
+            stored,
+            store: Arc::clone(&self.store),
         };
         driver.drive(scheduler, purpose).await?;
         Ok(driver.committed)
@@ -298,9 +288,9 @@ impl Run {
             windows: count as u32,
             shares,
         };
-        let scheduler =
-            Scheduler::replay(Shape::Evaluate { first: model.first_share(), shares }, self.setting.limits, &done);
-        self.drive(scheduler, Arc::new(purpose), BTreeMap::new()).await?;
+        let shape = Shape::Evaluate { first: model.first_share(), shares };
+        let scheduler = Scheduler::replay(shape, self.setting.limits, &done);
+        self.drive(self.id.clone(), scheduler, Arc::new(purpose)).await?;
         Ok(())
     }
 
@@ -319,7 +309,7 @@ impl Run {
 
     /// Drops the artifacts: the checkpoint holds all that is worth keeping.
     fn collect_garbage(&self) -> Result<(), RunError> {
-        for folder in ["layers", "tokens"] {
+        for folder in ["layers", "tokens", "activations"] {
             for name in self.store.list(folder)? {
                 self.store.delete(&name)?;
             }
@@ -340,6 +330,7 @@ pub async fn wait_for_workers(setting: &Setting) -> Result<(), RunError> {
             match fleet.recv().await {
                 Some(FleetEvent::Joined(_)) => count += 1,
                 Some(FleetEvent::Heartbeat { .. } | FleetEvent::Report { .. }) => {}
+                Some(FleetEvent::Lost(_)) if setting.workers_return => count = count.saturating_sub(1),
                 Some(FleetEvent::Lost(_)) | None => return false,
             }
         }
@@ -355,6 +346,27 @@ pub async fn wait_for_workers(setting: &Setting) -> Result<(), RunError> {
             }
         },
     }
+}
+
+/// Asks a worker what the job's model is made of; the next one if it does not answer.
+///
+/// # Errors
+/// `Fault` if the job or its model is wrong, `Call` if nobody answers, `WorkerDiedEarly` if nobody is there, `Interrupted`.
+pub async fn inspect(setting: &Setting, job: &JobSpec) -> Result<ModelOutline, RunError> {
+    let job_json = serde_json::to_string(job).expect("a job is plain data");
+    let mut last = None;
+    for member in setting.roster.members().into_values() {
+        let inspected = tokio::select! {
+            () = setting.stop.cancelled() => return Err(RunError::Interrupted),
+            inspected = member.client.inspect(job_json.clone()) => inspected,
+        };
+        match inspected {
+            Ok(outline) => return Ok(outline),
+            Err(CallError::Fault(fault)) => return Err(RunError::Fault(fault)),
+            Err(error) => last = Some(error),
+        }
+    }
+    Err(last.map_or(RunError::WorkerDiedEarly, RunError::Call))
 }
 
 /// A journal that also keeps what it wrote.
@@ -395,6 +407,16 @@ fn committed_layer(record: &Record) -> Option<(LayerIndex, Artifact)> {
     }
 }
 
+fn stored_boundary(record: &Record) -> Option<(Boundary, Artifact)> {
+    match record {
+        Record::Committed { lease, outcome: Outcome::Pruned { boundary: Some(artifact), .. } } => match lease.unit {
+            Unit::Prune(layer) => Some((Boundary(layer.0 + 1), artifact.clone())),
+            Unit::Forward(_) | Unit::Evaluate(_) => None,
+        },
+        _ => None,
+    }
+}
+
 fn evaluation_record(record: &JournalRecord, wanted: EvaluatedModel) -> Option<Record> {
     match record {
         JournalRecord::Evaluate { model, record } if *model == wanted => Some(record.clone()),
@@ -413,13 +435,13 @@ impl Purpose for Pruning {
         JournalRecord::Prune(record)
     }
 
-    fn call(&self, lease: Lease, mut source: Source) -> UnitCall {
+    fn call(&self, lease: Lease, mut source: Source, keeps_output: bool) -> UnitCall {
         match lease.unit {
             Unit::Prune(layer) => {
                 if self.propagation == Propagation::Dense {
                     source.replay.clear();
                 }
-                UnitCall::Prune { source, pattern: self.patterns[layer.0 as usize] }
+                UnitCall::Prune { source, pattern: self.patterns[layer.0 as usize], keeps_output }
             }
             Unit::Forward(_) | Unit::Evaluate(_) => UnitCall::Forward { source },
         }

@@ -45,6 +45,7 @@ pub fn binary(name: &str) -> PathBuf {
 #[derive(Debug)]
 pub struct Workplace {
     folder: TempDir,
+    settings: Vec<(&'static str, String)>,
 }
 
 impl Workplace {
@@ -53,7 +54,8 @@ impl Workplace {
     /// # Panics
     /// If the file system does not let it.
     pub fn new() -> Self {
-        Self { folder: tempfile::tempdir().expect("the system's folder for temporary files is writable") }
+        let folder = tempfile::tempdir().expect("the system's folder for temporary files is writable");
+        Self { folder, settings: Vec::new() }
     }
 
     /// The folder.
@@ -61,23 +63,41 @@ impl Workplace {
         self.folder.path()
     }
 
+    /// Sets an environment variable for everything that is started from now on.
+    pub fn set(&mut self, variable: &'static str, value: &str) {
+        self.settings.push((variable, value.to_owned()));
+    }
+
     /// Starts `espalier` with `arguments` in the folder.
     ///
     /// # Errors
     /// If it cannot be started.
     pub fn start<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Result<Running> {
+        self.start_program("espalier", arguments)
+    }
+
+    /// Starts `espalier` or `espalier-worker` with `arguments` in the folder.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_program<A: AsRef<OsStr>>(
+        &self,
+        program: &str,
+        arguments: impl IntoIterator<Item = A>,
+    ) -> Result<Running> {
         // Into files, not pipes: a full pipe would stop the process, and a worker that outlives it would keep one open.
         let output = tempfile::tempdir()?;
-        let mut command = Command::new(binary("espalier"));
+        let mut command = Command::new(binary(program));
         command.args(arguments).current_dir(self.path()).env("HF_HUB_OFFLINE", "1").stdin(Stdio::null());
         for (variable, _) in std::env::vars().filter(|(name, _)| name.starts_with("ESPALIER__")) {
             command.env_remove(variable);
         }
+        command.envs(self.settings.iter().map(|(variable, value)| (variable, value)));
         let child = command
             .stdout(File::create(output.path().join("stdout"))?)
             .stderr(File::create(output.path().join("stderr"))?)
             .spawn()
-            .context("espalier cannot be started")?;
+            .with_context(|| format!("{program} cannot be started"))?;
         Ok(Running { child, output })
     }
 
@@ -129,6 +149,50 @@ impl Running {
             ensure!(!has_passed(&clock, PATIENCE), "espalier had no {count} workers after {PATIENCE:?}");
             thread::sleep(POLL);
         }
+    }
+
+    /// Kills it and nothing else, as a lost machine would, and waits until it is gone.
+    ///
+    /// # Errors
+    /// If it has ended before.
+    pub fn kill(&mut self) -> Result<()> {
+        if let Some(status) = self.child.try_wait()? {
+            bail!("it ended ({status}) before it could be killed\n{}", self.read("stderr"));
+        }
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Waits until `seen` finds something, while it runs.
+    ///
+    /// # Errors
+    /// If it ends first, or takes longer than [`PATIENCE`].
+    pub fn wait_until<T>(&mut self, what: &str, mut seen: impl FnMut() -> Option<T>) -> Result<T> {
+        let clock = SystemClock::default();
+        loop {
+            if let Some(found) = seen() {
+                return Ok(found);
+            }
+            if let Some(status) = self.child.try_wait()? {
+                bail!("ended ({status}) before {what}\n{}", self.read("stderr"));
+            }
+            ensure!(!has_passed(&clock, PATIENCE), "no {what} after {PATIENCE:?}\n{}", self.read("stderr"));
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Waits for a line of standard output that starts with `prefix`, and returns the rest of it.
+    ///
+    /// # Errors
+    /// As [`Self::wait_until`].
+    pub fn wait_for_line(&mut self, prefix: &str) -> Result<String> {
+        let path = self.output.path().join("stdout");
+        self.wait_until(prefix, || {
+            let text = fs::read_to_string(&path).unwrap_or_default();
+            let (line, _) = text.split_once(prefix)?.1.split_once('\n')?;
+            Some(line.to_owned())
+        })
     }
 
     /// Sends it SIGINT, as Ctrl-C does.
@@ -234,6 +298,30 @@ pub fn wait_for_end(processes: &[u32], patience: Duration) -> Result<()> {
 
 fn has_passed(clock: &SystemClock, patience: Duration) -> bool {
     Duration::from_millis(clock.now().0) > patience
+}
+
+/// Kills a process at once.
+///
+/// # Errors
+/// If it is gone already.
+pub fn kill(process: u32) -> Result<()> {
+    signal("KILL", process)
+}
+
+/// Stops a process where it is until [`proceed`].
+///
+/// # Errors
+/// If it is gone.
+pub fn pause(process: u32) -> Result<()> {
+    signal("STOP", process)
+}
+
+/// Lets a process that was stopped go on.
+///
+/// # Errors
+/// If it is gone.
+pub fn proceed(process: u32) -> Result<()> {
+    signal("CONT", process)
 }
 
 /// The shell's own `kill`: std cannot send signals, and one call is no reason for a dependency.

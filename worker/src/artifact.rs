@@ -46,6 +46,14 @@ pub enum ArtifactError {
         /// Type and shape expected.
         expected: String,
     },
+    /// Hidden states that are not of this run's shape.
+    #[error("{name}: {reason}")]
+    Boundary {
+        /// The blob.
+        name: String,
+        /// What is wrong with it.
+        reason: String,
+    },
 }
 
 impl ArtifactError {
@@ -53,7 +61,7 @@ impl ArtifactError {
     pub fn class(&self) -> FaultClass {
         match self {
             Self::Store(error) => error.class(),
-            Self::Digest { .. } => FaultClass::RetryElsewhere,
+            Self::Digest { .. } | Self::Boundary { .. } => FaultClass::RetryElsewhere,
             Self::Format { .. } | Self::Tensor { .. } => FaultClass::Bug,
         }
     }

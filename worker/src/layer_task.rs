@@ -14,6 +14,7 @@ use rayon::prelude::*;
 
 use crate::apply::as_loaded;
 use crate::artifact::{self, StoredTensor};
+use crate::boundary;
 use crate::calibrate::capture::{Lane, capture_group, finish_layer, forward_layer};
 use crate::calibrate::gram::GramAccumulator;
 use crate::holdings::HiddenStates;
@@ -23,7 +24,8 @@ use crate::prune::{GroupSolver, InputStats, Problem, Solution};
 use crate::source::Workplace;
 use crate::unit::{Phases, TaskError};
 
-/// Prunes a layer: leaves its artifact in the store and, in `pruned` propagation, holds its output.
+/// Prunes a layer: leaves its artifact in the store and, in `pruned` propagation, holds its output, which is also left in the
+/// store if `keeps_output`.
 ///
 /// # Errors
 /// See [`TaskError`].
@@ -32,6 +34,7 @@ pub fn prune_layer(
     layer: LayerIndex,
     source: &Source,
     pattern: Pattern,
+    keeps_output: bool,
 ) -> Result<Outcome, TaskError> {
     let mut phases = Phases::default();
     let run = place.run;
@@ -56,10 +59,15 @@ pub fn prune_layer(
     }
     let artifact = phases.time("store", || artifact::write_layer(&*run.store, layer, &stored))?;
     let is_last = layer.0 as usize + 1 == run.model.decoder.layers();
+    let mut boundary = None;
     if place.is_chain() && !is_last {
-        hold_output(place, layer, lanes, &outline, &mut phases)?;
+        let output = hold_output(place, layer, lanes, &outline, &mut phases)?;
+        if keeps_output {
+            let kept = || boundary::store(place, Boundary(layer.0 + 1), &output);
+            boundary = Some(phases.time("store", kept)?);
+        }
     }
-    Ok(Outcome::Pruned { artifact, sublayers: reports, phases: phases.finish() })
+    Ok(Outcome::Pruned { artifact, sublayers: reports, phases: phases.finish(), boundary })
 }
 
 /// Runs a dense layer, holding its input and its output.
@@ -208,18 +216,19 @@ fn check(
     Ok(Pruned { member, stored, report })
 }
 
-/// Runs what is left of the layer and holds its output.
+/// Runs what is left of the layer, and holds and returns its output.
 fn hold_output(
     place: &Workplace<'_>,
     layer: LayerIndex,
     lanes: Vec<Lane>,
     outline: &LayerOutline,
     phases: &mut Phases,
-) -> Result<(), TaskError> {
+) -> Result<HiddenStates, TaskError> {
     let watch = Stopwatch::start();
     let flops = place.forward_flops(outline) * lanes.len() as f64;
     let streams = finish_layer(lanes, place.cache, place.control)?;
     phases.add("forward", watch.seconds(), flops);
-    place.holdings.hold(&place.run.id, Boundary(layer.0 + 1), HiddenStates { streams });
-    Ok(())
+    let output = HiddenStates { streams };
+    place.holdings.hold(&place.run.id, Boundary(layer.0 + 1), output.clone());
+    Ok(output)
 }

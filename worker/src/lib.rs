@@ -6,6 +6,7 @@
 
 pub mod apply;
 pub mod artifact;
+pub mod boundary;
 pub mod calibrate;
 pub mod cli;
 pub mod config;

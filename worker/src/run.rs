@@ -16,7 +16,7 @@ use espalier_common::store::{self, BlobStore, StoreError};
 
 use crate::artifact::{self, ArtifactError};
 use crate::model::{self, Decoder, ModelError};
-use crate::prune::{self, MethodError, SolveError, Solver};
+use crate::prune::{self, MethodError, SolveError, Solver, Statistics};
 
 /// Why a job cannot be worked on here.
 #[derive(Debug, thiserror::Error)]
@@ -173,6 +173,7 @@ pub fn inspect(job_json: &str) -> Result<ModelOutline, RunError> {
         max_sequence_length: decoder.max_sequence_length(),
         other_bytes: (all_bytes as u64).saturating_sub(layer_bytes),
         method_version: method.version.to_owned(),
+        needs_dense: method.solver.needs() >= Statistics::GramAndCross,
         method_params: method.params,
         layers,
     })

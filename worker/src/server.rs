@@ -159,13 +159,13 @@ impl Worker for WorkerService {
 
     async fn prune_layer(&self, request: Request<pb::PruneLayerRequest>) -> Result<Response<pb::Started>, Status> {
         let request = request.into_inner();
-        let source = source(request.source)?;
+        let (source, keeps_output) = (source(request.source)?, request.keep_output);
         let pattern = match Run::layer_pattern(&request.pattern_json) {
             Ok(pattern) => pattern,
             Err(error) => return Ok(started(Err(error.into()))),
         };
         self.start(request.lease, |unit| match unit {
-            Unit::Prune(layer) => Ok(Work::Prune(layer, source, pattern)),
+            Unit::Prune(layer) => Ok(Work::Prune(layer, source, pattern, keeps_output)),
             other => Err(wrong_kind(other)),
         })
     }

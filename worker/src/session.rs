@@ -28,8 +28,8 @@ use crate::unit::{Progress, TaskError, UnitControl};
 pub enum Work {
     /// Run a dense layer.
     Forward(LayerIndex, Source),
-    /// Prune a layer.
-    Prune(LayerIndex, Source, Pattern),
+    /// Prune a layer; if the last is true, its output is also left in the store.
+    Prune(LayerIndex, Source, Pattern, bool),
     /// Evaluate windows.
     Evaluate(Evaluation),
 }
@@ -204,8 +204,8 @@ impl Session {
         }
         let key = (run.clone(), lease.unit);
         if let Some(given) = state.units.get(&key) {
-            let is_late = given.lease.worker == lease.worker && given.lease.attempt > lease.attempt;
-            if given.lease == lease || is_late {
+            // Attempts at a unit are counted over all lives of a run, whatever number this worker had in each.
+            if given.lease.attempt >= lease.attempt {
                 return Ok(());
             }
             given.control.cancel();
@@ -275,7 +275,9 @@ impl Session {
         match work {
             Work::Evaluate(evaluation) => evaluate(evaluation, device, control),
             Work::Forward(layer, source) => run_dense_layer(&place?, *layer, source),
-            Work::Prune(layer, source, pattern) => prune_layer(&place?, *layer, source, *pattern),
+            Work::Prune(layer, source, pattern, keeps_output) => {
+                prune_layer(&place?, *layer, source, *pattern, *keeps_output)
+            }
         }
     }
 

@@ -106,7 +106,7 @@ impl TestWorker {
 
     async fn prune(&mut self, run: &TestRun, layer: u32, source: Source) -> (Artifact, Vec<SublayerReport>) {
         let layer = LayerIndex(layer);
-        match self.outcome(run, Unit::Prune(layer), Work::Prune(layer, source, HALF)).await {
+        match self.outcome(run, Unit::Prune(layer), Work::Prune(layer, source, HALF, false)).await {
             Outcome::Pruned { artifact, sublayers, .. } => (artifact, sublayers),
             other => panic!("{other:?}"),
         }
@@ -187,11 +187,11 @@ async fn a_lease_is_carried_out_once_and_a_newer_one_replaces_it() {
     let run = TestRun::new("llama-tiny", "magnitude", "pruned");
     let mut worker = TestWorker::prepared(&run, u64::MAX);
     let unit = Unit::Prune(LayerIndex(0));
-    let work = Work::Prune(LayerIndex(0), embedded(&[]), HALF);
+    let work = Work::Prune(LayerIndex(0), embedded(&[]), HALF, false);
     let (first, second) = (worker.lease(unit), worker.lease(unit));
     // The device is kept busy, so that the first lease cannot end before the second comes.
     let other = worker.lease(Unit::Prune(LayerIndex(1)));
-    worker.session.start(&run.id, other, Work::Prune(LayerIndex(1), embedded(&[]), HALF)).unwrap();
+    worker.session.start(&run.id, other, Work::Prune(LayerIndex(1), embedded(&[]), HALF, false)).unwrap();
     for lease in [first, first, second, first, second] {
         worker.session.start(&run.id, lease, work.clone()).unwrap();
     }
@@ -215,15 +215,15 @@ async fn abandoned_units_say_nothing_and_others_go_on() {
     let run = TestRun::new("llama-tiny", "sparsegpt", "pruned");
     let mut worker = TestWorker::prepared(&run, u64::MAX);
     let abandoned = worker.lease(Unit::Prune(LayerIndex(0)));
-    worker.session.start(&run.id, abandoned, Work::Prune(LayerIndex(0), embedded(&[]), HALF)).unwrap();
+    worker.session.start(&run.id, abandoned, Work::Prune(LayerIndex(0), embedded(&[]), HALF, false)).unwrap();
     worker.session.abandon(&run.id, abandoned);
     let missing = worker.lease(Unit::Prune(LayerIndex(2)));
-    worker.session.start(&run.id, missing, Work::Prune(LayerIndex(2), held(2), HALF)).unwrap();
+    worker.session.start(&run.id, missing, Work::Prune(LayerIndex(2), held(2), HALF, false)).unwrap();
     let report = worker.report().await;
     assert_eq!((report.lease, report.result.unwrap_err().class), (missing, FaultClass::RetryElsewhere));
     worker.session.drain();
     let late = worker.lease(Unit::Prune(LayerIndex(0)));
-    let refused = worker.session.start(&run.id, late, Work::Prune(LayerIndex(0), embedded(&[]), HALF));
+    let refused = worker.session.start(&run.id, late, Work::Prune(LayerIndex(0), embedded(&[]), HALF, false));
     assert!(matches!(refused, Err(SessionError::Draining)));
 }
 
@@ -232,7 +232,7 @@ async fn preparing_is_idempotent_and_checks_what_it_is_given() {
     let run = TestRun::new("llama-tiny", "wanda", "pruned");
     let worker = TestWorker::idle(u64::MAX);
     let lease = Lease { unit: Unit::Prune(LayerIndex(0)), worker: WorkerId(1), attempt: Attempt(1) };
-    let early = worker.session.start(&run.id, lease, Work::Prune(LayerIndex(0), embedded(&[]), HALF));
+    let early = worker.session.start(&run.id, lease, Work::Prune(LayerIndex(0), embedded(&[]), HALF, false));
     assert!(matches!(early, Err(SessionError::NotPrepared { .. })));
     let prepare = |job: &str, tokens: &Artifact| {
         worker.session.prepare(run.id.clone(), job.to_owned(), &run.url(), tokens).map_err(|error| error.fault())

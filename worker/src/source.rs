@@ -13,6 +13,7 @@ use tokio::runtime::Handle;
 
 use crate::apply::apply_layer;
 use crate::artifact;
+use crate::boundary;
 use crate::calibrate::cache::{ActivationCache, Entry};
 use crate::calibrate::capture::{forward_layer, map_batches};
 use crate::holdings::{HiddenStates, Holdings};
@@ -73,6 +74,11 @@ impl Workplace<'_> {
                 .filter(|states| states.streams.len() == self.streams())
                 .ok_or(TaskError::NotHeld { boundary: *boundary })?,
             SourceFrom::Peer { endpoint, boundary } => self.fetch(endpoint, *boundary, phases)?,
+            SourceFrom::Stored { boundary, artifact } => {
+                let states = phases.time("load", || boundary::read(self, *boundary, artifact, self.expected()))?;
+                tracing::info!(%boundary, "hidden states read from the store");
+                states
+            }
         };
         for (step, index) in (start.0..layer.0).enumerate() {
             let committed = source.replay.get(step);
@@ -94,13 +100,18 @@ impl Workplace<'_> {
         Ok(HiddenStates { streams: vec![stream; self.streams()] })
     }
 
-    fn fetch(&self, endpoint: &str, boundary: Boundary, phases: &mut Phases) -> Result<HiddenStates, TaskError> {
-        let expected = Expected {
+    /// What the hidden states of any boundary look like.
+    fn expected(&self) -> Expected {
+        Expected {
             streams: self.streams(),
             sequences: self.run.tokens.sequences(),
             tokens: self.run.tokens.sequence_length(),
             hidden: self.run.model.decoder.hidden_size(),
-        };
+        }
+    }
+
+    fn fetch(&self, endpoint: &str, boundary: Boundary, phases: &mut Phases) -> Result<HiddenStates, TaskError> {
+        let expected = self.expected();
         let remote = Remote { endpoint: endpoint.to_owned(), run: self.run.id.clone(), boundary };
         self.control.set_progress("fetch", 0, 1);
         let watch = Stopwatch::start();

@@ -34,6 +34,8 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Count zeros and N:M groups of a checkpoint, and compare it with another.
     Inspect(InspectArgs),
+    /// Say what a job would take on a cluster: time, memory, bytes moved; from the model's headers alone.
+    Plan(Box<PlanArgs>),
     /// Serve a cluster.
     Coordinator(CoordinatorArgs),
     /// Show the runs and workers of a coordinator.
@@ -125,6 +127,16 @@ pub(crate) struct PruneArgs {
     /// Submit to this coordinator instead of running here, and follow.
     #[arg(long, value_name = "URL")]
     pub(crate) coordinator: Option<String>,
+}
+
+/// Arguments of `plan`: those of `prune`, of which only the model is needed, and the cluster.
+#[derive(Debug, Args)]
+pub(crate) struct PlanArgs {
+    #[command(flatten)]
+    pub(crate) prune: PruneArgs,
+    /// The machines: [[workers]] with name, count, memory and gflops, and [network], [storage], [solver].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) cluster: PathBuf,
 }
 
 /// Workers on this machine.

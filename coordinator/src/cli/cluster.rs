@@ -21,6 +21,7 @@ use crate::fleet::Roster;
 use crate::rpc::admin::AdminDesk;
 use crate::rpc::client::{AdminClient, AdminError};
 use crate::rpc::service::Service;
+use crate::schedule::Limits;
 
 /// Serves until a signal comes; a run that is going on is stopped so that it can be resumed.
 pub(crate) async fn serve(args: CoordinatorArgs) -> Result<(), CliError> {
@@ -34,7 +35,11 @@ pub(crate) async fn serve(args: CoordinatorArgs) -> Result<(), CliError> {
     let roster = Roster::default();
     let clock = Arc::new(SystemClock::default());
     let runs = std::path::absolute(&section.runs).map_err(|error| CliError::rejected(&error))?;
-    let desk = JobDesk::new(roster.clone(), runs, clock, section.workers);
+    let limits = Limits { stored_every: section.stored_every, ..Limits::default() };
+    let desk = JobDesk::open(roster.clone(), runs, clock, section.workers, limits).map_err(|error| {
+        let code = if error.is_passing() { exit::INTERRUPTED } else { exit::REJECTED };
+        CliError { code, ..CliError::rejected(&error) }
+    })?;
     let service = Service::start(section.listen, roster, Some(AdminDesk::new(desk.clone()))).await?;
     screen::out(&format!("listening on http://{}", service.address));
     let stop = local::stop_on_signal();

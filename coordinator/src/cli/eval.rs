@@ -20,7 +20,7 @@ pub(crate) async fn run(args: EvalArgs, json: bool) -> Result<(), CliError> {
     let folder = tempfile::tempdir().map_err(|source| CliError::rejected(&source))?;
     let stop = local::stop_on_signal();
     let roster = Roster::default();
-    let setting = local::setting(folder.path(), &args.local, roster.clone(), stop);
+    let setting = local::setting(folder.path(), &args.local, roster.clone(), stop)?;
     let events = setting.events.clone();
     let nll = local::shown(&events, json, async {
         let store = store::open(&folder.path().to_string_lossy()).map_err(RunError::from)?;

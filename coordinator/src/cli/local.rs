@@ -25,16 +25,24 @@ use crate::schedule::Limits;
 const WITHOUT_WORKERS: Duration = Duration::from_secs(3);
 
 /// The setting of a run on this machine.
-pub(crate) fn setting(folder: &Path, local: &LocalArgs, roster: Roster, stop: CancellationToken) -> Setting {
-    Setting {
+pub(crate) fn setting(
+    folder: &Path,
+    local: &LocalArgs,
+    roster: Roster,
+    stop: CancellationToken,
+) -> Result<Setting, CliError> {
+    let config = CoordinatorConfig::load(None, Overrides::default()).map_err(|error| CliError::rejected(&error))?;
+    let stored_every = config.coordinator.stored_every;
+    Ok(Setting {
         folder: folder.to_owned(),
         roster,
         workers_wanted: local.workers,
         events: EventLog::default(),
         clock: Arc::new(SystemClock::default()),
-        limits: Limits { without_workers: WITHOUT_WORKERS, ..Limits::default() },
+        limits: Limits { without_workers: WITHOUT_WORKERS, stored_every, ..Limits::default() },
+        workers_return: false,
         stop,
-    }
+    })
 }
 
 /// A token that Ctrl-C (or SIGTERM) sets. A second one ends the process at once.

@@ -6,6 +6,7 @@ mod eval;
 mod inspect;
 mod job;
 mod local;
+mod plan;
 mod prune;
 mod screen;
 mod table;
@@ -71,6 +72,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
             Command::Inspect(args) => inspect::run(&args, cli.json),
             Command::Report(args) => prune::report(&args, cli.json),
             Command::Resume(args) => prune::resume(args, cli.json).await,
+            Command::Plan(args) => plan::run(*args, cli.json).await,
             Command::Coordinator(args) => cluster::serve(args).await,
             Command::Status(args) => cluster::status(args, cli.json).await,
             Command::Cancel(args) => cluster::cancel(args).await,

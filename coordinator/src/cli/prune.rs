@@ -33,7 +33,7 @@ pub(crate) async fn resume(args: ResumeArgs, json: bool) -> Result<(), CliError>
 async fn run_here(job: JobSpec, folder: &Path, local: &LocalArgs, json: bool) -> Result<(), CliError> {
     let stop = local::stop_on_signal();
     let roster = Roster::default();
-    let setting = local::setting(folder, local, roster.clone(), stop);
+    let setting = local::setting(folder, local, roster.clone(), stop)?;
     let events = setting.events.clone();
     let existed = folder.exists();
     let result = local::shown(&events, json, async {

@@ -60,6 +60,8 @@ pub enum UnitCall {
         source: Source,
         /// What its matrices must become.
         pattern: Pattern,
+        /// Whether its output is also left in the run's store.
+        keeps_output: bool,
     },
     /// Evaluate windows.
     Evaluate {
@@ -165,9 +167,11 @@ impl WorkerClient for GrpcWorkerClient {
                 let message = pb::ForwardLayerRequest { lease: wire_lease, source: Some(source.into()) };
                 self.answer("ForwardLayer", stub.forward_layer(Self::request(message, SHORT)).await)?
             }
-            UnitCall::Prune { source, pattern } => {
+            UnitCall::Prune { source, pattern, keeps_output } => {
                 let pattern_json = serde_json::to_string(&pattern).expect("a pattern is plain data");
-                let message = pb::PruneLayerRequest { lease: wire_lease, source: Some(source.into()), pattern_json };
+                let source = Some(source.into());
+                let message =
+                    pb::PruneLayerRequest { lease: wire_lease, source, pattern_json, keep_output: keeps_output };
                 self.answer("PruneLayer", stub.prune_layer(Self::request(message, SHORT)).await)?
             }
             UnitCall::Evaluate { model, tokens, run_url, windows } => {

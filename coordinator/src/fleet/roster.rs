@@ -110,13 +110,27 @@ pub struct Member {
     pub bytes_received: u64,
 }
 
-#[derive(Default)]
 struct Inner {
+    /// Names this life of the coordinator: a worker that was numbered in another is not taken for one of ours.
+    life: u64,
     next: u64,
     members: BTreeMap<WorkerId, Member>,
     /// Those that are gone, for the report.
     past: BTreeMap<WorkerId, Member>,
     listener: Option<mpsc::Sender<FleetEvent>>,
+}
+
+impl Default for Inner {
+    fn default() -> Self {
+        Self {
+            // Never 0, which is what a message that lacks the field says.
+            life: rand::random_range(1..=u64::MAX),
+            next: 0,
+            members: BTreeMap::new(),
+            past: BTreeMap::new(),
+            listener: None,
+        }
+    }
 }
 
 /// Who is there.
@@ -126,6 +140,11 @@ pub struct Roster {
 }
 
 impl Roster {
+    /// Names this life of the coordinator.
+    pub fn life(&self) -> u64 {
+        self.lock().life
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().expect("nobody panics while holding the roster")
     }
@@ -182,6 +201,14 @@ impl Roster {
         if was_there {
             self.tell(FleetEvent::Lost(worker)).await;
         }
+    }
+
+    /// Takes a worker out without telling the listener: for the listener itself, which knows. A worker that lives after all
+    /// learns from its next heartbeat that it is not known, and registers again.
+    pub fn forget(&self, worker: WorkerId) {
+        let mut inner = self.lock();
+        let member = inner.members.remove(&worker);
+        inner.past.extend(member.map(|member| (worker, member)));
     }
 
     /// Notes what a worker measured; false if it is not known.

@@ -40,10 +40,13 @@ impl Admin for AdminDesk {
 
     async fn submit(&self, request: Request<pb::SubmitRequest>) -> Result<Response<pb::SubmitResponse>, Status> {
         let message = request.into_inner();
-        let run = self
-            .desk
-            .submit(&message.job_json, &message.idempotency_key, &message.run_url)
-            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let run =
+            self.desk.submit(&message.job_json, &message.idempotency_key, &message.run_url).map_err(
+                |error| match error.is_passing() {
+                    true => Status::unavailable(error.to_string()),
+                    false => Status::invalid_argument(error.to_string()),
+                },
+            )?;
         Ok(Response::new(pb::SubmitResponse { run: run.0 }))
     }
 

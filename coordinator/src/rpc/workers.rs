@@ -47,7 +47,11 @@ impl Coordinator for WorkerDesk {
         let worker =
             self.roster.register(offer).await.map_err(|error| Status::failed_precondition(error.to_string()))?;
         let heartbeat_interval_ms = HEARTBEAT_INTERVAL.as_millis() as u32;
-        Ok(Response::new(pb::RegisterResponse { worker: worker.0, heartbeat_interval_ms }))
+        Ok(Response::new(pb::RegisterResponse {
+            worker: worker.0,
+            heartbeat_interval_ms,
+            coordinator: self.roster.life(),
+        }))
     }
 
     async fn heartbeat(
@@ -56,7 +60,8 @@ impl Coordinator for WorkerDesk {
     ) -> Result<Response<pb::HeartbeatResponse>, Status> {
         let message = request.into_inner();
         let worker = WorkerId(message.worker);
-        let known = self.roster.note(worker, message.peak_rss_bytes, message.bytes_received);
+        let known = message.coordinator == self.roster.life()
+            && self.roster.note(worker, message.peak_rss_bytes, message.bytes_received);
         if known {
             let progress = message
                 .progress
@@ -84,7 +89,10 @@ impl Coordinator for WorkerDesk {
     }
 
     async fn leave(&self, request: Request<pb::LeaveRequest>) -> Result<Response<pb::LeaveResponse>, Status> {
-        self.roster.remove(WorkerId(request.into_inner().worker)).await;
+        let message = request.into_inner();
+        if message.coordinator == self.roster.life() {
+            self.roster.remove(WorkerId(message.worker)).await;
+        }
         Ok(Response::new(pb::LeaveResponse {}))
     }
 }

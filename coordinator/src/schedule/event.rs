@@ -61,6 +61,11 @@ pub enum Origin {
         /// Who holds it.
         by: WorkerId,
     },
+    /// A boundary that a committed layer left in the run's store.
+    Stored {
+        /// Which boundary.
+        boundary: Boundary,
+    },
 }
 
 impl Origin {
@@ -68,7 +73,7 @@ impl Origin {
     pub fn boundary(self) -> Boundary {
         match self {
             Self::Tokens => Boundary(0),
-            Self::Held { boundary, .. } => boundary,
+            Self::Held { boundary, .. } | Self::Stored { boundary } => boundary,
         }
     }
 }
@@ -84,6 +89,13 @@ pub enum Action {
         lease: Lease,
         /// Where its input comes from; layers between it and the unit's are run again on the way.
         origin: Origin,
+        /// Whether a pruned layer's output is also left in the run's store.
+        keeps_output: bool,
+    },
+    /// Delete a boundary from the run's store: a later one is there.
+    Discard {
+        /// Which.
+        boundary: Boundary,
     },
     /// Tell a worker to drop hidden states.
     Release {
@@ -143,7 +155,7 @@ pub enum Record {
     },
 }
 
-/// How patient the scheduler is.
+/// How patient and how careful the scheduler is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// A worker that was not heard of for this long is lost.
@@ -152,11 +164,19 @@ pub struct Limits {
     pub without_workers: Duration,
     /// Leases given for one unit before the run fails with its last fault.
     pub attempts: u32,
+    /// In a chain, the hidden states behind every so many layers, and those that go to another worker, are also stored, so
+    /// that a run which loses its workers begins there again and not at the tokens; 0: never.
+    pub stored_every: u32,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { worker_silence: Duration::from_secs(15), without_workers: Duration::from_secs(60), attempts: 3 }
+        Self {
+            worker_silence: Duration::from_secs(15),
+            without_workers: Duration::from_secs(60),
+            attempts: 3,
+            stored_every: 0,
+        }
     }
 }
 

@@ -3,6 +3,8 @@
 mod event;
 pub mod invariants;
 #[cfg(test)]
+mod sim;
+#[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -45,6 +47,8 @@ pub enum UnitState {
 struct WorkerState {
     last_seen: Millis,
     running: Option<Lease>,
+    /// What the unit it runs began with.
+    began_with: Origin,
 }
 
 /// What went wrong with a unit so far.
@@ -66,6 +70,8 @@ pub struct Scheduler {
     /// Owner of each layer that is not committed yet; decides placement, never the result.
     owners: BTreeMap<LayerIndex, WorkerId>,
     held: BTreeMap<Boundary, BTreeSet<WorkerId>>,
+    /// Boundaries in the run's store.
+    stored: BTreeSet<Boundary>,
     trouble: BTreeMap<Unit, Trouble>,
     alone_since: Option<Millis>,
     ended: bool,
@@ -87,6 +93,7 @@ impl Scheduler {
             workers: BTreeMap::new(),
             owners: BTreeMap::new(),
             held: BTreeMap::new(),
+            stored: BTreeSet::new(),
             trouble: BTreeMap::new(),
             alone_since: Some(Millis(0)),
             ended: false,
@@ -111,7 +118,13 @@ impl Scheduler {
                     let trouble = scheduler.trouble.entry(lease.unit).or_default();
                     trouble.leases = trouble.leases.max(lease.attempt.0);
                 }
-                Record::Committed { lease, .. } => scheduler.mark_committed(lease.unit),
+                Record::Committed { lease, outcome } => {
+                    // Older ones were deleted, or will be with the run.
+                    if let Some(boundary) = stored_boundary(lease.unit, outcome) {
+                        scheduler.stored = BTreeSet::from([boundary]);
+                    }
+                    scheduler.mark_committed(lease.unit);
+                }
                 // Faults of an earlier life do not count against a resumed run: its machines are others.
                 Record::Failed { .. } => {}
             }
@@ -166,7 +179,7 @@ impl Scheduler {
     }
 
     fn add(&mut self, worker: WorkerId) {
-        self.workers.insert(worker, WorkerState { last_seen: self.now, running: None });
+        self.workers.insert(worker, WorkerState { last_seen: self.now, running: None, began_with: Origin::Tokens });
         self.alone_since = None;
         self.assign_owners();
     }
@@ -233,7 +246,12 @@ impl Scheduler {
         for boundary in held {
             self.held.entry(*boundary).or_default().insert(lease.worker);
         }
+        let stored = stored_boundary(lease.unit, &outcome);
         actions.push(Action::Record(Record::Committed { lease, outcome }));
+        if let Some(boundary) = stored {
+            let older = std::mem::replace(&mut self.stored, BTreeSet::from([boundary]));
+            actions.extend(older.into_iter().map(|boundary| Action::Discard { boundary }));
+        }
         self.mark_committed(lease.unit);
         self.release_what_nobody_needs(actions);
     }
@@ -256,6 +274,7 @@ impl Scheduler {
     }
 
     fn fail(&mut self, lease: Lease, fault: Fault, actions: &mut Vec<Action>) {
+        self.doubt_origin(lease.worker);
         self.free(lease);
         self.units.insert(lease.unit, UnitState::Ready);
         actions.push(Action::Record(Record::Failed { lease, fault: fault.clone() }));
@@ -272,6 +291,24 @@ impl Scheduler {
         if final_ {
             let attempts = trouble.failures;
             self.end(Action::Fail(Failure::Unit { lease, fault, attempts }), actions);
+        }
+    }
+
+    /// What a failed unit began with may be why it failed (its holder is gone, or dropped it): the next try begins elsewhere.
+    fn doubt_origin(&mut self, worker: WorkerId) {
+        match self.workers.get(&worker).map(|state| state.began_with) {
+            Some(Origin::Held { boundary, by }) => {
+                if let Some(holders) = self.held.get_mut(&boundary) {
+                    holders.remove(&by);
+                    if holders.is_empty() {
+                        self.held.remove(&boundary);
+                    }
+                }
+            }
+            Some(Origin::Stored { boundary }) => {
+                self.stored.remove(&boundary);
+            }
+            Some(Origin::Tokens) | None => {}
         }
     }
 
@@ -335,15 +372,30 @@ impl Scheduler {
         let lease = Lease { unit, worker, attempt: Attempt(trouble.leases) };
         let origin = self.origin(unit, worker);
         self.units.insert(unit, UnitState::Leased { lease });
-        self.workers.get_mut(&worker).expect("only workers that are there are leased to").running = Some(lease);
+        let state = self.workers.get_mut(&worker).expect("only workers that are there are leased to");
+        state.running = Some(lease);
+        state.began_with = origin;
         actions.push(Action::Record(Record::Leased { lease }));
-        actions.push(Action::Start { lease, origin });
+        actions.push(Action::Start { lease, origin, keeps_output: self.keeps_output(unit, worker) });
     }
 
-    /// The nearest boundary at or before the unit's layer that somebody holds, the worker itself if it does.
+    /// In a chain, outputs that another worker will need, and those behind every so many layers, are stored.
+    fn keeps_output(&self, unit: Unit, worker: WorkerId) -> bool {
+        let (Unit::Prune(layer), Shape::PruneChain { layer_bytes }) = (unit, &self.shape) else { return false };
+        let next = layer.0 + 1;
+        let is_stage_end = self.owners.get(&LayerIndex(next)).is_some_and(|owner| *owner != worker);
+        let every = self.limits.stored_every;
+        every > 0 && (next as usize) < layer_bytes.len() && (is_stage_end || next.is_multiple_of(every))
+    }
+
+    /// The nearest boundary at or before the unit's layer that somebody holds, the worker itself if it does, or that is stored.
     fn origin(&self, unit: Unit, worker: WorkerId) -> Origin {
         let (Unit::Forward(layer) | Unit::Prune(layer)) = unit else { return Origin::Tokens };
-        self.held.range(..=Boundary(layer.0)).next_back().map_or(Origin::Tokens, |(boundary, holders)| {
+        let stored = self.stored.range(..=Boundary(layer.0)).next_back().copied();
+        let held = self.held.range(..=Boundary(layer.0)).next_back();
+        let held = held.filter(|(boundary, _)| stored.is_none_or(|stored| **boundary >= stored));
+        let otherwise = stored.map_or(Origin::Tokens, |boundary| Origin::Stored { boundary });
+        held.map_or(otherwise, |(boundary, holders)| {
             let by = if holders.contains(&worker) {
                 worker
             } else {
@@ -381,5 +433,13 @@ impl Scheduler {
     fn end(&mut self, action: Action, actions: &mut Vec<Action>) {
         self.ended = true;
         actions.push(action);
+    }
+}
+
+/// The boundary that a committed unit left in the store.
+fn stored_boundary(unit: Unit, outcome: &Outcome) -> Option<Boundary> {
+    match (unit, outcome) {
+        (Unit::Prune(layer), Outcome::Pruned { boundary: Some(_), .. }) => Some(Boundary(layer.0 + 1)),
+        _ => None,
     }
 }

@@ -21,7 +21,7 @@ fn started(actions: &[Action]) -> Vec<(Lease, Origin)> {
     actions
         .iter()
         .filter_map(|action| match action {
-            Action::Start { lease, origin } => Some((*lease, *origin)),
+            Action::Start { lease, origin, .. } => Some((*lease, *origin)),
             _ => None,
         })
         .collect()
@@ -37,6 +37,7 @@ fn outcome(unit: Unit) -> Outcome {
             },
             sublayers: Vec::new(),
             phases: Vec::new(),
+            boundary: None,
         },
         Unit::Forward(_) => Outcome::Forwarded { phases: Vec::new() },
         Unit::Evaluate(_) => Outcome::Evaluated { window_nll: vec![1.0], phases: Vec::new() },
@@ -267,12 +268,12 @@ proptest! {
                         }
                         journal.push(record);
                     }
-                    Action::Start { lease, origin } => {
+                    Action::Start { lease, origin, .. } => {
                         let (Unit::Prune(layer) | Unit::Forward(layer)) = lease.unit else { panic!("no evaluation here") };
                         prop_assert!(origin.boundary().0 <= layer.0);
                         running.push(lease);
                     }
-                    Action::Release { .. } | Action::Finish => {}
+                    Action::Release { .. } | Action::Discard { .. } | Action::Finish => {}
                     Action::Fail(failure) => prop_assert!(matches!(failure, Failure::NoWorkers { .. }), "{failure:?}"),
                 }
             }

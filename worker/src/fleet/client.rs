@@ -107,9 +107,11 @@ impl CoordinatorClient {
     ///
     /// # Errors
     /// `Refused`, `Unreachable`.
-    pub async fn leave(&self, worker: u64) -> Result<(), CallError> {
+    pub async fn leave(&self, worker: u64, coordinator: u64) -> Result<(), CallError> {
         let mut stub = self.stub.clone();
-        self.within_deadline(stub.leave(request(pb::LeaveRequest { worker }))).await.map(|pb::LeaveResponse {}| ())
+        self.within_deadline(stub.leave(request(pb::LeaveRequest { worker, coordinator })))
+            .await
+            .map(|pb::LeaveResponse {}| ())
     }
 
     async fn within_deadline<T>(
@@ -176,14 +178,16 @@ mod tests {
             }
             let worker = self.registered.fetch_add(1, Ordering::SeqCst) + 1;
             self.changed.notify_one();
-            Ok(Response::new(pb::RegisterResponse { worker, heartbeat_interval_ms: 20 }))
+            Ok(Response::new(pb::RegisterResponse { worker, heartbeat_interval_ms: 20, coordinator: 7 }))
         }
 
         async fn heartbeat(
             &self,
             request: Request<pb::HeartbeatRequest>,
         ) -> Result<Response<pb::HeartbeatResponse>, Status> {
-            Ok(Response::new(pb::HeartbeatResponse { known: request.into_inner().worker != 1 }))
+            let beat = request.into_inner();
+            assert_eq!(beat.coordinator, 7);
+            Ok(Response::new(pb::HeartbeatResponse { known: beat.worker != 1 }))
         }
 
         async fn report(&self, request: Request<pb::ReportRequest>) -> Result<Response<pb::ReportResponse>, Status> {

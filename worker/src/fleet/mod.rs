@@ -33,12 +33,14 @@ pub struct Membership {
     offer: pb::RegisterRequest,
     /// The id that the coordinator gave; reports carry the lease's own.
     worker: AtomicU64,
+    /// The coordinator's life in which it was given.
+    coordinator: AtomicU64,
 }
 
 impl Membership {
     /// A place that is not taken yet.
     pub fn new(client: CoordinatorClient, session: Arc<Session>, offer: pb::RegisterRequest) -> Self {
-        Self { client, session, offer, worker: AtomicU64::new(0) }
+        Self { client, session, offer, worker: AtomicU64::new(0), coordinator: AtomicU64::new(0) }
     }
 
     /// Registers, then beats and reports until the coordinator is gone; never returns without an error.
@@ -56,7 +58,9 @@ impl Membership {
     /// Tells the coordinator that this worker leaves; what it held is lost.
     pub async fn leave(&self, patience: Duration) {
         let worker = self.worker.load(Ordering::Relaxed);
-        if worker != 0 && !matches!(tokio::time::timeout(patience, self.client.leave(worker)).await, Ok(Ok(()))) {
+        let coordinator = self.coordinator.load(Ordering::Relaxed);
+        let leaving = tokio::time::timeout(patience, self.client.leave(worker, coordinator));
+        if worker != 0 && !matches!(leaving.await, Ok(Ok(()))) {
             tracing::warn!(coordinator = self.client.url(), "the coordinator was not told that this worker leaves");
         }
     }
@@ -69,6 +73,7 @@ impl Membership {
             match self.client.register(self.offer.clone()).await {
                 Ok(answer) => {
                     self.worker.store(answer.worker, Ordering::Relaxed);
+                    self.coordinator.store(answer.coordinator, Ordering::Relaxed);
                     tracing::info!(worker = answer.worker, coordinator = self.client.url(), "registered");
                     return Ok(Duration::from_millis(u64::from(answer.heartbeat_interval_ms.clamp(10, 60_000))));
                 }
@@ -111,6 +116,7 @@ impl Membership {
         });
         pb::HeartbeatRequest {
             worker: self.worker.load(Ordering::Relaxed),
+            coordinator: self.coordinator.load(Ordering::Relaxed),
             progress: progress.collect(),
             peak_rss_bytes: peak_rss_bytes(),
             bytes_received: self.session.bytes_received(),

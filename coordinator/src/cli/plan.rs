@@ -1,0 +1,93 @@
+//! `plan`: what a job would take, before any of it is spent.
+
+use espalier_common::job::Propagation;
+
+use super::args::{LocalArgs, PlanArgs};
+use super::{CliError, job, local, screen, table};
+use crate::error::exit;
+use crate::fleet::Roster;
+use crate::plan::cluster::ClusterSpec;
+use crate::plan::cost;
+use crate::plan::predict::{self, PlanError, Prediction};
+use crate::run;
+
+/// Plans a job. One worker on this machine reads the model's headers; nothing else is started or written.
+pub(crate) async fn run(mut args: PlanArgs, json: bool) -> Result<(), CliError> {
+    let cluster = ClusterSpec::read(&args.cluster).map_err(|error| CliError::rejected(&error))?;
+    let workers = cluster.workers().map_err(|error| CliError::rejected(&error))?;
+    if args.prune.job.is_none() {
+        // Neither is read or written here.
+        args.prune.output.get_or_insert_with(|| "planned".to_owned());
+        args.prune.calibration.get_or_insert_with(|| "planned.txt".to_owned());
+    }
+    let job = job::job(&args.prune)?;
+    job.validate().map_err(|error| CliError::rejected(&error))?;
+    let folder = tempfile::tempdir().map_err(|source| CliError::rejected(&source))?;
+    let one = LocalArgs { workers: 1, threads: Some(1) };
+    let roster = Roster::default();
+    let setting = local::setting(folder.path(), &one, roster.clone(), local::stop_on_signal())?;
+    let outline = local::with_workers(&one, &folder.path().join("logs"), roster, async {
+        run::wait_for_workers(&setting).await?;
+        run::inspect(&setting, &job).await
+    })
+    .await?;
+    let cost = cost::count(&outline, &job, cluster.solver);
+    let layer_bytes: Vec<u64> = outline.layers.iter().map(|layer| layer.bytes).collect();
+    let mode = job.propagation.mode;
+    let prediction = predict::predict(&cost, mode, &layer_bytes, &cluster, &workers).map_err(|error| {
+        let code = if error == PlanError::Endless { exit::BUG } else { exit::REJECTED };
+        CliError { code, ..CliError::rejected(&error) }
+    })?;
+    if json {
+        screen::out(&serde_json::to_string_pretty(&prediction).expect("a prediction is plain data"));
+    } else {
+        screen::out(&summary(&prediction, mode));
+    }
+    Ok(())
+}
+
+fn summary(plan: &Prediction, mode: Propagation) -> String {
+    let gigabytes = |bytes: u64| format!("{:.2}", bytes as f64 / 1e9);
+    let mut workers = table::table(&[
+        "worker",
+        "layers",
+        "busy s",
+        "weights GB",
+        "gram GB",
+        "sequence GB",
+        "of GB",
+        "hidden states GB",
+    ]);
+    for part in &plan.workers {
+        let layers = match (part.layers.first(), part.layers.last()) {
+            (Some(first), Some(last)) if part.layers.len() > 1 => format!("{} ({first} to {last})", part.layers.len()),
+            (Some(only), _) => format!("1 ({only})"),
+            _ => "none".to_owned(),
+        };
+        workers.add_row([
+            part.worker.name.clone(),
+            layers,
+            format!("{:.1}", part.busy_seconds),
+            gigabytes(part.memory.weights_bytes),
+            gigabytes(part.memory.gram_bytes),
+            gigabytes(part.memory.sequence_bytes),
+            gigabytes(part.worker.memory_bytes),
+            gigabytes(part.memory.activation_bytes),
+        ]);
+    }
+    let mut phases = table::table(&["phase", "work s", "on the critical path s"]);
+    for (phase, seconds) in &plan.seconds_by_phase {
+        let critical = plan.critical_seconds_by_phase.get(phase).copied().unwrap_or_default();
+        phases.add_row([(*phase).to_owned(), format!("{seconds:.1}"), format!("{critical:.1}")]);
+    }
+    let order = match mode {
+        Propagation::Pruned => "each layer waits for the one before",
+        Propagation::Dense => "layers are pruned side by side",
+    };
+    format!(
+        "{workers}\n{phases}\n{:.1} s in all ({order}); {} units on the critical path; {} GB between workers",
+        plan.seconds,
+        plan.critical_path.len(),
+        gigabytes(plan.bytes_moved)
+    )
+}

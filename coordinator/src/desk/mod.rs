@@ -1,0 +1,315 @@
+//! The runs of a coordinator service: submitted, written down, queued, run one after another, followed.
+
+mod book;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use espalier_common::clock::Clock;
+use espalier_common::ids::RunId;
+use espalier_common::job::JobSpec;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use book::{Book, End, Entry};
+
+use crate::error::exit;
+use crate::events::{EventLog, Phase, RunEvent, RunStatus, Status, WorkerStatus};
+use crate::fleet::Roster;
+use crate::run::{Run, Setting};
+use crate::schedule::Limits;
+
+/// Jobs that may wait; more are refused.
+const MAX_QUEUED: usize = 256;
+
+/// One submitted job.
+#[derive(Clone)]
+pub struct Ticket {
+    /// Names it towards its submitter; the run's own id is in its events.
+    pub id: RunId,
+    /// What happened so far.
+    pub events: EventLog,
+    entry: Entry,
+    stop: CancellationToken,
+}
+
+impl Ticket {
+    fn new(entry: Entry) -> Self {
+        let events = EventLog::default();
+        if let Some(last) = entry.last_event() {
+            events.note(last);
+        }
+        Self { id: entry.id.clone(), events, entry, stop: CancellationToken::new() }
+    }
+}
+
+#[derive(Default)]
+struct Inner {
+    tickets: BTreeMap<String, Ticket>,
+    keys: BTreeMap<String, String>,
+    queue: VecDeque<String>,
+    order: Vec<String>,
+}
+
+impl Inner {
+    fn add(&mut self, ticket: Ticket) {
+        let id = ticket.id.0.clone();
+        if !ticket.entry.key.is_empty() {
+            self.keys.insert(ticket.entry.key.clone(), id.clone());
+        }
+        if ticket.entry.end.is_none() {
+            self.queue.push_back(id.clone());
+        }
+        if self.tickets.insert(id.clone(), ticket).is_none() {
+            self.order.push(id);
+        }
+    }
+}
+
+/// Where jobs are submitted and run.
+#[derive(Clone)]
+pub struct JobDesk {
+    inner: Arc<Mutex<Inner>>,
+    wake: Arc<Notify>,
+    book: Book,
+    roster: Roster,
+    root: PathBuf,
+    clock: Arc<dyn Clock>,
+    workers_wanted: usize,
+    limits: Limits,
+}
+
+/// Why a job is not taken, or the desk not opened.
+#[derive(Debug, thiserror::Error)]
+pub enum DeskError {
+    /// The job is wrong.
+    #[error(transparent)]
+    Job(#[from] espalier_common::job::JobError),
+    /// The job cannot be read.
+    #[error("job: {0}")]
+    Unreadable(#[from] serde_json::Error),
+    /// Too many wait already.
+    #[error("{MAX_QUEUED} jobs are waiting already")]
+    Full,
+    /// The job cannot be written down.
+    #[error(transparent)]
+    Store(#[from] espalier_common::store::StoreError),
+    /// The root of the runs cannot be used.
+    #[error("runs folder {}", path.display())]
+    Root {
+        /// The folder, or the file in it.
+        path: PathBuf,
+        /// What the file system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Another coordinator serves from this root.
+    #[error("runs folder {} is in use by another coordinator", root.display())]
+    Busy {
+        /// The root.
+        root: PathBuf,
+    },
+}
+
+impl DeskError {
+    /// Whether submitting the same again may help.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Full | Self::Store(_) | Self::Root { .. } | Self::Busy { .. })
+    }
+}
+
+impl JobDesk {
+    /// Opens the desk whose runs live below `root`, unless a job says otherwise. Jobs that an earlier coordinator left
+    /// unfinished are queued again; what they committed stays committed.
+    ///
+    /// # Errors
+    /// See [`DeskError`].
+    pub fn open(
+        roster: Roster,
+        root: PathBuf,
+        clock: Arc<dyn Clock>,
+        workers_wanted: usize,
+        limits: Limits,
+    ) -> Result<Self, DeskError> {
+        let (book, entries) = Book::open(&root)?;
+        let mut inner = Inner::default();
+        for entry in entries {
+            if entry.end.is_none() {
+                info!(job = %entry.id, "taken up again");
+            }
+            inner.add(Ticket::new(entry));
+        }
+        let inner = Arc::new(Mutex::new(inner));
+        Ok(Self { inner, wake: Arc::default(), book, roster, root, clock, workers_wanted, limits })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("nobody panics while holding the desk")
+    }
+
+    /// Takes a job; it is written down when this returns. The same key again returns the same ticket, and queues it again if
+    /// it ended badly.
+    ///
+    /// # Errors
+    /// See [`DeskError`].
+    pub fn submit(&self, job_json: &str, key: &str, run_url: &str) -> Result<RunId, DeskError> {
+        let job: JobSpec = serde_json::from_str(job_json)?;
+        job.validate()?;
+        let mut inner = self.lock();
+        let known = inner.keys.get(key).and_then(|id| inner.tickets.get(id)).map(|ticket| ticket.entry.clone());
+        let entry = match known {
+            Some(entry) if matches!(entry.end, Some(End::Ended { .. })) => Entry { end: None, ..entry },
+            Some(entry) => return Ok(entry.id),
+            None => {
+                let id = RunId(format!("job-{}", inner.order.len() + 1));
+                let folder = if run_url.is_empty() { self.root.join(&id.0) } else { PathBuf::from(run_url) };
+                Entry { id, key: key.to_owned(), job, folder, end: None }
+            }
+        };
+        if inner.queue.len() >= MAX_QUEUED {
+            return Err(DeskError::Full);
+        }
+        self.book.write(&entry)?;
+        let id = entry.id.clone();
+        inner.add(Ticket::new(entry));
+        self.wake.notify_one();
+        Ok(id)
+    }
+
+    /// A ticket by its id.
+    pub fn ticket(&self, id: &str) -> Option<Ticket> {
+        self.lock().tickets.get(id).cloned()
+    }
+
+    /// Stops a run; false if there is none of that id.
+    pub fn cancel(&self, id: &str) -> bool {
+        let Some(ticket) = self.ticket(id) else { return false };
+        let was_queued = {
+            let mut inner = self.lock();
+            let before = inner.queue.len();
+            inner.queue.retain(|queued| queued != id);
+            inner.queue.len() < before
+        };
+        ticket.stop.cancel();
+        if was_queued {
+            self.close(&ticket, RunEvent::Ended { reason: "cancelled".to_owned(), exit_code: exit::INTERRUPTED });
+        }
+        true
+    }
+
+    /// The coordinator at a glance.
+    pub fn status(&self) -> Status {
+        let inner = self.lock();
+        let runs = inner.order.iter().filter_map(|id| inner.tickets.get(id)).map(run_status).collect();
+        let workers = self.roster.members().into_iter().map(|(worker, member)| WorkerStatus {
+            worker,
+            offer: member.offer,
+            peak_rss_bytes: member.peak_rss_bytes,
+        });
+        Status { runs, workers: workers.collect() }
+    }
+
+    /// Runs what is submitted, one job after another, until `stop` is set. The run that this interrupts is not ended: the
+    /// next coordinator goes on with it.
+    pub async fn work(&self, stop: CancellationToken) {
+        loop {
+            let next = {
+                let id = self.lock().queue.pop_front();
+                id.and_then(|id| self.ticket(&id))
+            };
+            match next {
+                Some(ticket) => {
+                    let stop_run = ticket.stop.clone();
+                    let run = self.run(&ticket);
+                    tokio::pin!(run);
+                    tokio::select! {
+                        last = &mut run => self.close(&ticket, last),
+                        () = stop.cancelled() => {
+                            stop_run.cancel();
+                            match run.await {
+                                last @ RunEvent::Finished { .. } => self.close(&ticket, last),
+                                last => ticket.events.note(last),
+                            }
+                            return;
+                        }
+                    }
+                }
+                None => tokio::select! {
+                    () = self.wake.notified() => {}
+                    () = stop.cancelled() => return,
+                },
+            }
+        }
+    }
+
+    /// Runs a job to its last event.
+    async fn run(&self, ticket: &Ticket) -> RunEvent {
+        let setting = Setting {
+            folder: ticket.entry.folder.clone(),
+            roster: self.roster.clone(),
+            workers_wanted: self.workers_wanted,
+            events: ticket.events.clone(),
+            clock: self.clock.clone(),
+            limits: self.limits,
+            workers_return: true,
+            stop: ticket.stop.clone(),
+        };
+        let job = ticket.entry.job.clone();
+        info!(job = %ticket.id, "run begins");
+        let result = match Run::open(job, setting) {
+            Ok(run) => run.execute().await,
+            Err(error) => Err(error),
+        };
+        match result {
+            Ok(report) => RunEvent::Finished { report: Box::new(report) },
+            Err(error) => {
+                let reason = error.one_line();
+                warn!(job = %ticket.id, reason, "run ended");
+                RunEvent::Ended { reason, exit_code: error.exit_code() }
+            }
+        }
+    }
+
+    /// Writes down how a job ended, and then tells its followers.
+    fn close(&self, ticket: &Ticket, last: RunEvent) {
+        let end = match &last {
+            RunEvent::Ended { reason, exit_code } => End::Ended { reason: reason.clone(), exit_code: *exit_code },
+            _ => End::Finished,
+        };
+        let entry = Entry { end: Some(end), ..ticket.entry.clone() };
+        if let Err(error) = self.book.write(&entry) {
+            // It will be run again, and found finished by its own journal.
+            warn!(job = %ticket.id, %error, "the end of the job was not written down");
+        }
+        if let Some(kept) = self.lock().tickets.get_mut(&ticket.id.0) {
+            kept.entry = entry;
+        }
+        ticket.events.note(last);
+    }
+}
+
+fn run_status(ticket: &Ticket) -> RunStatus {
+    let mut status = RunStatus {
+        run: ticket.id.clone(),
+        model: ticket.entry.job.model.source.clone(),
+        state: "queued".to_owned(),
+        committed: 0,
+        layers: None,
+    };
+    for event in ticket.events.follow().0 {
+        match event {
+            RunEvent::Opened { committed, .. } => {
+                status.state = "running".to_owned();
+                status.committed = committed;
+            }
+            RunEvent::Phase { phase: Phase::Prune { layers } } => status.layers = Some(layers),
+            RunEvent::Committed { unit: espalier_common::ids::Unit::Prune(_), .. } => status.committed += 1,
+            RunEvent::Finished { .. } => status.state = "done".to_owned(),
+            RunEvent::Ended { reason, .. } => status.state = reason,
+            _ => {}
+        }
+    }
+    status
+}

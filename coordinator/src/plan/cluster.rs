@@ -1,0 +1,198 @@
+//! `cluster.toml`: the machines that a plan is made for.
+
+use std::path::Path;
+
+use espalier_common::config::{self, ConfigError};
+use espalier_common::job::parse_size;
+use serde::{Deserialize, Serialize};
+
+/// More workers than this are a slip of the pen.
+const MOST_WORKERS: usize = 65_536;
+
+/// The whole file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClusterSpec {
+    /// `[network]`
+    #[serde(default)]
+    pub network: Network,
+    /// `[storage]`
+    #[serde(default)]
+    pub storage: Storage,
+    /// `[solver]`
+    #[serde(default)]
+    pub solver: Solver,
+    /// `[[workers]]`: kinds of workers.
+    pub workers: Vec<WorkerKind>,
+}
+
+/// `[network]`: what workers reach each other by.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Network {
+    /// Between any two workers.
+    pub gigabits_per_second: f64,
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self { gigabits_per_second: 10.0 }
+    }
+}
+
+/// `[storage]`: what the checkpoint is read from.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Storage {
+    /// For one worker.
+    pub gigabytes_per_second: f64,
+}
+
+impl Default for Storage {
+    fn default() -> Self {
+        Self { gigabytes_per_second: 1.0 }
+    }
+}
+
+/// `[solver]`: how much a method computes; the coordinator knows no method.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Solver {
+    /// Passes over rows · columns² for each sublayer: 1 for SparseGPT, the number of iterations for an iterative method.
+    pub sweeps: f64,
+    /// Share of the matrix-product speed that solving reaches.
+    pub efficiency: f64,
+}
+
+impl Default for Solver {
+    fn default() -> Self {
+        Self { sweeps: 1.0, efficiency: 0.5 }
+    }
+}
+
+/// `[[workers]]`: some workers of one kind.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WorkerKind {
+    /// A name for people.
+    pub name: String,
+    /// How many there are.
+    #[serde(default = "one")]
+    pub count: usize,
+    /// Memory of each, e.g. `80GB`.
+    pub memory: String,
+    /// Matrix-product speed of each in f32, as a worker measures it when it starts.
+    pub gflops: f64,
+}
+
+fn one() -> usize {
+    1
+}
+
+/// One worker of the plan.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PlannedWorker {
+    /// Its kind's name, numbered if there are several.
+    pub name: String,
+    /// Memory it has.
+    pub memory_bytes: u64,
+    /// Its speed.
+    pub gflops: f64,
+}
+
+/// Why a cluster cannot be planned for.
+#[derive(Debug, thiserror::Error)]
+pub enum ClusterError {
+    /// The file cannot be read.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A key has a value that makes no sense.
+    #[error("{key} is {value}, but must be {must}")]
+    Value {
+        /// The key.
+        key: String,
+        /// Its value.
+        value: String,
+        /// What it must be.
+        must: &'static str,
+    },
+}
+
+impl ClusterSpec {
+    /// Reads the file.
+    ///
+    /// # Errors
+    /// See [`ClusterError`].
+    pub fn read(path: &Path) -> Result<Self, ClusterError> {
+        let spec: Self = config::load_document(path)?;
+        spec.workers()?;
+        Ok(spec)
+    }
+
+    /// Every worker, kind by kind.
+    ///
+    /// # Errors
+    /// `Value`.
+    pub fn workers(&self) -> Result<Vec<PlannedWorker>, ClusterError> {
+        let wrong = |key: String, value: String, must| ClusterError::Value { key, value, must };
+        let positive = |key: &str, value: f64| {
+            let valid = value.is_finite() && value > 0.0;
+            if valid { Ok(()) } else { Err(wrong(key.to_owned(), value.to_string(), "a number above 0")) }
+        };
+        positive("[network] gigabits_per_second", self.network.gigabits_per_second)?;
+        positive("[storage] gigabytes_per_second", self.storage.gigabytes_per_second)?;
+        positive("[solver] sweeps", self.solver.sweeps)?;
+        positive("[solver] efficiency", self.solver.efficiency)?;
+        let total = self.workers.iter().fold(0usize, |sum, kind| sum.saturating_add(kind.count));
+        if total == 0 || total > MOST_WORKERS {
+            return Err(wrong("number of [[workers]]".to_owned(), total.to_string(), "between 1 and 65536"));
+        }
+        let mut workers = Vec::with_capacity(total);
+        for kind in &self.workers {
+            let key = |name: &str| format!("[[workers]] {} {name}", kind.name);
+            positive(&key("gflops"), kind.gflops)?;
+            let memory_bytes = parse_size(&kind.memory)
+                .ok_or_else(|| wrong(key("memory"), kind.memory.clone(), "a size such as 80GB or 512MiB"))?;
+            for index in 0..kind.count {
+                let name = if kind.count == 1 { kind.name.clone() } else { format!("{}-{index}", kind.name) };
+                workers.push(PlannedWorker { name, memory_bytes, gflops: kind.gflops });
+            }
+        }
+        Ok(workers)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(text: &str) -> ClusterSpec {
+        toml::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn kinds_are_counted_out() {
+        let spec = spec(
+            "[[workers]]\nname = \"gpu\"\ncount = 2\nmemory = \"80GB\"\ngflops = 5e4\n\
+             [[workers]]\nname = \"cpu\"\nmemory = \"64GiB\"\ngflops = 500.0\n",
+        );
+        let workers = spec.workers().unwrap();
+        let names: Vec<_> = workers.iter().map(|worker| worker.name.as_str()).collect();
+        assert_eq!(names, ["gpu-0", "gpu-1", "cpu"]);
+        assert_eq!((workers[1].memory_bytes, workers[2].memory_bytes), (80_000_000_000, 64 << 30));
+    }
+
+    #[test]
+    fn values_that_make_no_sense_are_named() {
+        let kind = "[[workers]]\nname = \"gpu\"\n";
+        for (text, named) in [
+            ("memory = \"much\"\ngflops = 1.0", "[[workers]] gpu memory is much"),
+            ("memory = \"1GB\"\ngflops = 0.0", "[[workers]] gpu gflops is 0"),
+            ("memory = \"1GB\"\ngflops = 1.0\ncount = 0", "number of [[workers]] is 0"),
+            ("memory = \"1GB\"\ngflops = 1.0\n[network]\ngigabits_per_second = -1.0", "gigabits_per_second is -1"),
+        ] {
+            let error = spec(&format!("{kind}{text}")).workers().unwrap_err().to_string();
+            assert!(error.contains(named), "{named}: {error}");
+        }
+    }
+}

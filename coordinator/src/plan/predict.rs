@@ -1,0 +1,360 @@
+//! How a run would go: the scheduler itself, driven by what each unit costs instead of by workers.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use espalier_common::clock::Millis;
+use espalier_common::digest::Digest;
+use espalier_common::ids::{Boundary, LayerIndex, Lease, Unit, WorkerId};
+use espalier_common::job::Propagation;
+use espalier_common::report::{Artifact, Outcome};
+use serde::Serialize;
+
+use super::cluster::{ClusterSpec, PlannedWorker};
+use super::cost::{JobCost, Memory};
+use crate::schedule::{Action, Event, Limits, Origin, Scheduler, Shape};
+
+/// How a run would go.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Prediction {
+    /// Each worker's part.
+    pub workers: Vec<WorkerPart>,
+    /// From the first unit to the last commit.
+    pub seconds: f64,
+    /// Work by phase, summed over workers.
+    pub seconds_by_phase: BTreeMap<&'static str, f64>,
+    /// Hidden states that go from worker to worker.
+    pub bytes_moved: u64,
+    /// The units that each had to wait for the one before: what would have to be faster for the run to be.
+    pub critical_path: Vec<Step>,
+    /// Time on that path by phase.
+    pub critical_seconds_by_phase: BTreeMap<&'static str, f64>,
+}
+
+/// One worker's part.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct WorkerPart {
+    /// The worker.
+    #[serde(flatten)]
+    pub worker: PlannedWorker,
+    /// Layers that it prunes.
+    pub layers: Vec<LayerIndex>,
+    /// Seconds that it computes or waits for data.
+    pub busy_seconds: f64,
+    /// What its largest layer needs.
+    pub memory: Memory,
+}
+
+/// One unit on the critical path.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Step {
+    /// The unit.
+    pub unit: String,
+    /// Who does it.
+    pub worker: String,
+    /// When it begins.
+    pub from_seconds: f64,
+    /// When it is done.
+    pub to_seconds: f64,
+}
+
+/// Why a job does not fit a cluster.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum PlanError {
+    /// A layer needs more memory than a worker has.
+    #[error(
+        "layer {layer} does not fit worker {worker}: it needs {} GB ({} weights, {} gram, {} one sequence), but the worker \
+         has {} GB",
+        gigabytes(memory.resident_bytes()), gigabytes(memory.weights_bytes), gigabytes(memory.gram_bytes),
+        gigabytes(memory.sequence_bytes), gigabytes(*has_bytes)
+    )]
+    Memory {
+        /// The layer.
+        layer: usize,
+        /// The worker.
+        worker: String,
+        /// What the layer needs.
+        memory: Memory,
+        /// What the worker has.
+        has_bytes: u64,
+    },
+    /// There is nothing to plan.
+    #[error("the model has no layers")]
+    Empty,
+    /// The scheduler did not come to an end: a broken invariant of Espalier.
+    #[error("the schedule does not end")]
+    Endless,
+}
+
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.3}", bytes as f64 / 1e9)
+}
+
+/// Predicts a run on `workers`.
+///
+/// # Errors
+/// `Memory` for the first layer that a worker could be given but cannot hold.
+pub fn predict(
+    cost: &JobCost,
+    mode: Propagation,
+    layer_bytes: &[u64],
+    cluster: &ClusterSpec,
+    workers: &[PlannedWorker],
+) -> Result<Prediction, PlanError> {
+    if cost.layers.is_empty() {
+        return Err(PlanError::Empty);
+    }
+    // Whoever is left may have to do any layer, so each must be able to.
+    for worker in workers {
+        let too_large = |memory: Memory| memory.resident_bytes() > worker.memory_bytes;
+        if let Some(layer) = cost.layers.iter().position(|layer| too_large(layer.memory)) {
+            let (worker, has_bytes) = (worker.name.clone(), worker.memory_bytes);
+            return Err(PlanError::Memory { layer, worker, memory: cost.layers[layer].memory, has_bytes });
+        }
+    }
+    let layer_bytes = layer_bytes.to_vec();
+    let shape = match mode {
+        Propagation::Pruned => Shape::PruneChain { layer_bytes },
+        Propagation::Dense => Shape::PruneApart { layer_bytes },
+    };
+    Rehearsal::new(cost, mode, cluster, workers, shape).run()
+}
+
+/// A unit that is under way.
+struct Running {
+    lease: Lease,
+    from: f64,
+    to: f64,
+    phases: Vec<(&'static str, f64)>,
+    /// The step whose end let this one begin.
+    after: Option<usize>,
+}
+
+struct Rehearsal<'a> {
+    cost: &'a JobCost,
+    mode: Propagation,
+    cluster: &'a ClusterSpec,
+    workers: &'a [PlannedWorker],
+    scheduler: Scheduler,
+    running: Vec<Running>,
+    done: Vec<Running>,
+    held: BTreeMap<WorkerId, BTreeSet<Boundary>>,
+    bytes_moved: u64,
+}
+
+impl<'a> Rehearsal<'a> {
+    fn new(
+        cost: &'a JobCost,
+        mode: Propagation,
+        cluster: &'a ClusterSpec,
+        workers: &'a [PlannedWorker],
+        shape: Shape,
+    ) -> Self {
+        let scheduler = Scheduler::new(shape, Limits::default());
+        let (running, done, held) = (Vec::new(), Vec::new(), BTreeMap::new());
+        Self { cost, mode, cluster, workers, scheduler, running, done, held, bytes_moved: 0 }
+    }
+
+    fn run(mut self) -> Result<Prediction, PlanError> {
+        let mut actions = Vec::new();
+        for index in 0..self.workers.len() {
+            actions.extend(self.scheduler.step(Event::WorkerJoined { worker: WorkerId(index as u64) }));
+        }
+        // The scheduler is asked again as each worker joins, but a unit that was begun stays where it is.
+        let mut now = 0.0;
+        self.begin(&actions, now, None);
+        while let Some(next) = self.next_to_end() {
+            let ended = self.running.swap_remove(next);
+            now = ended.to;
+            let event = self.end(&ended);
+            self.done.push(ended);
+            let after = Some(self.done.len() - 1);
+            let actions = self.scheduler.step(event);
+            self.begin(&actions, now, after);
+            // Nobody is silent in a rehearsal, however long a unit takes.
+            debug_assert!(self.scheduler.workers().count() == self.workers.len());
+        }
+        if !self.scheduler.is_finished() {
+            return Err(PlanError::Endless);
+        }
+        Ok(self.summary(now))
+    }
+
+    fn next_to_end(&self) -> Option<usize> {
+        let order =
+            |a: &(usize, &Running), b: &(usize, &Running)| a.1.to.total_cmp(&b.1.to).then(a.1.lease.cmp(&b.1.lease));
+        self.running.iter().enumerate().min_by(order).map(|(index, _)| index)
+    }
+
+    fn end(&mut self, ended: &Running) -> Event {
+        let lease = ended.lease;
+        let (Unit::Prune(layer) | Unit::Forward(layer)) = lease.unit else {
+            return Event::Tick { now: Millis(0) };
+        };
+        let held = self.held.entry(lease.worker).or_default();
+        held.insert(Boundary(layer.0));
+        let outcome = match lease.unit {
+            Unit::Prune(_) => {
+                let artifact = Artifact { name: String::new(), sha256: Digest::of(&[]), bytes: 0 };
+                Outcome::Pruned { artifact, sublayers: Vec::new(), phases: Vec::new(), boundary: None }
+            }
+            _ => Outcome::Forwarded { phases: Vec::new() },
+        };
+        let is_last = layer.0 as usize + 1 == self.cost.layers.len();
+        if !is_last && (self.mode == Propagation::Pruned || matches!(lease.unit, Unit::Forward(_))) {
+            held.insert(Boundary(layer.0 + 1));
+        }
+        Event::UnitDone { lease, outcome, held: held.iter().copied().collect() }
+    }
+
+    fn begin(&mut self, actions: &[Action], now: f64, after: Option<usize>) {
+        for action in actions {
+            match action {
+                Action::Start { lease, origin, .. } => {
+                    let phases = self.phases(*lease, *origin);
+                    let seconds: f64 = phases.iter().map(|(_, seconds)| seconds).sum();
+                    self.running.push(Running { lease: *lease, from: now, to: now + seconds, phases, after });
+                }
+                Action::Release { worker, boundaries } => {
+                    if let Some(held) = self.held.get_mut(worker) {
+                        held.retain(|boundary| !boundaries.contains(boundary));
+                    }
+                }
+                Action::Record(_) | Action::Finish | Action::Fail(_) | Action::Discard { .. } => {}
+            }
+        }
+    }
+
+    /// What a unit does on its worker, phase by phase, in seconds.
+    fn phases(&mut self, lease: Lease, origin: Origin) -> Vec<(&'static str, f64)> {
+        let (Unit::Prune(layer) | Unit::Forward(layer)) = lease.unit else { return Vec::new() };
+        let speed = self.workers[lease.worker.0 as usize].gflops * 1e9;
+        let layers = &self.cost.layers[origin.boundary().0 as usize..=layer.0 as usize];
+        let load_bytes: u64 = layers.iter().map(|layer| layer.load_bytes).sum();
+        let mut phases = Vec::new();
+        match origin {
+            Origin::Held { by, .. } if by != lease.worker => {
+                self.bytes_moved = self.bytes_moved.saturating_add(self.cost.boundary_bytes);
+                let bytes_per_second = self.cluster.network.gigabits_per_second * 1e9 / 8.0;
+                phases.push(("fetch", self.cost.boundary_bytes as f64 / bytes_per_second));
+            }
+            _ => {}
+        }
+        phases.push(("load", load_bytes as f64 / (self.cluster.storage.gigabytes_per_second * 1e9)));
+        let (own, before) = layers.split_last().expect("a unit has a layer");
+        let replayed: f64 = before.iter().map(|layer| layer.forward_flops).sum();
+        phases.push(("forward", (replayed + own.forward_flops) / speed));
+        if let Unit::Prune(_) = lease.unit {
+            phases.push(("gram", own.gram_flops / speed));
+            phases.push(("solve", own.solve_flops / (speed * self.cluster.solver.efficiency)));
+        }
+        phases
+    }
+
+    fn summary(self, seconds: f64) -> Prediction {
+        let name = |worker: WorkerId| self.workers[worker.0 as usize].name.clone();
+        let sum = |steps: &mut dyn Iterator<Item = &Running>| {
+            let mut sums: BTreeMap<&'static str, f64> = BTreeMap::new();
+            for (phase, seconds) in steps.flat_map(|step| &step.phases) {
+                *sums.entry(phase).or_default() += seconds;
+            }
+            sums
+        };
+        let mut path = Vec::new();
+        let mut at = self.done.len().checked_sub(1);
+        while let Some(index) = at {
+            path.push(&self.done[index]);
+            at = self.done[index].after;
+        }
+        path.reverse();
+        let parts = self.workers.iter().enumerate().map(|(index, worker)| {
+            let own: Vec<&Running> = self.done.iter().filter(|step| step.lease.worker.0 == index as u64).collect();
+            let pruned = own.iter().filter_map(|step| match step.lease.unit {
+                Unit::Prune(layer) => Some(layer),
+                Unit::Forward(_) | Unit::Evaluate(_) => None,
+            });
+            let mut layers: Vec<LayerIndex> = pruned.collect();
+            layers.sort_unstable();
+            let memory = layers.iter().map(|layer| self.cost.layers[layer.0 as usize].memory);
+            WorkerPart {
+                worker: worker.clone(),
+                memory: memory.fold(Memory::default(), Memory::max),
+                layers,
+                busy_seconds: own.iter().map(|step| step.to - step.from).sum(),
+            }
+        });
+        let step = |step: &&Running| Step {
+            unit: step.lease.unit.to_string(),
+            worker: name(step.lease.worker),
+            from_seconds: step.from,
+            to_seconds: step.to,
+        };
+        Prediction {
+            workers: parts.collect(),
+            seconds,
+            seconds_by_phase: sum(&mut self.done.iter()),
+            bytes_moved: self.bytes_moved,
+            critical_path: path.iter().map(step).collect(),
+            critical_seconds_by_phase: sum(&mut path.iter().copied()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::cluster::{Network, Solver, Storage};
+    use super::super::cost::{self, tests::job, tests::outline};
+    use super::*;
+
+    fn cluster(gflops: &[f64], memory_bytes: u64) -> (ClusterSpec, Vec<PlannedWorker>) {
+        let workers = gflops.iter().enumerate().map(|(index, &gflops)| PlannedWorker {
+            name: format!("w{index}"),
+            memory_bytes,
+            gflops,
+        });
+        let spec = ClusterSpec {
+            network: Network::default(),
+            storage: Storage::default(),
+            solver: Solver::default(),
+            workers: Vec::new(),
+        };
+        (spec, workers.collect())
+    }
+
+    fn plan(mode: &str, layers: usize, gflops: &[f64], memory_bytes: u64) -> Result<Prediction, PlanError> {
+        let (outline, job) = (outline(layers), job(mode));
+        let (cluster, workers) = cluster(gflops, memory_bytes);
+        let cost = cost::count(&outline, &job, cluster.solver);
+        let layer_bytes: Vec<u64> = outline.layers.iter().map(|layer| layer.bytes).collect();
+        predict(&cost, job.propagation.mode, &layer_bytes, &cluster, &workers)
+    }
+
+    #[test]
+    fn a_chain_is_its_own_critical_path_and_moves_one_boundary_a_handover() {
+        let plan = plan("pruned", 6, &[1.0, 1.0, 1.0], u64::MAX).unwrap();
+        assert_eq!(plan.critical_path.len(), 6);
+        assert_eq!(plan.bytes_moved, 2 * 320 * 64 * 4);
+        let layers: Vec<usize> = plan.workers.iter().map(|part| part.layers.len()).collect();
+        assert_eq!(layers, [2, 2, 2]);
+        let busy: f64 = plan.workers.iter().map(|part| part.busy_seconds).sum();
+        assert!((busy - plan.seconds).abs() < 1e-9);
+        let phases: f64 = plan.critical_seconds_by_phase.values().sum();
+        assert!((phases - plan.seconds).abs() < 1e-9);
+    }
+
+    #[test]
+    fn independent_layers_go_faster_with_more_workers_and_never_beyond_their_number() {
+        let one = plan("dense", 8, &[1.0], u64::MAX).unwrap();
+        let two = plan("dense", 8, &[1.0, 1.0], u64::MAX).unwrap();
+        assert!(two.seconds < 0.65 * one.seconds, "{} against {}", two.seconds, one.seconds);
+        assert!(two.seconds >= 0.5 * one.seconds);
+        assert_eq!(two.workers.iter().map(|part| part.layers.len()).sum::<usize>(), 8);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let error = plan("pruned", 2, &[1.0], 100_000).unwrap_err();
+        assert!(matches!(error, PlanError::Memory { layer: 0, .. }));
+        let message = error.to_string();
+        assert!(message.contains("worker w0") && message.contains("GB"), "{message}");
+    }
+}

@@ -1,0 +1,374 @@
+//! Killed and taken up again: whatever dies on the way, the checkpoint has the bytes of the undisturbed run, and no layer is
+//! committed twice.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use espalier_common::ids::{LayerIndex, Lease, Unit, WorkerId};
+use espalier_coordinator::journal::{self, JournalRecord};
+use espalier_coordinator::schedule::Record;
+use harness::checkpoint::same_files;
+use harness::process::{Running, Workplace, kill, wait_for_end};
+use harness::{golden, tiny};
+
+/// Enough work in each layer that a kill right after a commit comes long before the next one.
+const WORK: [&str; 6] = ["--samples", "32", "--seq-len", "128", "--method", "sparsegpt"];
+const LAYERS: usize = 4;
+const GRACE: Duration = Duration::from_secs(20);
+
+fn utf8(path: &Path) -> &str {
+    path.to_str().expect("the repository's path is UTF-8")
+}
+
+/// The command that every test of a kind runs, disturbed or not. Paths are relative, so that runs differ in nothing else.
+fn prune(model: &str, more: &[&str]) -> Vec<String> {
+    let (model, text) = (tiny(model), golden().join("text/wikitext2-valid-head.txt"));
+    let arguments = ["prune", utf8(&model), "--output", "out", "--run", "run", "--calibration", utf8(&text)];
+    arguments.iter().chain(&WORK).chain(more).map(|argument| (*argument).to_owned()).collect()
+}
+
+fn undisturbed(model: &str, more: &[&str]) -> Result<Workplace> {
+    let workplace = Workplace::new();
+    workplace.run(prune(model, more))?.success()?;
+    Ok(workplace)
+}
+
+fn records(run: &Path) -> Vec<JournalRecord> {
+    journal::read(&run.join("journal")).unwrap_or_default()
+}
+
+fn schedule(run: &Path) -> Vec<Record> {
+    let records = records(run).into_iter().filter_map(|record| match record {
+        JournalRecord::Prune(record) => Some(record),
+        _ => None,
+    });
+    records.collect()
+}
+
+/// Leases of layers that were committed, in order.
+fn commits(run: &Path) -> Vec<Lease> {
+    let commits = schedule(run).into_iter().filter_map(|record| match record {
+        Record::Committed { lease, .. } if matches!(lease.unit, Unit::Prune(_)) => Some(lease),
+        _ => None,
+    });
+    commits.collect()
+}
+
+/// Checks that every layer was committed exactly once, and none was leased after it was.
+fn each_layer_once(run: &Path) -> Result<()> {
+    let mut committed = BTreeMap::new();
+    for record in schedule(run) {
+        match record {
+            Record::Committed { lease, .. } => {
+                ensure!(committed.insert(lease.unit, lease).is_none(), "{} was committed twice", lease.unit);
+            }
+            Record::Leased { lease } => {
+                ensure!(!committed.contains_key(&lease.unit), "{} was leased though committed", lease.unit);
+            }
+            Record::Failed { .. } => {}
+        }
+    }
+    for layer in 0..LAYERS as u32 {
+        ensure!(committed.contains_key(&Unit::Prune(LayerIndex(layer))), "layer {layer} was never committed");
+    }
+    Ok(())
+}
+
+fn same_output(reference: &Workplace, other: &Workplace) -> Result<()> {
+    same_files(&reference.path().join("out"), &other.path().join("out"))
+}
+
+/// The local worker process that the coordinator numbered `worker`: its log says so, its command line has its name.
+fn process_of(run: &Path, children: &[u32], worker: WorkerId) -> Option<u32> {
+    children.iter().copied().find(|process| {
+        let command = fs::read_to_string(format!("/proc/{process}/cmdline")).unwrap_or_default();
+        let name = command.split('\0').find(|argument| argument.starts_with("local-")).unwrap_or_default();
+        let log = fs::read_to_string(run.join(format!("logs/{name}.log"))).unwrap_or_default();
+        log.lines().any(|line| line.contains("registered") && line.contains(&format!("worker={worker} ")))
+    })
+}
+
+/// Kills the worker that is at work `kills` times, each time after another commit.
+fn kill_workers(model: &str, more: &[&str], kills: usize) -> Result<()> {
+    let reference = undisturbed(model, more)?;
+    let workplace = Workplace::new();
+    let run = workplace.path().join("run");
+    let mut running = workplace.start(prune(model, &[more, &["--workers", "3"]].concat()))?;
+    let mut killed = Vec::new();
+    for count in 1..=kills {
+        let lease = running.wait_until("the lease", || {
+            let schedule = schedule(&run);
+            let Some(Record::Leased { lease }) = schedule.last() else { return None };
+            (commits(&run).len() >= count).then_some(*lease)
+        })?;
+        let children = running.children()?;
+        let process = process_of(&run, &children, lease.worker).context("no process has the lease")?;
+        kill(process)?;
+        killed.push(lease);
+    }
+    let finished = running.finish(harness::process::PATIENCE)?.success()?;
+    let lost = finished.stderr.lines().filter(|line| line.contains("is lost")).count();
+    ensure!(lost == kills, "{lost} workers were lost, not {kills}:\n{}", finished.stderr);
+    let leases = schedule(&run);
+    for lease in killed {
+        let again = |record: &Record| matches!(record, Record::Leased { lease: other } if other.unit == lease.unit && other.attempt > lease.attempt);
+        ensure!(leases.iter().any(again), "{lease} was killed, but its unit never leased again");
+    }
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(run.join("report.json"))?)?;
+    ensure!(report["totals"]["retries"].as_u64() >= Some(kills as u64), "retries: {}", report["totals"]);
+    each_layer_once(&run)?;
+    same_output(&reference, &workplace)
+}
+
+#[test]
+fn a_killed_worker_costs_no_byte_in_pruned_propagation() {
+    kill_workers("llama-tiny", &["--propagation", "pruned"], 2).unwrap();
+}
+
+#[test]
+fn a_killed_worker_costs_no_byte_in_dense_propagation() {
+    kill_workers("opt-tiny", &["--propagation", "dense"], 2).unwrap();
+}
+
+/// Starts a run, kills it once `commits` layers are committed, and waits until its workers are gone too.
+fn killed_after(workplace: &Workplace, arguments: &[String], wanted: usize) -> Result<()> {
+    let run = workplace.path().join("run");
+    let mut running = workplace.start(arguments)?;
+    running.wait_until("the lease", || {
+        (commits(&run).len() >= wanted && matches!(schedule(&run).last(), Some(Record::Leased { .. }))).then_some(())
+    })?;
+    let workers = running.children()?;
+    running.kill()?;
+    // They hold on to their standard input, which ended with it.
+    wait_for_end(&workers, GRACE)
+}
+
+/// Kills the program after each number of commits in `kills`, one after another in the same run, and takes it up each time.
+fn kill_program(model: &str, more: &[&str], kills: &[usize]) -> Result<()> {
+    let reference = undisturbed(model, more)?;
+    let workplace = Workplace::new();
+    let run = workplace.path().join("run");
+    let resume: Vec<String> = ["resume", "run", "--workers", "2"].map(str::to_owned).to_vec();
+    let mut arguments = prune(model, more);
+    let mut before = Vec::new();
+    for &wanted in kills {
+        killed_after(&workplace, &arguments, wanted)?;
+        let now = commits(&run);
+        ensure!(now.starts_with(&before), "commits were lost: {before:?}, then {now:?}");
+        ensure!(now.len() < LAYERS, "the kill came too late");
+        ensure!(!workplace.path().join("out").exists(), "the output is there before it is complete");
+        before = now;
+        arguments.clone_from(&resume);
+    }
+    workplace.run(&resume)?.success()?;
+    ensure!(commits(&run).starts_with(&before), "commits were lost in the last life");
+    each_layer_once(&run)?;
+    same_output(&reference, &workplace)
+}
+
+#[test]
+fn a_killed_run_is_resumed_after_any_number_of_commits() {
+    for commits in 0..LAYERS - 1 {
+        kill_program("llama-tiny", &["--propagation", "pruned"], &[commits])
+            .unwrap_or_else(|error| panic!("after {commits} commits: {error:#}"));
+    }
+}
+
+#[test]
+fn a_run_that_is_killed_again_and_again_is_resumed_each_time() {
+    kill_program("qwen2-tiny", &["--propagation", "pruned"], &[0, 1, 2]).unwrap();
+    kill_program("opt-tiny", &["--propagation", "dense"], &[1, 2]).unwrap();
+}
+
+#[test]
+fn a_torn_journal_loses_no_commit_and_repeats_no_layer() {
+    let more = ["--propagation", "pruned"];
+    let reference = undisturbed("llama-tiny", &more).unwrap();
+    let workplace = Workplace::new();
+    killed_after(&workplace, &prune("llama-tiny", &more), 1).unwrap();
+    let path = workplace.path().join("run/journal");
+    let before = commits(&workplace.path().join("run"));
+    let mut bytes = fs::read(&path).unwrap();
+    // Half of a record, as a crash in the middle of a write would leave it.
+    bytes.extend_from_slice(b"0badc0de {\"prune\":{\"committed\":{\"lease\":{\"unit\":{\"pru");
+    fs::write(&path, bytes).unwrap();
+    workplace.run(["resume", "run"]).unwrap().success().unwrap();
+    assert!(commits(&workplace.path().join("run")).starts_with(&before));
+    each_layer_once(&workplace.path().join("run")).unwrap();
+    same_output(&reference, &workplace).unwrap();
+}
+
+#[test]
+fn a_run_of_another_job_is_refused_and_says_what_differs() {
+    let workplace = Workplace::new();
+    killed_after(&workplace, &prune("llama-tiny", &[]), 1).unwrap();
+    let before = fs::read(workplace.path().join("run/journal")).unwrap();
+    let finished = workplace.run(prune("llama-tiny", &["--seed", "7", "--sparsity", "0.25"])).unwrap();
+    assert_eq!(finished.code(), Some(65), "{}", finished.stderr);
+    let errors = finished.error_lines();
+    for named in ["job.calibration.seed: the run has 0, now it is 7", "job.pattern.sparsity"] {
+        assert!(errors.len() == 1 && errors[0].contains(named), "{named}: {errors:?}");
+    }
+    // The model itself may have changed as well, under the same name.
+    let job = workplace.path().join("run/job.toml");
+    let text = fs::read_to_string(&job).unwrap();
+    let other = utf8(&tiny("llama-tiny")).replace("llama-tiny", "qwen2-tiny");
+    fs::write(&job, text.replace(utf8(&tiny("llama-tiny")), &other)).unwrap();
+    let finished = workplace.run(["resume", "run"]).unwrap();
+    assert_eq!(finished.code(), Some(65), "{}", finished.stderr);
+    assert!(finished.stderr.contains("job.model.source: the run has"), "{}", finished.stderr);
+    assert_eq!(fs::read(workplace.path().join("run/journal")).unwrap(), before, "a refusal changes nothing");
+}
+
+/// A coordinator with its workers, all of them processes of their own.
+struct Cluster {
+    workplace: Workplace,
+    coordinator: Running,
+    url: String,
+    workers: Vec<Running>,
+}
+
+impl Cluster {
+    fn start(workers: usize) -> Result<Self> {
+        let workplace = Workplace::new();
+        let (coordinator, url) = Self::coordinator(&workplace, "127.0.0.1:0", workers)?;
+        let mut cluster = Self { workplace, coordinator, url, workers: Vec::new() };
+        for _ in 0..workers {
+            cluster.add_worker()?;
+        }
+        Ok(cluster)
+    }
+
+    fn coordinator(workplace: &Workplace, address: &str, workers: usize) -> Result<(Running, String)> {
+        let workers = workers.to_string();
+        let arguments = ["coordinator", "--listen", address, "--runs", "runs", "--workers", &workers];
+        let mut coordinator = workplace.start(arguments)?;
+        let url = coordinator.wait_for_line("listening on ")?;
+        Ok((coordinator, url))
+    }
+
+    fn add_worker(&mut self) -> Result<()> {
+        let arguments = ["serve", "--coordinator", &self.url, "--threads", "1"];
+        self.workers.push(self.workplace.start_program("espalier-worker", arguments)?);
+        Ok(())
+    }
+
+    /// Kills the coordinator and starts it again with the same command.
+    fn restart(&mut self) -> Result<()> {
+        let address = self.url.trim_start_matches("http://").to_owned();
+        self.coordinator.kill()?;
+        (self.coordinator, self.url) = Self::coordinator(&self.workplace, &address, self.workers.len())?;
+        Ok(())
+    }
+
+    fn submit(&self, model: &str, more: &[&str]) -> Result<Running> {
+        self.workplace.start(prune(model, &[more, &["--coordinator", &self.url]].concat()))
+    }
+
+    fn run(&self) -> PathBuf {
+        self.workplace.path().join("run")
+    }
+}
+
+#[test]
+fn a_cluster_gives_the_bytes_of_one_machine() {
+    let reference = undisturbed("llama-tiny", &[]).unwrap();
+    let cluster = Cluster::start(2).unwrap();
+    cluster.submit("llama-tiny", &[]).unwrap().finish(harness::process::PATIENCE).unwrap().success().unwrap();
+    same_output(&reference, &cluster.workplace).unwrap();
+    // The same job again is the same job: nothing is computed, and the report is the same.
+    let again = cluster.submit("llama-tiny", &[]).unwrap().finish(GRACE).unwrap().success().unwrap();
+    assert!(again.stdout.contains("sparsity"), "{}", again.stdout);
+    each_layer_once(&cluster.run()).unwrap();
+}
+
+#[test]
+fn a_restarted_coordinator_goes_on_with_its_job_and_the_workers_that_outlived_it() {
+    let more = ["--propagation", "pruned"];
+    let reference = undisturbed("llama-tiny", &more).unwrap();
+    let mut cluster = Cluster::start(2).unwrap();
+    let mut follower = cluster.submit("llama-tiny", &more).unwrap();
+    let run = cluster.run();
+    follower.wait_until("a commit", || (!commits(&run).is_empty()).then_some(())).unwrap();
+    cluster.restart().unwrap();
+    let before = commits(&run);
+    assert!(before.len() < LAYERS, "the kill came too late");
+    let lost = follower.finish(GRACE).unwrap();
+    assert_eq!(lost.code(), Some(75), "a follower says that it lost its coordinator: {}", lost.stderr);
+    // Submitted again under the same key: it follows the job that goes on.
+    let follower = cluster.submit("llama-tiny", &more).unwrap();
+    follower.finish(harness::process::PATIENCE).unwrap().success().unwrap();
+    assert!(commits(&run).starts_with(&before));
+    each_layer_once(&run).unwrap();
+    same_output(&reference, &cluster.workplace).unwrap();
+}
+
+/// Files below a folder, if it is there.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    paths.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+}
+
+/// A run that stores every boundary and was killed after two layers.
+fn killed_with_boundaries(method: &str) -> Workplace {
+    let mut workplace = Workplace::new();
+    workplace.set("ESPALIER__COORDINATOR__STORED_EVERY", "1");
+    killed_after(&workplace, &prune("llama-tiny", &["--set", method]), 2).unwrap();
+    workplace
+}
+
+#[test]
+fn a_resumed_run_begins_at_the_nearest_stored_boundary() {
+    let method = "method.damping=0.02";
+    let reference = undisturbed("llama-tiny", &["--set", method]).unwrap();
+    let log = |workplace: &Workplace| fs::read_to_string(workplace.path().join("run/logs/local-0.log")).unwrap();
+    let is_read = "hidden states read from the store";
+
+    let workplace = killed_with_boundaries(method);
+    assert!(!log(&workplace).contains(is_read));
+    workplace.run(["resume", "run"]).unwrap().success().unwrap();
+    assert!(log(&workplace).contains(is_read), "{}", log(&workplace));
+    same_output(&reference, &workplace).unwrap();
+    assert_eq!(files(&workplace.path().join("run/activations")), Vec::<PathBuf>::new(), "left behind");
+
+    // Damaged ones are not believed: the run begins at the tokens again.
+    let workplace = killed_with_boundaries(method);
+    let stored = files(&workplace.path().join("run/activations"));
+    let damaged: Vec<_> = stored.iter().filter(|path| path.extension().is_some_and(|kind| kind == "f32")).collect();
+    assert!(!damaged.is_empty(), "{stored:?}");
+    for path in damaged {
+        let mut bytes = fs::read(path).unwrap();
+        bytes[5] ^= 1;
+        fs::write(path, bytes).unwrap();
+    }
+    let finished = workplace.run(["resume", "run"]).unwrap().success().unwrap();
+    assert!(finished.stderr.contains("has digest"), "{}", finished.stderr);
+    same_output(&reference, &workplace).unwrap();
+}
+
+#[test]
+fn a_plan_names_what_does_not_fit() {
+    let workplace = Workplace::new();
+    let cluster = |memory: &str| {
+        let text = format!("[[workers]]\nname = \"box\"\ncount = 2\nmemory = \"{memory}\"\ngflops = 50.0\n");
+        fs::write(workplace.path().join("cluster.toml"), text).unwrap();
+    };
+    let model = tiny("llama-tiny");
+    let plan = ["plan", utf8(&model), "--cluster", "cluster.toml", "--samples", "8", "--seq-len", "64"];
+    cluster("8GB");
+    let finished = workplace.run(plan.iter().chain(&["--json"])).unwrap().success().unwrap().json().unwrap();
+    assert_eq!(finished["critical_path"].as_array().map(Vec::len), Some(LAYERS), "{finished}");
+    assert!(finished["seconds"].as_f64() > Some(0.0) && finished["bytes_moved"].as_u64() > Some(0), "{finished}");
+    workplace.run(plan).unwrap().success().unwrap();
+    cluster("1MB");
+    let finished = workplace.run(plan).unwrap();
+    assert_eq!(finished.code(), Some(65), "{}", finished.stderr);
+    let errors = finished.error_lines();
+    assert!(errors.len() == 1 && errors[0].contains("layer 0 does not fit worker box-0"), "{errors:?}");
+    let left: Vec<_> = fs::read_dir(workplace.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["cluster.toml"], "a plan writes nothing");
+}
