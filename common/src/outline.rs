@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::structure::Structure;
+
 /// One weight matrix that can be pruned.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SublayerOutline {
@@ -57,4 +59,7 @@ pub struct ModelOutline {
     pub method_version: String,
     /// The method's parameters with every default filled in.
     pub method_params: serde_json::Value,
+    /// What the job's method may cut, if it is one that removes heads and channels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub structure: Option<Structure>,
 }

@@ -9,6 +9,7 @@ pub mod artifact;
 pub mod calibrate;
 pub mod cli;
 pub mod config;
+pub mod cut_task;
 pub mod device;
 pub mod evaluation;
 pub mod fleet;
