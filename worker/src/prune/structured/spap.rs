@@ -6,7 +6,7 @@
 //! Deviation: the rest is our reconstruction (ALGORITHMS.md §6). The penalty is `½·Σ_j μ·s_j²·H_jj·‖V_:j‖²` with
 //! `0 ≤ s ≤ 1, 1ᵀs = q`: its scale-free form, whose V-step is one Cholesky solve and whose s-step is `s_j = min(1, τ/h_j)`
 //! with `h_j = H_jj·‖V_:j‖²` and τ found by bisection. μ starts at 0.01 and doubles; rounds end when the chosen set was the
-//! same three times. Of the paper's weight updates there is the consumer's, the closed form on the channels that stay, and
+//! same three times with a μ of at least 1. Of the paper's weight updates there is the consumer's, the closed form on the channels that stay, and
 //! it is accepted only where the held-out error falls; the producers keep their rows. If Wanda's choice has the smaller
 //! restored error, it is taken instead.
 
@@ -129,7 +129,8 @@ impl Spap {
             leaving = leave(&sizes, remove);
             // The largest s leave: s falls as the size rises, and where several are 1 the smallest blocks leave first.
             let next = consumer::keep_best(&sizes, remove);
-            steady = if next == kept { steady + 1 } else { 0 };
+            // Before the penalty bites, the set is that of the dense weight and says nothing.
+            steady = if next == kept && penalty >= 1.0 { steady + 1 } else { 0 };
             kept = next;
             if steady >= STEADY_ROUNDS {
                 return Ok((kept, round));
