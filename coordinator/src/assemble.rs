@@ -1,6 +1,7 @@
 //! Artifacts + untouched tensors → sparse checkpoint, every digest checked.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::Path;
 
 use espalier_common::checkpoint::{Checkpoint, CheckpointWriter, Dtype, TensorHeader};
@@ -10,6 +11,7 @@ use espalier_common::job::JobSpec;
 use espalier_common::report::Artifact;
 use espalier_common::store::BlobStore;
 use safetensors::tensor::Metadata;
+use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::error::RunError;
@@ -48,12 +50,15 @@ struct Place<'a> {
     start: u64,
 }
 
-/// Writes the checkpoint and makes it visible; returns the digest of every file.
+/// Writes the checkpoint and makes it visible, unless an earlier life of the run did; returns the digest of every file.
 ///
 /// # Errors
 /// `Damaged` or `Artifact` if an artifact is not what it should be; what the checkpoint, store or file system says;
 /// `Interrupted`. Nothing is visible unless it is whole.
 pub fn assemble(parts: &Parts<'_>) -> Result<BTreeMap<String, Digest>, RunError> {
+    if let Some(files) = already_there(parts) {
+        return Ok(files);
+    }
     let mut pruned = BTreeMap::new();
     for artifact in parts.layers.values() {
         check_digest(parts.store, artifact)?;
@@ -103,6 +108,34 @@ pub fn assemble(parts: &Parts<'_>) -> Result<BTreeMap<String, Digest>, RunError>
     writer.add_file("espalier.json", &manifest(parts, &files))?;
     let written = writer.finish()?;
     Ok(written.into_iter().map(|file| (file.name, file.sha256)).collect())
+}
+
+/// The files of the output, if it holds the checkpoint of this very job and every file is what its manifest says: the process
+/// died between making it visible and recording it.
+fn already_there(parts: &Parts<'_>) -> Option<BTreeMap<String, Digest>> {
+    let folder = Path::new(&parts.job.output.uri);
+    let manifest = std::fs::read(folder.join("espalier.json")).ok()?;
+    let told: Manifest = serde_json::from_slice(&manifest).ok()?;
+    if told.job != told_job(parts) {
+        return None;
+    }
+    let mut files = told.files;
+    let whole = files.iter().all(|(name, digest)| digest_of(&folder.join(name)).is_ok_and(|found| found == *digest));
+    files.insert("espalier.json".to_owned(), Digest::of(&manifest));
+    whole.then_some(files)
+}
+
+fn digest_of(path: &Path) -> std::io::Result<Digest> {
+    let mut file = std::fs::File::open(path)?;
+    let mut hasher = Hasher::default();
+    let mut buffer = vec![0; HASH_BYTES as usize];
+    loop {
+        let read = file.read(&mut buffer)?;
+        if read == 0 {
+            return Ok(hasher.finish());
+        }
+        hasher.update(&buffer[..read]);
+    }
 }
 
 fn check_digest(store: &dyn BlobStore, artifact: &Artifact) -> Result<(), RunError> {
@@ -203,11 +236,16 @@ fn model_card(parts: &Parts<'_>) -> String {
     )
 }
 
+/// `espalier.json`.
+#[derive(Serialize, Deserialize)]
+struct Manifest {
+    espalier: String,
+    job: serde_json::Value,
+    files: BTreeMap<String, Digest>,
+}
+
 fn manifest(parts: &Parts<'_>, files: &BTreeMap<String, Digest>) -> Vec<u8> {
-    let manifest = serde_json::json!({
-        "espalier": env!("CARGO_PKG_VERSION"),
-        "job": told_job(parts),
-        "files": files,
-    });
+    let manifest =
+        Manifest { espalier: env!("CARGO_PKG_VERSION").to_owned(), job: told_job(parts), files: files.clone() };
     serde_json::to_vec_pretty(&manifest).expect("a manifest is plain data")
 }

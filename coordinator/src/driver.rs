@@ -105,9 +105,10 @@ impl Driver<'_> {
     /// See [`DriveError`]; what was committed stays committed.
     pub async fn drive(
         &mut self,
-        mut scheduler: Scheduler,
+        scheduler: Scheduler,
         purpose: Arc<dyn Purpose>,
     ) -> Result<BTreeMap<Unit, Outcome>, DriveError> {
+        let mut scheduler = scheduler.starting_at(self.clock.now());
         let calls = TaskGroup::new();
         let result = self.steps(&mut scheduler, &purpose, &calls).await;
         calls.shut_down(Duration::from_secs(5)).await;

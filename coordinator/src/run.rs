@@ -72,7 +72,10 @@ impl Run {
     pub fn open(job: JobSpec, setting: Setting) -> Result<Self, RunError> {
         let watch = Stopwatch::start();
         job.validate()?;
-        checkpoint::check_target(&PathBuf::from(&job.output.uri))?;
+        // A run that is taken up again may have written its output already; assembling looks closer.
+        if !setting.folder.join("fingerprint.json").exists() {
+            checkpoint::check_target(&PathBuf::from(&job.output.uri))?;
+        }
         setting.events.note(RunEvent::Phase { phase: Phase::Tokenise });
         let dense = checkpoint::open(&config::locate(&job.model.source)?)?;
         let spec = &job.calibration;

@@ -93,6 +93,14 @@ impl Scheduler {
         }
     }
 
+    /// Sets the time at which the schedule begins: patience is counted from here.
+    #[must_use]
+    pub fn starting_at(mut self, now: Millis) -> Self {
+        self.now = now;
+        self.alone_since = Some(now);
+        self
+    }
+
     /// Rebuilds what `records` say is done. Leases of the past are not revived: whoever held one must be leased again, so a
     /// report under an old lease is dropped (its attempt number is spent).
     pub fn replay<'a>(shape: Shape, limits: Limits, records: impl IntoIterator<Item = &'a Record>) -> Self {

@@ -177,6 +177,15 @@ fn a_silent_worker_is_lost_and_an_empty_cluster_is_given_up() {
 }
 
 #[test]
+fn a_schedule_that_begins_late_is_as_patient_as_any() {
+    let mut scheduler = chain(1).starting_at(Millis(500_000));
+    assert_eq!(scheduler.step(Event::Tick { now: Millis(500_500) }), []);
+    let _ = scheduler.step(joined(A));
+    let _ = scheduler.step(Event::Tick { now: Millis(501_000) });
+    assert_eq!(scheduler.workers().count(), 1);
+}
+
+#[test]
 fn nothing_left_to_do_finishes_without_workers() {
     let records = [Record::Committed {
         lease: Lease { unit: Unit::Prune(LayerIndex(0)), worker: A, attempt: Attempt(1) },

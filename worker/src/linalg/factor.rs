@@ -5,6 +5,7 @@ use faer::linalg::cholesky::llt::factor::{LltError, cholesky_in_place, cholesky_
 use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::linalg::triangular_inverse::invert_lower_triangular;
 use faer::{Accum, MatMut, MatRef, Par};
+use rayon::prelude::*;
 
 /// The matrix is not positive definite in f32; the factorisation stopped at this pivot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -19,7 +20,19 @@ pub struct NotPositiveDefinite {
 /// # Errors
 /// `NotPositiveDefinite`, with the pivot.
 pub fn inverse(matrix: Vec<f32>, n: usize) -> Result<Vec<f32>, NotPositiveDefinite> {
-    let lower = inverse_of_cholesky(matrix, n)?;
+    inverse_with(matrix, n, all_threads())
+}
+
+/// The inverses of several matrices, one thread to each: a factorisation by itself keeps two threads half busy.
+///
+/// # Errors
+/// `NotPositiveDefinite` of the first that is not.
+pub fn inverses(matrices: Vec<Vec<f32>>, n: usize) -> Result<Vec<Vec<f32>>, NotPositiveDefinite> {
+    matrices.into_par_iter().map(|matrix| inverse_with(matrix, n, Par::Seq)).collect::<Vec<_>>().into_iter().collect()
+}
+
+fn inverse_with(matrix: Vec<f32>, n: usize, par: Par) -> Result<Vec<f32>, NotPositiveDefinite> {
+    let lower = inverse_of_cholesky(matrix, n, par)?;
     let mut out = vec![0.0; n * n];
     let factor = MatRef::from_column_major_slice(&lower, n, n);
     triangular::matmul(
@@ -31,7 +44,7 @@ pub fn inverse(matrix: Vec<f32>, n: usize) -> Result<Vec<f32>, NotPositiveDefini
         factor,
         BlockStructure::TriangularLower,
         1.0,
-        parallelism(),
+        par,
     );
     // Column-major lower is row-major upper.
     mirror_upper(&mut out, n);
@@ -47,7 +60,7 @@ pub fn inverse(matrix: Vec<f32>, n: usize) -> Result<Vec<f32>, NotPositiveDefini
 /// `NotPositiveDefinite`, with the pivot.
 pub fn upper_of_inverse(matrix: &[f32], n: usize) -> Result<Vec<f32>, NotPositiveDefinite> {
     let flipped = matrix.iter().rev().copied().collect();
-    let lower = inverse_of_cholesky(flipped, n)
+    let lower = inverse_of_cholesky(flipped, n, all_threads())
         .map_err(|NotPositiveDefinite { pivot }| NotPositiveDefinite { pivot: n - 1 - pivot })?;
     let mut upper = vec![0.0; n * n];
     for (i, row) in upper.chunks_mut(n.max(1)).enumerate() {
@@ -59,8 +72,7 @@ pub fn upper_of_inverse(matrix: &[f32], n: usize) -> Result<Vec<f32>, NotPositiv
 }
 
 /// `L⁻¹` of `matrix = LLᵀ`, column-major; what lies above the diagonal is zero.
-fn inverse_of_cholesky(mut matrix: Vec<f32>, n: usize) -> Result<Vec<f32>, NotPositiveDefinite> {
-    let par = parallelism();
+fn inverse_of_cholesky(mut matrix: Vec<f32>, n: usize, par: Par) -> Result<Vec<f32>, NotPositiveDefinite> {
     let mut memory = MemBuffer::new(cholesky_in_place_scratch::<f32>(n, par, Default::default()));
     cholesky_in_place(
         MatMut::from_column_major_slice_mut(&mut matrix, n, n),
@@ -99,7 +111,7 @@ pub fn mirror_upper(matrix: &mut [f32], n: usize) {
 }
 
 /// As many threads as the pool has: faer splits outputs, never sums, so bits stay (there is a test).
-fn parallelism() -> Par {
+fn all_threads() -> Par {
     Par::rayon(0)
 }
 
@@ -164,5 +176,7 @@ mod tests {
             .map(|threads| oracle::with_threads(threads, || (inverse(matrix.clone(), n), upper_of_inverse(&matrix, n))))
             .into();
         assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
+        let together = inverses(vec![matrix.clone(), matrix.clone()], n).unwrap();
+        assert!(together.iter().all(|inverse| Ok(inverse) == results[0].0.as_ref()));
     }
 }

@@ -124,7 +124,7 @@ mod tests {
     #[test]
     fn a_strided_block_is_updated_and_nothing_else() {
         let (a, b) = (oracle::random(3, 4), oracle::random(4, 4));
-        let mut out = vec![1.0; 3 * 5];
+        let mut out = [1.0; 3 * 5];
         gemm(&mut out[6..], 5, 1.0, View::new(&a, 2, 2, 2), View::new(&b, 2, 2, 2).transposed(), -1.0);
         for (index, value) in out.iter().enumerate() {
             let touched = [6, 7, 11, 12].contains(&index);

@@ -144,8 +144,9 @@ impl Tile<'_> {
         let after = self.errors(values, &self.residual(values));
         let mut rejected = 0;
         for row in 0..rows {
-            // The negation also refuses NaN.
-            if !(after[row] <= before[row]) {
+            let fell = after[row] <= before[row];
+            // Not so for NaN either.
+            if !fell {
                 values[row * n..][..n].copy_from_slice(&start[row * n..][..n]);
                 rejected += 1;
             }

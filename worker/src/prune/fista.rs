@@ -2,7 +2,7 @@
 //!
 //! Source: Zhao et al., *FISTAPruner* (arXiv 2408.03728); ALGORITHMS.md §3.
 //! Deviation: where the paper is silent, λ starts at 1e-3·max|C|, its bracket grows by a factor of eight until it is one, and is
-//! then halved geometrically, for at most twelve rounds. Errors and gradients come from the gram and cross products.
+//! then halved geometrically, for at most 24 rounds. Errors and gradients come from the gram and cross products.
 
 use std::sync::Arc;
 
@@ -31,7 +31,7 @@ pub const METHOD: Method = Method {
 };
 
 const NAME: &str = "fista";
-const MOST_ROUNDS: u32 = 12;
+const MOST_ROUNDS: u32 = 24;
 /// By how much λ moves while only one end of its bracket is known.
 const BRACKET_GROWTH: f64 = 8.0;
 
@@ -323,9 +323,13 @@ impl GroupSolver for Group {
             select::zero_dropped(&mut solved, &keep);
             let error = lasso.error(&solved);
             let total = distance(error);
-            lambda = bracket.next(lambda, total - relaxed > self.params.rounding_share * total);
+            // More zeros than asked for: this λ is too large, whatever the rounding's share.
+            let overshot = keep.iter().zip(&solved).zip(&weight).enumerate().any(|(index, ((keep, v), w))| {
+                *keep == 1 && v.to_bits() == 0 && w.abs() > 0.0 && self.norms[index % n] > 0.0
+            });
+            lambda = bracket.next(lambda, !overshot && total - relaxed > self.params.rounding_share * total);
             stale += 1;
-            if error < best_error {
+            if !overshot && error < best_error {
                 (best, best_keep, best_error, stale) = (solved, keep, error, 0);
             }
         }

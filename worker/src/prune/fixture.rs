@@ -177,13 +177,12 @@ pub(crate) fn overlap(problem: &LayerProblem, solved: &[f32], reference: &[bool]
     kept.iter().filter(|&&index| solved[index].abs() > 0.0).count() as f64 / kept.len() as f64
 }
 
-/// Support overlap of at least `least_overlap` and an error of at most `most_error` times the reference's, on both problems.
+/// Support overlap of at least the first, and an error of at most the second of `limits` times the reference's, on both problems.
 pub(crate) fn assert_agrees_with_reference(
     method: &str,
     params: Value,
     reference: &str,
-    least_overlap: f64,
-    most_error: f64,
+    limits: impl Fn(&str, Pattern) -> (f64, f64),
 ) {
     for file in ["synthetic_64x96", "smollm2_layer2_v_proj"] {
         let (problem, references) = golden(file, reference);
@@ -191,6 +190,7 @@ pub(crate) fn assert_agrees_with_reference(
             let solved = solve(method, params.clone(), &problem, pattern);
             assert_obeys(&solved, problem.columns, pattern);
             let (overlap, found) = (overlap(&problem, &solved, &support), problem.rel_error(&solved));
+            let (least_overlap, most_error) = limits(file, pattern);
             // Four digits are known of the reference's error on the real problem.
             assert!(
                 overlap >= least_overlap && found <= error * most_error + 5e-6,

@@ -68,7 +68,7 @@ pub fn refit(dense: &Tensor, pruned: &Tensor, stats: &InputStats, params: Params
         _ => None,
     };
     let keep: Vec<u8> = start.iter().map(|v| u8::from(v.abs() > 0.0)).collect();
-    let (anchor, scaled) = (conditioned.scaled(&weight), conditioned.scaled(&start));
+    let (anchor, scaled) = (conditioned.scaled_alive(&weight), conditioned.scaled_alive(&start));
     let quadratic = Quadratic { anchor: &anchor, shift: shift.as_deref(), gram: &conditioned.gram, n };
     let refit = pcg::refit(quadratic, &scaled, &keep, Limits { steps: params.steps, tolerance: 1e-8 });
     let restored = conditioned.restored(&refit.values, &keep, &start);
