@@ -293,8 +293,8 @@ impl JobSpec {
     }
 }
 
-/// Reads `5GB`, `512MiB` or plain bytes.
-fn parse_size(text: &str) -> Option<u64> {
+/// Reads `5GB`, `512MiB` or plain bytes; `None` if it is none of these, or 0.
+pub fn parse_size(text: &str) -> Option<u64> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit: u64 = match &text[digits.len()..] {
         "" | "B" => 1,

@@ -3,6 +3,7 @@
 //! Workers leave every tensor at its full shape. Here rows and columns are cut out of bytes by the record of what stays and
 //! by what the worker told of the model's structure; nothing here knows a family.
 
+pub mod export;
 mod slice;
 
 use std::collections::BTreeMap;
@@ -40,7 +41,9 @@ pub enum LayoutError {
         most: usize,
     },
     /// Stock loaders would refuse the shape.
-    #[error("{key} = {value} does not divide {of_key} = {of}, so transformers would refuse the model: use layout = \"masked\"")]
+    #[error(
+        "{key} = {value} does not divide {of_key} = {of}, so transformers would refuse the model: use layout = \"masked\""
+    )]
     WouldNotLoad {
         /// Key of the config.
         key: String,
@@ -165,11 +168,6 @@ impl<'a> Narrowing<'a> {
             keys.insert((*key).to_owned(), Value::from(*value));
         }
         Ok(Some(serde_json::to_vec_pretty(&config).expect("what was parsed from JSON can be written")))
-    }
-
-    /// The record, for the manifest.
-    pub(crate) fn record(&self) -> &StructuredRecord {
-        self.record
     }
 }
 

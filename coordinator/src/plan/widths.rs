@@ -74,7 +74,9 @@ pub enum WidthError {
         most: usize,
     },
     /// Layers of one width cannot lose different shares.
-    #[error("[pattern] allocation = \"log\" gives layers different widths, which layout = \"uniform\" cannot hold: use \"padded\"")]
+    #[error(
+        "[pattern] allocation = \"log\" gives layers different widths, which layout = \"uniform\" cannot hold: use \"padded\""
+    )]
     Uneven,
     /// A job that asks for what its method does not do.
     #[error("{key} is for methods that remove heads and channels, which this one does not")]
@@ -125,12 +127,7 @@ pub fn widths(structure: &Structure, asked: &Asked) -> Result<Vec<Pattern>, Widt
         .collect()
 }
 
-fn heads_to_remove(
-    pair: &Pair,
-    share: f64,
-    asked: Option<usize>,
-    layout: Layout,
-) -> Result<usize, WidthError> {
+fn heads_to_remove(pair: &Pair, share: f64, asked: Option<usize>, layout: Layout) -> Result<usize, WidthError> {
     let blocks = pair.blocks;
     let loads = |remove: &usize| *remove < blocks && (layout == Layout::Masked || pair.loads_with(blocks - remove));
     let Some(remove) = asked else {
@@ -229,12 +226,8 @@ mod tests {
     fn llama(layers: usize, kv_heads: usize, queries: usize, hidden: usize, channels: usize) -> Structure {
         let width = hidden / (kv_heads * queries);
         let per_head = 2 * hidden * width * (queries + 1);
-        let rule = Divides {
-            key: "num_attention_heads".into(),
-            per_block: queries,
-            of_key: "hidden_size".into(),
-            of: hidden,
-        };
+        let rule =
+            Divides { key: "num_attention_heads".into(), per_block: queries, of_key: "hidden_size".into(), of: hidden };
         let attention = Pair { divides: Some(rule), ..pair(kv_heads, queries * width, per_head) };
         let layer = LayerStructure {
             parameters: kv_heads * per_head + channels * 3 * hidden,
