@@ -105,13 +105,13 @@ impl Run {
         let (mut journal, mut past) = FileJournal::open(&setting.folder.join("journal"))?;
         if past.is_empty() {
             let id = RunId(format!("{}-{}", unix_seconds(), &fingerprint.model.to_string()[..8]));
-            let created = RunCreated {
+            let created = Box::new(RunCreated {
                 run: id,
                 job: job.clone(),
                 tokens: tokens.clone(),
                 model_fingerprint: fingerprint.model,
                 created: unix_seconds(),
-            };
+            });
             store.put("job.toml", toml::to_string_pretty(&job).map_err(RunError::job_text)?.as_bytes())?;
             let frozen = serde_json::to_vec_pretty(&fingerprint).expect("a fingerprint is plain data");
             store.put("fingerprint.json", &frozen)?;
@@ -301,7 +301,7 @@ impl Run {
         let count = block.sequences();
         self.setting.events.note(RunEvent::Phase { phase: Phase::Evaluate { model, windows: count } });
         let done: Vec<Record> = self.past.iter().filter_map(|record| evaluation_record(record, model)).collect();
-        let shares = evaluate::shares(&done, self.setting.roster.members().len(), count);
+        let shares = evaluate::shares(model, &done, self.setting.roster.members().len(), count);
         let tokens = evaluate::put_block(self.store.as_ref(), &block)?;
         let purpose = evaluate::Evaluation {
             model,
@@ -311,7 +311,8 @@ impl Run {
             windows: count as u32,
             shares,
         };
-        let scheduler = Scheduler::replay(Shape::Evaluate { shares }, self.setting.limits, &done);
+        let scheduler =
+            Scheduler::replay(Shape::Evaluate { first: model.first_share(), shares }, self.setting.limits, &done);
         self.drive(scheduler, Arc::new(purpose), BTreeMap::new()).await?;
         Ok(())
     }
