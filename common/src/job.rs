@@ -92,9 +92,12 @@ pub enum Allocation {
     /// The same in every layer.
     #[default]
     Uniform,
+    /// More in later layers, by SlimGPT's logarithm; for methods that remove heads and channels.
+    Log,
 }
 
-/// `[pattern]`: exactly one of `sparsity` and `nofm`; 50 % if neither.
+/// `[pattern]`: exactly one of `sparsity` and `nofm`; 50 % if neither. For methods that remove heads and channels, sparsity
+/// is the share of the layers' parameters that goes.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PatternSpec {
@@ -107,6 +110,24 @@ pub struct PatternSpec {
     /// How sparsity is spread over layers.
     #[serde(default)]
     pub allocation: Allocation,
+    /// Methods that remove channels: as many stay as are a multiple of this; 8 if absent, which kernels are made for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub round_to: Option<usize>,
+    /// Methods that remove heads: KV heads that every layer loses, each with its query heads; chosen if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_heads: Option<usize>,
+}
+
+/// What the checkpoint of a structured result looks like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Layout {
+    /// Full shapes, with zeros: loads wherever the dense model does.
+    Masked,
+    /// Narrower tensors, all layers alike: loads in stock transformers and vLLM.
+    Uniform,
+    /// As narrow as the widest layer, the others filled up with zeros: loads where `uniform` does.
+    Padded,
 }
 
 /// Which inputs a layer is calibrated with.
@@ -141,6 +162,9 @@ pub struct OutputSpec {
     /// Element type of pruned tensors.
     #[serde(default)]
     pub dtype: OutputDtype,
+    /// Methods that remove heads and channels: what is left of the tensors; `uniform` if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layout: Option<Layout>,
 }
 
 fn default_shard_size() -> String {
@@ -252,6 +276,7 @@ impl JobSpec {
         for (key, value) in [
             ("[calibration] samples", self.calibration.samples),
             ("[calibration] sequence_length", self.calibration.sequence_length),
+            ("[pattern] round_to", self.pattern.round_to.unwrap_or(1)),
         ] {
             if value == 0 {
                 return Err(JobError::Zero { key });

@@ -17,6 +17,7 @@ pub mod outline;
 pub mod pattern;
 pub mod report;
 pub mod store;
+pub mod structure;
 pub mod tasks;
 pub mod telemetry;
 pub mod wire;

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::structure::Structure;
+
 /// One weight matrix that can be pruned.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SublayerOutline {
@@ -60,4 +62,7 @@ pub struct ModelOutline {
     /// Whether the method compares corrected with dense inputs, which then run side by side in `pruned` propagation.
     #[serde(default)]
     pub needs_dense: bool,
+    /// What the job's method may cut, if it is one that removes heads and channels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub structure: Option<Structure>,
 }

@@ -18,6 +18,18 @@ pub enum Pattern {
         /// Width of a group.
         of: usize,
     },
+    /// A share of the layers' parameters, removed as whole heads and channels.
+    Parameters {
+        /// Share removed, in `[0, 1)`.
+        share: f64,
+    },
+    /// What that comes to in one layer.
+    Blocks {
+        /// KV heads removed, each with its query heads.
+        attention: usize,
+        /// Feed-forward channels removed.
+        channels: usize,
+    },
 }
 
 /// Why a pattern cannot be asked of a matrix.
@@ -70,7 +82,9 @@ impl Pattern {
     /// `SparsityOutOfRange` or `KeepOutOfRange`.
     pub fn validate(&self) -> Result<(), PatternError> {
         match *self {
-            Self::Unstructured { sparsity } if !(0.0..1.0).contains(&sparsity) => {
+            Self::Unstructured { sparsity } | Self::Parameters { share: sparsity }
+                if !(0.0..1.0).contains(&sparsity) =>
+            {
                 Err(PatternError::SparsityOutOfRange(sparsity))
             }
             Self::NofM { keep, of } if keep == 0 || keep > of => Err(PatternError::KeepOutOfRange { keep, of }),
@@ -97,6 +111,9 @@ impl Pattern {
         match *self {
             Self::Unstructured { sparsity } => sparsity,
             Self::NofM { keep, of } => 1.0 - keep as f64 / of as f64,
+            Self::Parameters { share } => share,
+            // It depends on the layer.
+            Self::Blocks { .. } => 0.0,
         }
     }
 
@@ -108,6 +125,8 @@ impl Pattern {
         match *self {
             Self::Unstructured { sparsity } => ((rows * columns) as f64 * sparsity).round() as usize,
             Self::NofM { keep, of } => rows * (columns / of) * (of - keep),
+            // Which matrix loses what is not for one matrix to say.
+            Self::Parameters { .. } | Self::Blocks { .. } => 0,
         }
     }
 
@@ -123,6 +142,8 @@ impl std::fmt::Display for Pattern {
         match self {
             Self::Unstructured { sparsity } => write!(f, "{} %", sparsity * 100.0),
             Self::NofM { keep, of } => write!(f, "{keep}:{of}"),
+            Self::Parameters { share } => write!(f, "{} % fewer parameters", share * 100.0),
+            Self::Blocks { attention, channels } => write!(f, "{attention} KV heads and {channels} channels fewer"),
         }
     }
 }

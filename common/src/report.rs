@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
+use crate::structure::Kept;
 
 /// Bytes in a run's store, named by content.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -60,8 +61,11 @@ pub enum Outcome {
     Pruned {
         /// Its pruned tensors.
         artifact: Artifact,
-        /// One entry a sublayer, in dataflow order.
+        /// One entry a sublayer, in dataflow order; for structured methods, one a consumer.
         sublayers: Vec<SublayerReport>,
+        /// What stays of the layer, if the method removes heads and channels.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        kept: Option<Kept>,
         /// Where the time went.
         phases: Vec<PhaseSeconds>,
         /// Its output hidden states, if they were to be stored.

@@ -7,6 +7,7 @@ use crate::fault::{Fault, FaultClass};
 use crate::ids::{Attempt, Boundary, LayerIndex, Lease, RunId, Unit, WorkerId};
 use crate::outline::{LayerOutline, ModelOutline, SublayerOutline};
 use crate::report::{Artifact, Outcome, PhaseSeconds, SublayerReport};
+use crate::structure::Kept;
 
 /// A message that breaks the protocol.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -143,6 +144,9 @@ impl From<ModelOutline> for pb::ModelOutline {
             method_version: outline.method_version,
             method_params_json: outline.method_params.to_string(),
             needs_dense: outline.needs_dense,
+            structure_json: outline.structure.map_or_else(String::new, |structure| {
+                serde_json::to_string(&structure).expect("a structure is plain data")
+            }),
         }
     }
 }
@@ -179,6 +183,10 @@ impl TryFrom<pb::ModelOutline> for ModelOutline {
             method_params: serde_json::from_str(&outline.method_params_json)
                 .map_err(|error| invalid("outline.method_params_json", error))?,
             needs_dense: outline.needs_dense,
+            structure: match outline.structure_json.as_str() {
+                "" => None,
+                json => Some(serde_json::from_str(json).map_err(|error| invalid("outline.structure_json", error))?),
+            },
         })
     }
 }
@@ -228,7 +236,12 @@ fn phases_from_wire(phases: Vec<pb::PhaseSeconds>) -> Vec<PhaseSeconds> {
 impl From<Outcome> for pb::report_request::Outcome {
     fn from(outcome: Outcome) -> Self {
         match outcome {
-            Outcome::Pruned { artifact, sublayers, phases, boundary } => Self::Pruned(pb::Pruned {
+            Outcome::Pruned { artifact, sublayers, kept, phases, boundary } => Self::Pruned(pb::Pruned {
+                kept: kept.map(|kept| pb::Kept {
+                    cuts_attention: kept.attention.is_some(),
+                    attention: kept.attention.unwrap_or_default(),
+                    channels: kept.channels,
+                }),
                 artifact: Some(artifact.into()),
                 sublayers: sublayers.into_iter().map(Into::into).collect(),
                 phases: phases_to_wire(phases),
@@ -251,6 +264,9 @@ pub fn outcome_from_wire(outcome: pb::report_request::Outcome) -> Result<Result<
         pb::report_request::Outcome::Pruned(pruned) => Ok(Outcome::Pruned {
             artifact: pruned.artifact.ok_or(WireError::Missing("pruned.artifact"))?.try_into()?,
             sublayers: pruned.sublayers.into_iter().map(Into::into).collect(),
+            kept: pruned
+                .kept
+                .map(|kept| Kept { attention: kept.cuts_attention.then_some(kept.attention), channels: kept.channels }),
             phases: phases_from_wire(pruned.phases),
             boundary: pruned.boundary.map(TryInto::try_into).transpose()?,
         }),

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::error::RunError;
+use crate::layout::{Narrowing, StructuredRecord};
 
 /// Read at a time when an artifact is hashed.
 const HASH_BYTES: u64 = 8 << 20;
@@ -39,6 +40,8 @@ pub struct Parts<'a> {
     pub store: &'a dyn BlobStore,
     /// The pruned layers.
     pub layers: &'a BTreeMap<LayerIndex, Artifact>,
+    /// What stays of the layers, if heads and channels were removed.
+    pub structured: Option<&'a StructuredRecord>,
     /// Set when somebody wants it to stop.
     pub stop: &'a CancellationToken,
 }
@@ -73,12 +76,16 @@ pub fn assemble(parts: &Parts<'_>) -> Result<BTreeMap<String, Digest>, RunError>
             reason: format!("{name} holds no floats, so it cannot be written again"),
         });
     }
-    let plan = parts.dense.names().into_iter().filter_map(|name| {
-        let header = pruned.get(name).map(|place| &place.header).or_else(|| parts.dense.header(name))?;
-        Some((name.to_owned(), header.clone()))
-    });
+    let narrowing = parts.structured.map(Narrowing::new).transpose()?;
+    let mut plan = Vec::new();
+    for name in parts.dense.names() {
+        let header = pruned.get(name).map(|place| &place.header).or_else(|| parts.dense.header(name));
+        let Some(header) = header else { continue };
+        let header = narrowing.as_ref().map_or_else(|| Ok(header.clone()), |n| n.header(name, header))?;
+        plan.push((name.to_owned(), header));
+    }
     let target = Path::new(&parts.job.output.uri);
-    let mut writer = CheckpointWriter::create(target, parts.job.shard_bytes()?, plan.collect())?;
+    let mut writer = CheckpointWriter::create(target, parts.job.shard_bytes()?, plan)?;
     let order: Vec<String> = writer.order().map(|(name, _)| name.to_owned()).collect();
     for name in order {
         if parts.stop.is_cancelled() {
@@ -87,7 +94,11 @@ pub fn assemble(parts: &Parts<'_>) -> Result<BTreeMap<String, Digest>, RunError>
         match pruned.get(&name) {
             Some(place) => {
                 let end = place.start + place.header.bytes() as u64;
-                writer.write(&name, &parts.store.get_range(&place.artifact.name, place.start..end)?)?;
+                let bytes = parts.store.get_range(&place.artifact.name, place.start..end)?;
+                match &narrowing {
+                    Some(narrowing) => writer.write(&name, &narrowing.bytes(&name, &place.header, bytes.to_vec()))?,
+                    None => writer.write(&name, &bytes)?,
+                }
             }
             None => writer.write(&name, &parts.dense.read(&name)?)?,
         }
@@ -99,6 +110,9 @@ pub fn assemble(parts: &Parts<'_>) -> Result<BTreeMap<String, Digest>, RunError>
         let original = std::fs::read(parts.dense.path().join("config.json")).unwrap_or(config);
         companions.push(("config.json".to_owned(), original));
     }
+    if let Some(narrowed) = narrowing.as_ref().map(|n| n.config(parts.dense.config())).transpose()?.flatten() {
+        replace_config(&mut companions, narrowed);
+    }
     for (name, bytes) in companions.iter().filter(|(name, _)| name != "README.md") {
         writer.add_file(name, bytes)?;
     }
@@ -108,6 +122,12 @@ pub fn assemble(parts: &Parts<'_>) -> Result<BTreeMap<String, Digest>, RunError>
     writer.add_file("espalier.json", &manifest(parts, &files))?;
     let written = writer.finish()?;
     Ok(written.into_iter().map(|file| (file.name, file.sha256)).collect())
+}
+
+/// Puts a config in the place of the one that was to be copied.
+pub(crate) fn replace_config(companions: &mut Vec<(String, Vec<u8>)>, config: Vec<u8>) {
+    companions.retain(|(name, _)| name != "config.json");
+    companions.push(("config.json".to_owned(), config));
 }
 
 /// The files of the output, if it holds the checkpoint of this very job and every file is what its manifest says: the process
@@ -201,6 +221,10 @@ fn told_job(parts: &Parts<'_>) -> serde_json::Value {
         let last = Path::new(source).file_name().map(|name| name.to_string_lossy().into_owned());
         last.filter(|_| is_path).unwrap_or_else(|| source.to_owned())
     };
+    let mut output = serde_json::json!({ "shard_size": job.output.shard_size, "dtype": job.output.dtype });
+    if let Some(structured) = parts.structured {
+        output["layout"] = serde_json::json!(structured.layout);
+    }
     serde_json::json!({
         "model": { "source": name(&job.model.source), "fingerprint": parts.model },
         "calibration": {
@@ -214,13 +238,24 @@ fn told_job(parts: &Parts<'_>) -> serde_json::Value {
         "method": { "name": job.method.name, "version": parts.method_version, "params": parts.method_params },
         "pattern": job.pattern,
         "propagation": job.propagation,
-        "output": { "shard_size": job.output.shard_size, "dtype": job.output.dtype },
+        "output": output,
     })
 }
 
 fn model_card(parts: &Parts<'_>) -> String {
     let job = parts.job;
-    let pattern = job.pattern().map_or_else(|_| String::new(), |pattern| pattern.to_string());
+    let what = match parts.structured {
+        Some(_) => {
+            let share = job.pattern().map_or(0.0, |pattern| pattern.sparsity()) * 100.0;
+            format!(
+                "Whole attention heads and feed-forward channels, {share} % of the layers' parameters, were removed"
+            )
+        }
+        None => {
+            let pattern = job.pattern().map_or_else(|_| String::new(), |pattern| pattern.to_string());
+            format!("The linear layers of the decoder were pruned to {pattern}")
+        }
+    };
     let told = serde_json::to_string_pretty(&told_job(parts)).expect("a job is plain data");
     let base = job.model.source.strip_prefix("hf://").map_or_else(String::new, |name| {
         let name = name.split('@').next().unwrap_or(name);
@@ -229,7 +264,7 @@ fn model_card(parts: &Parts<'_>) -> String {
     format!(
         "---\n{base}library_name: transformers\ntags:\n- pruned\n- sparsity\n- espalier\n---\n\n\
          # Pruned with Espalier\n\n\
-         The linear layers of the decoder were pruned to {pattern} with method `{}`. Zeros are exact; embeddings and head\n\
+         {what} with method `{}`. Zeros are exact; embeddings and head\n\
          are untouched. `espalier.json` holds the SHA-256 of every file.\n\n\
          ```json\n{told}\n```\n",
         job.method.name,
@@ -238,14 +273,20 @@ fn model_card(parts: &Parts<'_>) -> String {
 
 /// `espalier.json`.
 #[derive(Serialize, Deserialize)]
-struct Manifest {
-    espalier: String,
-    job: serde_json::Value,
-    files: BTreeMap<String, Digest>,
+pub(crate) struct Manifest {
+    pub(crate) espalier: String,
+    pub(crate) job: serde_json::Value,
+    pub(crate) files: BTreeMap<String, Digest>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) structured: Option<StructuredRecord>,
 }
 
 fn manifest(parts: &Parts<'_>, files: &BTreeMap<String, Digest>) -> Vec<u8> {
-    let manifest =
-        Manifest { espalier: env!("CARGO_PKG_VERSION").to_owned(), job: told_job(parts), files: files.clone() };
+    let manifest = Manifest {
+        espalier: env!("CARGO_PKG_VERSION").to_owned(),
+        job: told_job(parts),
+        files: files.clone(),
+        structured: parts.structured.cloned(),
+    };
     serde_json::to_vec_pretty(&manifest).expect("a manifest is plain data")
 }

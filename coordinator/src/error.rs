@@ -11,6 +11,8 @@ use crate::calibration::CalibrationError;
 use crate::driver::DriveError;
 use crate::fleet::CallError;
 use crate::journal::JournalError;
+use crate::layout::LayoutError;
+use crate::plan::widths::WidthError;
 use crate::report::ReportError;
 use crate::schedule::Failure;
 
@@ -38,6 +40,12 @@ pub enum RunError {
     /// The model or the output.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The widths asked for.
+    #[error(transparent)]
+    Widths(#[from] WidthError),
+    /// The layout asked for.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
     /// The texts.
     #[error(transparent)]
     Calibration(#[from] CalibrationError),
@@ -167,6 +175,8 @@ impl RunError {
         };
         match self {
             Self::Job(_)
+            | Self::Widths(_)
+            | Self::Layout(_)
             | Self::JobText(_)
             | Self::Calibration(_)
             | Self::Checkpoint(_)

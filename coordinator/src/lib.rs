@@ -16,6 +16,7 @@ pub mod fingerprint;
 pub mod fleet;
 pub mod inspect;
 pub mod journal;
+pub mod layout;
 pub mod local;
 pub mod plan;
 pub mod report;

@@ -8,6 +8,7 @@ use espalier_common::job::{JobSpec, Propagation};
 use espalier_common::outline::ModelOutline;
 use espalier_common::pattern::Pattern;
 use espalier_common::report::{Outcome, PhaseSeconds, SublayerReport};
+use espalier_common::structure::{Kept, Structure};
 use serde::{Deserialize, Serialize};
 
 use crate::journal::{EvaluatedModel, JournalRecord, WorkerTotals};
@@ -30,6 +31,9 @@ pub struct Report {
     pub calibration: CalibrationReport,
     /// Every sublayer, in dataflow order.
     pub sublayers: Vec<SublayerEntry>,
+    /// What stays of the layers, if heads and channels were removed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub structured: Option<StructuredReport>,
     /// Sums.
     pub totals: Totals,
     /// If it was asked for.
@@ -110,6 +114,33 @@ pub struct SublayerEntry {
     pub worker: WorkerId,
 }
 
+/// What a structured method removed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StructuredReport {
+    /// Parameters of the layers' linear maps before.
+    pub parameters: u64,
+    /// Of these, removed.
+    pub removed: u64,
+    /// The share that is.
+    pub share: f64,
+    /// Every layer.
+    pub layers: Vec<StructuredEntry>,
+}
+
+/// What stays of one layer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StructuredEntry {
+    /// Index of the layer.
+    pub layer: u32,
+    /// KV heads that stay, if heads were to go.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_heads: Option<Vec<u32>>,
+    /// Number of channels that stay.
+    pub channels: u64,
+    /// Parameters removed.
+    pub removed: u64,
+}
+
 /// Sums over the run.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Totals {
@@ -180,6 +211,7 @@ struct Facts<'a> {
     tokens: Option<Digest>,
     outline: Option<&'a ModelOutline>,
     sublayers: BTreeMap<u32, Vec<SublayerEntry>>,
+    kept: BTreeMap<u32, &'a Kept>,
     nll: BTreeMap<EvaluatedModel, BTreeMap<u32, &'a [f64]>>,
     files: Option<&'a BTreeMap<String, Digest>>,
     totals: Totals,
@@ -226,9 +258,10 @@ impl<'a> Facts<'a> {
     fn take_pruning(&mut self, record: &'a Record) {
         self.count_lease(record);
         match record {
-            Record::Committed { lease, outcome: Outcome::Pruned { sublayers, phases, .. } } => {
+            Record::Committed { lease, outcome: Outcome::Pruned { sublayers, kept, phases, .. } } => {
                 self.add_phases(phases);
                 if let Unit::Prune(layer) = lease.unit {
+                    self.kept.extend(kept.as_ref().map(|kept| (layer.0, kept)));
                     let entries = sublayers.iter().map(|sublayer| entry(layer.0, lease.worker, sublayer)).collect();
                     self.sublayers.insert(layer.0, entries);
                 }
@@ -270,6 +303,7 @@ impl<'a> Facts<'a> {
         let files = self.files.ok_or(ReportError::Unfinished("assembled"))?.clone();
         let perplexity = self.perplexity();
         let sublayers: Vec<SublayerEntry> = std::mem::take(&mut self.sublayers).into_values().flatten().collect();
+        let structured = outline.structure.as_ref().map(|structure| structured(structure, &self.kept));
         let sum = |count: fn(&SublayerEntry) -> u64| sublayers.iter().map(count).sum::<u64>() as f64;
         self.totals.sparsity = sum(|entry| entry.zeros) / sum(|entry| entry.elements).max(1.0);
         Ok(Report {
@@ -285,7 +319,10 @@ impl<'a> Facts<'a> {
                 params: outline.method_params.clone(),
                 version: outline.method_version.clone(),
             },
-            pattern: job.pattern().map_err(|_| ReportError::Unfinished("created from a valid job"))?,
+            pattern: match job.pattern().map_err(|_| ReportError::Unfinished("created from a valid job"))? {
+                pattern if outline.structure.is_some() => Pattern::Parameters { share: pattern.sparsity() },
+                pattern => pattern,
+            },
             propagation: job.propagation.mode,
             calibration: CalibrationReport {
                 sha256: self.tokens.ok_or(ReportError::Unfinished("created"))?,
@@ -294,12 +331,31 @@ impl<'a> Facts<'a> {
                 sequence_length: job.calibration.sequence_length,
             },
             sublayers,
+            structured,
             totals: self.totals,
             perplexity,
             output: job.output.uri.clone(),
             files,
         })
     }
+}
+
+fn structured(structure: &Structure, kept: &BTreeMap<u32, &Kept>) -> StructuredReport {
+    let layers: Vec<StructuredEntry> = (0..)
+        .zip(&structure.layers)
+        .filter_map(|(layer, pairs)| {
+            let kept = kept.get(&layer)?;
+            Some(StructuredEntry {
+                layer,
+                kv_heads: kept.attention.clone(),
+                channels: kept.channels.len() as u64,
+                removed: kept.removed(pairs) as u64,
+            })
+        })
+        .collect();
+    let parameters = structure.layers.iter().map(|layer| layer.parameters as u64).sum::<u64>();
+    let removed = layers.iter().map(|layer| layer.removed).sum::<u64>();
+    StructuredReport { parameters, removed, share: removed as f64 / parameters.max(1) as f64, layers }
 }
 
 fn entry(layer: u32, worker: WorkerId, sublayer: &SublayerReport) -> SublayerEntry {

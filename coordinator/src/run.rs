@@ -10,11 +10,12 @@ use espalier_common::clock::{Clock, Stopwatch, unix_seconds};
 use espalier_common::config;
 use espalier_common::digest::Digest;
 use espalier_common::ids::{Boundary, LayerIndex, Lease, RunId, Unit};
-use espalier_common::job::{EvaluationSpec, JobSpec, Propagation};
+use espalier_common::job::{Allocation, EvaluationSpec, JobSpec, Layout, Propagation};
 use espalier_common::outline::ModelOutline;
 use espalier_common::pattern::Pattern;
 use espalier_common::report::{Artifact, Outcome};
 use espalier_common::store::{self, BlobStore};
+use espalier_common::structure::Kept;
 use espalier_common::wire::Source;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
@@ -25,6 +26,8 @@ use crate::events::{EventLog, Phase, RunEvent};
 use crate::fingerprint::{self, Fingerprint};
 use crate::fleet::{CallError, FleetEvent, Roster, UnitCall};
 use crate::journal::{EvaluatedModel, FileJournal, Journal, JournalRecord, RunCreated, WorkerTotals};
+use crate::layout::StructuredRecord;
+use crate::plan::widths::{self, Asked, WidthError};
 use crate::report::{self, Report};
 use crate::schedule::{Limits, Record, Scheduler, Shape};
 use crate::{assemble, calibration, evaluate};
@@ -49,6 +52,8 @@ pub struct Setting {
     pub stop: CancellationToken,
 }
 
+/// Channels that stay are a multiple of this unless the job says otherwise.
+const ROUND_TO: usize = 8;
 /// How long to wait for the first workers.
 const WORKERS_PATIENCE: Duration = Duration::from_secs(120);
 
@@ -195,6 +200,12 @@ impl Run {
             }
             return Ok((planned, patterns));
         }
+        if let Some(structure) = &outline.structure {
+            let patterns = widths::widths(structure, &asked(&self.job)?)?;
+            self.append(JournalRecord::Planned { outline: outline.clone(), patterns: patterns.clone() })?;
+            return Ok((outline, patterns));
+        }
+        refuse_structured_keys(&self.job)?;
         let pattern = self.job.pattern()?;
         for sublayer in outline.layers.iter().flat_map(|layer| layer.sublayers()) {
             pattern.validate_for(&sublayer.tensor, sublayer.columns).map_err(espalier_common::job::JobError::from)?;
@@ -259,6 +270,7 @@ impl Run {
             return Ok(());
         }
         self.setting.events.note(RunEvent::Phase { phase: Phase::Assemble });
+        let structured = structured_record(&self.past, &self.job, outline);
         let files = assemble::assemble(&assemble::Parts {
             job: &self.job,
             dense: self.dense.as_ref(),
@@ -268,6 +280,7 @@ impl Run {
             method_params: &outline.method_params,
             store: self.store.as_ref(),
             layers,
+            structured: structured.as_ref(),
             stop: &self.setting.stop,
         })?;
         self.append(JournalRecord::Assembled { files })
@@ -411,6 +424,52 @@ fn stored_boundary(record: &Record) -> Option<(Boundary, Artifact)> {
     match record {
         Record::Committed { lease, outcome: Outcome::Pruned { boundary: Some(artifact), .. } } => match lease.unit {
             Unit::Prune(layer) => Some((Boundary(layer.0 + 1), artifact.clone())),
+            Unit::Forward(_) | Unit::Evaluate(_) => None,
+        },
+        _ => None,
+    }
+}
+
+/// What the job asks of a structured method.
+fn asked(job: &JobSpec) -> Result<Asked, RunError> {
+    Ok(Asked {
+        share: job.pattern()?.sparsity(),
+        allocation: job.pattern.allocation,
+        layout: layout_of(job),
+        round_to: job.pattern.round_to.unwrap_or(ROUND_TO),
+        kv_heads: job.pattern.kv_heads,
+    })
+}
+
+fn layout_of(job: &JobSpec) -> Layout {
+    job.output.layout.unwrap_or(Layout::Uniform)
+}
+
+/// Keys that only structured methods honour are refused rather than ignored.
+fn refuse_structured_keys(job: &JobSpec) -> Result<(), WidthError> {
+    let keys = [
+        ("[pattern] round_to", job.pattern.round_to.is_some()),
+        ("[pattern] kv_heads", job.pattern.kv_heads.is_some()),
+        ("[pattern] allocation = \"log\"", job.pattern.allocation == Allocation::Log),
+        ("[output] layout", job.output.layout.is_some_and(|layout| layout != Layout::Masked)),
+    ];
+    match keys.iter().find(|(_, given)| *given) {
+        Some((key, _)) => Err(WidthError::NotStructured { key }),
+        None => Ok(()),
+    }
+}
+
+/// What a structured run leaves, once every layer is committed; `None` for other runs.
+fn structured_record(past: &[JournalRecord], job: &JobSpec, outline: &ModelOutline) -> Option<StructuredRecord> {
+    let structure = outline.structure.clone()?;
+    let kept: BTreeMap<LayerIndex, Kept> = prune_records(past).filter_map(kept_of_layer).collect();
+    Some(StructuredRecord { layout: layout_of(job), structure, kept: kept.into_values().collect() })
+}
+
+fn kept_of_layer(record: &Record) -> Option<(LayerIndex, Kept)> {
+    match record {
+        Record::Committed { lease, outcome: Outcome::Pruned { kept: Some(kept), .. } } => match lease.unit {
+            Unit::Prune(layer) => Some((layer, kept.clone())),
             Unit::Forward(_) | Unit::Evaluate(_) => None,
         },
         _ => None,

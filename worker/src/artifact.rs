@@ -74,8 +74,8 @@ pub struct StoredTensor {
     pub name: String,
     /// Element type.
     pub dtype: Dtype,
-    /// `[out, in]`.
-    pub shape: [usize; 2],
+    /// `[out, in]`, or `[out]` for a bias.
+    pub shape: Vec<usize>,
     /// Little-endian elements, row-major.
     pub bytes: Vec<u8>,
 }
@@ -93,7 +93,7 @@ pub fn write_layer(
     let views = tensors
         .iter()
         .map(|tensor| {
-            let view = TensorView::new(spelled(tensor.dtype), tensor.shape.to_vec(), &tensor.bytes)?;
+            let view = TensorView::new(spelled(tensor.dtype), tensor.shape.clone(), &tensor.bytes)?;
             Ok((tensor.name.as_str(), view))
         })
         .collect::<Result<Vec<_>, _>>()
@@ -125,12 +125,12 @@ pub fn read(store: &dyn BlobStore, artifact: &Artifact) -> Result<bytes::Bytes, 
 pub fn read_layer(
     store: &dyn BlobStore,
     artifact: &Artifact,
-    expected: impl IntoIterator<Item = (String, Dtype, [usize; 2])>,
+    expected: impl IntoIterator<Item = (String, Dtype, Vec<usize>)>,
 ) -> Result<Vec<StoredTensor>, ArtifactError> {
     let bytes = read(store, artifact)?;
     let format = |source| ArtifactError::Format { name: artifact.name.clone(), source };
     let file = SafeTensors::deserialize(&bytes).map_err(format)?;
-    let tensor = |(name, dtype, shape): (String, Dtype, [usize; 2])| {
+    let tensor = |(name, dtype, shape): (String, Dtype, Vec<usize>)| {
         let view = file.tensor(&name).map_err(format)?;
         if view.dtype() != spelled(dtype) || view.shape() != shape {
             return Err(ArtifactError::Tensor {
@@ -162,12 +162,12 @@ mod tests {
     fn tensors() -> Vec<StoredTensor> {
         let tensor = |name: &str, dtype: Dtype| {
             let bytes = (0..6 * dtype.bytes()).map(|byte| byte as u8).collect();
-            StoredTensor { name: name.to_owned(), dtype, shape: [2, 3], bytes }
+            StoredTensor { name: name.to_owned(), dtype, shape: vec![2, 3], bytes }
         };
         vec![tensor("layer.q", Dtype::Bf16), tensor("layer.k", Dtype::F32)]
     }
 
-    fn expected() -> Vec<(String, Dtype, [usize; 2])> {
+    fn expected() -> Vec<(String, Dtype, Vec<usize>)> {
         tensors().into_iter().map(|tensor| (tensor.name, tensor.dtype, tensor.shape)).collect()
     }
 
@@ -185,7 +185,7 @@ mod tests {
         let store = MemoryStore::default();
         let artifact = write_layer(&store, LayerIndex(0), &tensors()).unwrap();
         let mut other = expected();
-        other[0].2 = [3, 2];
+        other[0].2 = vec![3, 2];
         assert!(matches!(read_layer(&store, &artifact, other), Err(ArtifactError::Tensor { .. })));
         let mut bytes = store.get(&artifact.name).unwrap().to_vec();
         *bytes.last_mut().unwrap() ^= 1;

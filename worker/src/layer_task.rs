@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use candle_core::Tensor;
 use espalier_common::checkpoint::cast;
 use espalier_common::clock::Stopwatch;
 use espalier_common::ids::{Boundary, LayerIndex};
@@ -17,6 +18,7 @@ use crate::artifact::{self, StoredTensor};
 use crate::boundary;
 use crate::calibrate::capture::{Lane, capture_group, finish_layer, forward_layer};
 use crate::calibrate::gram::GramAccumulator;
+use crate::cut_task::cut_layer;
 use crate::holdings::HiddenStates;
 use crate::model::DecoderLayer;
 use crate::prune::verify::verify;
@@ -46,15 +48,20 @@ pub fn prune_layer(
     let outline = run.model.decoder.outline(layer)?;
     let loaded = phases.time("load", || run.model.decoder.load_layer(layer))?;
     let mut lanes = lanes(place, loaded, input);
-    let mut stored = Vec::new();
-    let mut reports = Vec::new();
-    for (group, members) in outline.groups.iter().enumerate() {
-        let stats = Arc::new(gather(place, &mut lanes, group, members, &mut phases)?);
-        for pruned in prune_group(place, lanes[0].layer(), group, members, pattern, &stats, &mut phases)? {
-            let weight = as_loaded(&pruned.stored, &run.device)?;
-            lanes[0].layer_mut().set_weight(group, pruned.member, weight);
-            stored.push(pruned.stored);
-            reports.push(pruned.report);
+    let (mut stored, mut reports, mut kept) = (Vec::new(), Vec::new(), None);
+    if let Some((solver, structure)) = run.method.solver.structured().zip(run.structure.as_ref()) {
+        let pairs = structure.layers.get(layer.0 as usize).ok_or(TaskError::NoStructure { layer })?;
+        let cut = cut_layer(place, &mut lanes, &outline, pairs, solver, pattern, &mut phases)?;
+        (stored, reports, kept) = (cut.stored, cut.reports, Some(cut.kept));
+    } else {
+        for (group, members) in outline.groups.iter().enumerate() {
+            let stats = Arc::new(gather(place, &mut lanes, group, members, false, &mut phases)?);
+            for pruned in prune_group(place, lanes[0].layer(), group, members, pattern, &stats, &mut phases)? {
+                let weight = as_loaded(&pruned.stored, &run.device)?;
+                lanes[0].layer_mut().set_weight(group, pruned.member, weight);
+                stored.push(pruned.stored);
+                reports.push(pruned.report);
+            }
         }
     }
     let artifact = phases.time("store", || artifact::write_layer(&*run.store, layer, &stored))?;
@@ -67,7 +74,7 @@ pub fn prune_layer(
             boundary = Some(phases.time("store", kept)?);
         }
     }
-    Ok(Outcome::Pruned { artifact, sublayers: reports, phases: phases.finish(), boundary })
+    Ok(Outcome::Pruned { artifact, sublayers: reports, kept, phases: phases.finish(), boundary })
 }
 
 /// Runs a dense layer, holding its input and its output.
@@ -98,24 +105,29 @@ fn lanes(place: &Workplace<'_>, layer: Box<dyn DecoderLayer>, input: HiddenState
     copies.into_iter().zip(streams).map(|(layer, hidden)| Lane::new(layer, hidden)).collect()
 }
 
-/// Brings all sequences before a group and sums up its inputs, the held-out ones apart.
-fn gather(
+/// Brings all sequences before a group and sums up its inputs, the held-out ones apart; `constant` puts a 1 after each input.
+pub(crate) fn gather(
     place: &Workplace<'_>,
     lanes: &mut [Lane],
     group: usize,
     members: &[SublayerOutline],
+    constant: bool,
     phases: &mut Phases,
 ) -> Result<InputStats, TaskError> {
     let first = &members[0];
     let failed = |source| TaskError::Gram { tensor: first.tensor.clone(), source };
     let sequences = place.run.tokens.sequences();
     let calibrating = sequences - place.run.job.held_out_samples().min(sequences - 1);
-    let accumulator = || GramAccumulator::new(first.columns, lanes.len() == 2);
+    let width = first.columns + usize::from(constant);
+    let accumulator = || GramAccumulator::new(width, lanes.len() == 2);
     let (mut gram, mut held_out) = (accumulator(), (calibrating < sequences).then(accumulator));
     let (mut seen, mut gram_seconds) = (0, 0.0);
     let watch = Stopwatch::start();
-    capture_group(lanes, group, place.cache, place.control, |inputs| {
+    capture_group(lanes, group, place.cache, place.control, |mut inputs| {
         let watch = Stopwatch::start();
+        if constant {
+            inputs.iter_mut().flatten().try_for_each(append_constant)?;
+        }
         let here = calibrating.saturating_sub(seen).min(inputs[0].len());
         let dense = inputs.get(1);
         if here > 0 {
@@ -139,6 +151,13 @@ fn gather(
     // What ran to get here is the group before.
     phases.add("forward", forward_seconds, 0.0);
     Ok(stats)
+}
+
+/// `[tokens, in]` to `[tokens, in + 1]`, the last column being 1: its weight is a bias.
+fn append_constant(inputs: &mut Tensor) -> Result<(), TaskError> {
+    let ones = Tensor::ones((inputs.dim(0)?, 1), inputs.dtype(), inputs.device())?;
+    *inputs = Tensor::cat(&[&*inputs, &ones], 1)?;
+    Ok(())
 }
 
 /// One sublayer as it will be stored, checked.

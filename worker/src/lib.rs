@@ -10,6 +10,7 @@ pub mod boundary;
 pub mod calibrate;
 pub mod cli;
 pub mod config;
+pub mod cut_task;
 pub mod device;
 pub mod evaluation;
 pub mod fleet;

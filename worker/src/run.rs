@@ -13,6 +13,7 @@ use espalier_common::outline::{LayerOutline, ModelOutline};
 use espalier_common::pattern::{Pattern, PatternError};
 use espalier_common::report::Artifact;
 use espalier_common::store::{self, BlobStore, StoreError};
+use espalier_common::structure::Structure;
 
 use crate::artifact::{self, ArtifactError};
 use crate::model::{self, Decoder, ModelError};
@@ -172,11 +173,22 @@ pub fn inspect(job_json: &str) -> Result<ModelOutline, RunError> {
         vocabulary_size: decoder.vocabulary_size(),
         max_sequence_length: decoder.max_sequence_length(),
         other_bytes: (all_bytes as u64).saturating_sub(layer_bytes),
+        structure: structure_for(&*method.solver, &*decoder),
         method_version: method.version.to_owned(),
         needs_dense: method.solver.needs() >= Statistics::GramAndCross,
         method_params: method.params,
         layers,
     })
+}
+
+/// What a method may cut of a model: nothing unless it is a structured one.
+fn structure_for(solver: &dyn Solver, decoder: &dyn Decoder) -> Option<Structure> {
+    let cuts_attention = solver.structured()?.cuts_attention();
+    let mut structure = decoder.structure();
+    if !cuts_attention {
+        structure.layers.iter_mut().for_each(|layer| layer.attention = None);
+    }
+    Some(structure)
 }
 
 /// One run, as a worker that is attached to it has it.
@@ -195,6 +207,8 @@ pub struct Run {
     pub model: Model,
     /// The solver.
     pub method: Method,
+    /// What it may cut, if it removes heads and channels.
+    pub structure: Option<Structure>,
     /// What computes.
     pub device: Device,
 }
@@ -217,7 +231,8 @@ impl Run {
         }
         let device = Device::Cpu;
         let model = open_model(&job.model.source, &device)?;
-        Ok(Self { id, job, job_json, store, tokens, model, method, device })
+        let structure = structure_for(&*method.solver, &*model.decoder);
+        Ok(Self { id, job, job_json, store, tokens, model, method, structure, device })
     }
 
     /// The pattern that a layer is to get.

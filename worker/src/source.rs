@@ -11,11 +11,12 @@ use espalier_common::report::Artifact;
 use espalier_common::wire::{Source, SourceFrom};
 use tokio::runtime::Handle;
 
-use crate::apply::apply_layer;
+use crate::apply::{apply_layer, apply_named};
 use crate::artifact;
 use crate::boundary;
 use crate::calibrate::cache::{ActivationCache, Entry};
 use crate::calibrate::capture::{forward_layer, map_batches};
+use crate::cut_task::cut_tensors;
 use crate::holdings::{HiddenStates, Holdings};
 use crate::prune::Statistics;
 use crate::run::Run;
@@ -137,10 +138,16 @@ impl Workplace<'_> {
         let dense = phases.time("load", || run.model.decoder.load_layer(layer))?;
         let mut corrected = dense.share();
         if let Some(artifact) = committed {
-            let expected =
-                outline.sublayers().map(|sublayer| self.stored_as(sublayer)).collect::<Result<Vec<_>, _>>()?;
-            let tensors = phases.time("load", || artifact::read_layer(&*run.store, artifact, expected))?;
-            apply_layer(&mut *corrected, outline.groups.iter().map(Vec::len), &tensors, &run.device)?;
+            if let Some(structure) = &run.structure {
+                let expected = cut_tensors(&*run.model.checkpoint, structure, layer)?;
+                let tensors = phases.time("load", || artifact::read_layer(&*run.store, artifact, expected))?;
+                apply_named(&mut *corrected, &outline, &tensors, &run.device)?;
+            } else {
+                let expected =
+                    outline.sublayers().map(|sublayer| self.stored_as(sublayer)).collect::<Result<Vec<_>, _>>()?;
+                let tensors = phases.time("load", || artifact::read_layer(&*run.store, artifact, expected))?;
+                apply_layer(&mut *corrected, outline.groups.iter().map(Vec::len), &tensors, &run.device)?;
+            }
         }
         let forward = |(stream, hidden): (usize, Vec<Entry>)| {
             let layer = if stream == 0 { &*corrected } else { &*dense };
@@ -162,12 +169,12 @@ impl Workplace<'_> {
     ///
     /// # Errors
     /// `MissingTensor`.
-    pub fn stored_as(&self, sublayer: &SublayerOutline) -> Result<(String, Dtype, [usize; 2]), TaskError> {
+    pub fn stored_as(&self, sublayer: &SublayerOutline) -> Result<(String, Dtype, Vec<usize>), TaskError> {
         let checkpoint = &self.run.model.checkpoint;
         let header = checkpoint.header(&sublayer.tensor).ok_or_else(|| CheckpointError::MissingTensor {
             path: checkpoint.path().clone(),
             tensor: sublayer.tensor.clone(),
         })?;
-        Ok((sublayer.tensor.clone(), header.dtype, [sublayer.rows, sublayer.columns]))
+        Ok((sublayer.tensor.clone(), header.dtype, vec![sublayer.rows, sublayer.columns]))
     }
 }

@@ -8,6 +8,7 @@ use espalier_common::checkpoint::CheckpointError;
 use espalier_common::clock::Stopwatch;
 use espalier_common::fault::{Fault, FaultClass};
 use espalier_common::ids::{Boundary, LayerIndex};
+use espalier_common::pattern::Pattern;
 use espalier_common::report::PhaseSeconds;
 use espalier_common::store::StoreError;
 use tokio_util::sync::CancellationToken;
@@ -152,6 +153,15 @@ pub enum TaskError {
         #[source]
         source: VerifyError,
     },
+    /// A layer that the model's structure does not tell of.
+    #[error("layer {layer} has no structure to cut")]
+    NoStructure {
+        /// The layer.
+        layer: LayerIndex,
+    },
+    /// A pattern that does not say what to cut.
+    #[error("a structured method was told to prune to {0}, which names no heads and channels")]
+    NoBlocks(Pattern),
     /// The model or the tokens to evaluate cannot be opened.
     #[error(transparent)]
     Open(Box<RunError>),
@@ -204,7 +214,9 @@ impl TaskError {
             Self::Verify { source, .. } => source.class(),
             Self::Open(error) => error.class(),
             Self::NotHeld { .. } | Self::Backend(_) | Self::Cancelled => FaultClass::RetryElsewhere,
-            Self::WrongSource { .. } | Self::WindowOutOfRange { .. } => FaultClass::Bug,
+            Self::NoStructure { .. } | Self::NoBlocks(_) | Self::WrongSource { .. } | Self::WindowOutOfRange { .. } => {
+                FaultClass::Bug
+            }
         }
     }
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use espalier_common::job::Propagation;
+use espalier_common::job::{Allocation, Layout, Propagation};
 use espalier_common::telemetry::LogFormat;
 
 /// Prunes large language models across a cluster, or on this machine.
@@ -36,6 +36,8 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Say what a job would take on a cluster: time, memory, bytes moved; from the model's headers alone.
     Plan(Box<PlanArgs>),
+    /// Write a structured result in another layout.
+    Export(ExportArgs),
     /// Serve a cluster.
     Coordinator(CoordinatorArgs),
     /// Show the runs and workers of a coordinator.
@@ -66,6 +68,45 @@ impl From<PropagationArg> for Propagation {
     }
 }
 
+/// What the checkpoint of a structured result looks like.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum LayoutArg {
+    /// Full shapes, with zeros: loads wherever the dense model does.
+    Masked,
+    /// Narrower tensors, all layers alike: loads in stock transformers and vLLM.
+    Uniform,
+    /// As narrow as the widest layer, the others filled up with zeros: loads where uniform does.
+    Padded,
+}
+
+impl From<LayoutArg> for Layout {
+    fn from(argument: LayoutArg) -> Self {
+        match argument {
+            LayoutArg::Masked => Self::Masked,
+            LayoutArg::Uniform => Self::Uniform,
+            LayoutArg::Padded => Self::Padded,
+        }
+    }
+}
+
+/// How sparsity is spread over layers.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum AllocationArg {
+    /// The same in every layer.
+    Uniform,
+    /// More in later layers, by SlimGPT's logarithm.
+    Log,
+}
+
+impl From<AllocationArg> for Allocation {
+    fn from(argument: AllocationArg) -> Self {
+        match argument {
+            AllocationArg::Uniform => Self::Uniform,
+            AllocationArg::Log => Self::Log,
+        }
+    }
+}
+
 /// Arguments of `prune`. Whatever is also in a job file overrides it.
 #[derive(Debug, Args)]
 pub(crate) struct PruneArgs {
@@ -77,12 +118,24 @@ pub(crate) struct PruneArgs {
     /// The method; `espalier-worker methods` lists them.
     #[arg(long)]
     pub(crate) method: Option<String>,
-    /// Share of zeros, in [0, 1).
+    /// Share of zeros, in [0, 1); for structured methods, share of the layers' parameters that goes.
     #[arg(long, conflicts_with = "pattern", allow_negative_numbers = true)]
     pub(crate) sparsity: Option<f64>,
     /// N:M, e.g. 2:4: 2 kept of every 4.
     #[arg(long)]
     pub(crate) pattern: Option<String>,
+    /// Structured methods: the checkpoint's shape [default: uniform].
+    #[arg(long)]
+    pub(crate) layout: Option<LayoutArg>,
+    /// Structured methods: channels that stay are a multiple of this [default: 8].
+    #[arg(long, value_parser = positive)]
+    pub(crate) round_to: Option<usize>,
+    /// Structured methods: KV heads that every layer loses, with their query heads [default: by the share].
+    #[arg(long)]
+    pub(crate) kv_heads: Option<usize>,
+    /// How sparsity is spread over layers; log is for structured methods [default: uniform].
+    #[arg(long)]
+    pub(crate) allocation: Option<AllocationArg>,
     /// A text file, or a .jsonl with `text` or `input_ids`.
     #[arg(long)]
     pub(crate) calibration: Option<String>,
@@ -184,6 +237,22 @@ pub(crate) struct InspectArgs {
     /// Compare with this one.
     #[arg(long, value_name = "DENSE")]
     pub(crate) against: Option<String>,
+}
+
+/// Arguments of `export`.
+#[derive(Debug, Args)]
+pub(crate) struct ExportArgs {
+    /// A checkpoint that a structured method made with --layout masked.
+    pub(crate) model: String,
+    /// The layout to write.
+    #[arg(long)]
+    pub(crate) layout: LayoutArg,
+    /// Where it goes: a directory that does not exist yet or is empty.
+    #[arg(long, short)]
+    pub(crate) output: PathBuf,
+    /// Largest shard, e.g. 5GB or 512MiB.
+    #[arg(long, default_value = "5GB")]
+    pub(crate) shard_size: String,
 }
 
 /// Arguments of `coordinator`.

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use espalier_common::job::{JobSpec, Propagation};
+use espalier_common::job::{Allocation, JobSpec, Layout, Propagation};
 use serde_json::{Map, Value, json};
 
 use super::CliError;
@@ -43,6 +43,10 @@ pub(crate) fn job(args: &PruneArgs) -> Result<JobSpec, CliError> {
     }
     set("pattern", "sparsity", args.sparsity.map(Value::from));
     set("pattern", "nofm", args.pattern.clone().map(Value::from));
+    set("pattern", "round_to", args.round_to.map(Value::from));
+    set("pattern", "kv_heads", args.kv_heads.map(Value::from));
+    set("pattern", "allocation", args.allocation.map(|allocation| json!(Allocation::from(allocation))));
+    set("output", "layout", args.layout.map(|layout| json!(Layout::from(layout))));
     let mode = args.propagation.map(|mode| json!(Propagation::from(mode)));
     set("propagation", "mode", mode);
     set("output", "uri", args.output.as_deref().map(|output| json!(absolute(output))));

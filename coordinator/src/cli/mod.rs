@@ -3,6 +3,7 @@
 mod args;
 mod cluster;
 mod eval;
+mod export;
 mod inspect;
 mod job;
 mod local;
@@ -69,6 +70,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         match cli.command {
             Command::Prune(args) => prune::run(args, cli.json).await,
             Command::Eval(args) => eval::run(args, cli.json).await,
+            Command::Export(args) => export::run(&args, cli.json),
             Command::Inspect(args) => inspect::run(&args, cli.json),
             Command::Report(args) => prune::report(&args, cli.json),
             Command::Resume(args) => prune::resume(args, cli.json).await,

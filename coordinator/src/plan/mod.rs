@@ -4,3 +4,4 @@ pub mod cluster;
 pub mod cost;
 pub mod partition;
 pub mod predict;
+pub mod widths;

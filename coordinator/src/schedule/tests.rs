@@ -35,6 +35,7 @@ fn outcome(unit: Unit) -> Outcome {
                 sha256: Digest::of(&layer.0.to_le_bytes()),
                 bytes: 1,
             },
+            kept: None,
             sublayers: Vec::new(),
             phases: Vec::new(),
             boundary: None,

@@ -13,6 +13,7 @@ pub mod prox;
 pub mod quadratic;
 pub mod select;
 pub mod spectral;
+pub mod wide;
 
 use candle_core::{DType, Device, Result, Tensor};
 

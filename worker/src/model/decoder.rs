@@ -8,12 +8,14 @@ use candle_core::{Device, Tensor};
 use espalier_common::checkpoint::Checkpoint;
 use espalier_common::ids::LayerIndex;
 use espalier_common::outline::LayerOutline;
+use espalier_common::structure::{Divides, LayerStructure, Pair, Structure};
 
 use super::attention::Attention;
 use super::blocks::{Linear, Norm, join};
 use super::config::Config;
 use super::load::{Expected, LinearSpec, Loader};
 use super::rope::Rope;
+use super::structure::{Coupled, parameters};
 use super::{Carry, Decoder, DecoderLayer, Head, ModelError, fused};
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -165,6 +167,43 @@ impl Decoder for PreNormDecoder {
         self.loader.outline(&self.groups(layer), &self.norms(layer))
     }
 
+    fn structure(&self) -> Structure {
+        let queries = self.heads / self.kv_heads;
+        let layers = (0..self.layers()).map(|layer| {
+            let groups = self.groups(LayerIndex(layer as u32));
+            let attention = Coupled {
+                producers: vec![
+                    (&groups[0][0], queries * self.head_dim),
+                    (&groups[0][1], self.head_dim),
+                    (&groups[0][2], self.head_dim),
+                ],
+                consumer: &groups[1][0],
+                blocks: self.kv_heads,
+                config: &[("num_attention_heads", queries), ("num_key_value_heads", 1)],
+            };
+            // transformers refuses other LLaMA configs, even with a head_dim of their own.
+            let divides = (self.spec.family == super::llama::FAMILY.name && self.hidden.is_multiple_of(self.heads))
+                .then(|| Divides {
+                    key: "num_attention_heads".to_owned(),
+                    per_block: queries,
+                    of_key: "hidden_size".to_owned(),
+                    of: self.hidden,
+                });
+            let channels = Coupled {
+                producers: groups[2].iter().map(|producer| (producer, 1)).collect(),
+                consumer: &groups[3][0],
+                blocks: self.intermediate,
+                config: &[("intermediate_size", 1)],
+            };
+            LayerStructure {
+                parameters: parameters(&groups),
+                attention: Some(Pair { divides, ..attention.pair() }),
+                channels: channels.pair(),
+            }
+        });
+        Structure { explicit: [("head_dim".to_owned(), self.head_dim)].into(), layers: layers.collect() }
+    }
+
     fn embed(&self, tokens: &[u32]) -> Result<Tensor, ModelError> {
         self.loader.embedding(EMBEDDING, [self.vocabulary, self.hidden], tokens)
     }
@@ -246,6 +285,16 @@ impl DecoderLayer for PreNormLayer {
 
     fn set_weight(&mut self, group: usize, member: usize, weight: Tensor) {
         self.groups[group][member].weight = weight;
+    }
+
+    fn bias(&self, group: usize, member: usize) -> Option<&Tensor> {
+        self.groups[group][member].bias.as_ref()
+    }
+
+    fn set_bias(&mut self, group: usize, member: usize, bias: Tensor) {
+        if let Some(place) = &mut self.groups[group][member].bias {
+            *place = bias;
+        }
     }
 
     fn share(&self) -> Box<dyn DecoderLayer> {

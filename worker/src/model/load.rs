@@ -26,11 +26,11 @@ pub(super) struct LinearSpec {
 }
 
 impl LinearSpec {
-    fn weight_name(&self) -> String {
+    pub(super) fn weight_name(&self) -> String {
         format!("{}.weight", self.name)
     }
 
-    fn bias_name(&self) -> String {
+    pub(super) fn bias_name(&self) -> String {
         format!("{}.bias", self.name)
     }
 }

@@ -20,6 +20,7 @@ mod qwen3;
 #[cfg(test)]
 mod refusal_tests;
 mod rope;
+mod structure;
 
 use std::sync::Arc;
 
@@ -27,6 +28,7 @@ use candle_core::{Device, Tensor};
 use espalier_common::checkpoint::Checkpoint;
 use espalier_common::ids::LayerIndex;
 use espalier_common::outline::LayerOutline;
+use espalier_common::structure::Structure;
 
 pub use error::ModelError;
 
@@ -57,6 +59,10 @@ pub trait DecoderLayer: Send + Sync {
     fn weight(&self, group: usize, member: usize) -> &Tensor;
     /// Puts a new weight of the same shape in its place.
     fn set_weight(&mut self, group: usize, member: usize, weight: Tensor);
+    /// The bias `[out]` of a sublayer, if it has one.
+    fn bias(&self, group: usize, member: usize) -> Option<&Tensor>;
+    /// Puts a new bias of the same shape in its place; one that the sublayer does not have changes nothing.
+    fn set_bias(&mut self, group: usize, member: usize, bias: Tensor);
     /// A copy that shares all tensors until one is replaced.
     fn share(&self) -> Box<dyn DecoderLayer>;
 
@@ -99,6 +105,8 @@ pub trait Decoder: Send + Sync {
     /// # Errors
     /// `MissingTensor`, `Shape`, with the tensor's name.
     fn outline(&self, layer: LayerIndex) -> Result<LayerOutline, ModelError>;
+    /// How the layers can be made narrower such that stock loaders still take them.
+    fn structure(&self) -> Structure;
     /// Hidden states `[tokens, hidden]` of one sequence, the input of layer 0. Reads only the rows it needs.
     ///
     /// # Errors

@@ -1,16 +1,19 @@
 //! OPT: learned positions, layer norm, a plain feed-forward. Source: Zhang et al., arXiv 2205.01068.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use espalier_common::checkpoint::Checkpoint;
 use espalier_common::ids::LayerIndex;
 use espalier_common::outline::LayerOutline;
+use espalier_common::structure::{LayerStructure, Structure};
 
 use super::attention::Attention;
 use super::blocks::{Linear, Norm, join};
 use super::config::Config;
 use super::load::{Expected, LinearSpec, Loader};
+use super::structure::{Coupled, parameters};
 use super::{Carry, Decoder, DecoderLayer, Head, ModelError, ModelFamily};
 
 /// OPT, 125m to 66b.
@@ -187,6 +190,21 @@ impl Decoder for OptDecoder {
         self.loader.outline(&self.groups(layer), &norms)
     }
 
+    fn structure(&self) -> Structure {
+        let layers = (0..self.layers).map(|layer| {
+            let groups = self.groups(LayerIndex(layer as u32));
+            let channels = Coupled {
+                producers: vec![(&groups[2][0], 1)],
+                consumer: &groups[3][0],
+                blocks: self.ffn,
+                config: &[("ffn_dim", 1)],
+            };
+            // Its config has no head width but hidden / heads: with fewer heads no stock loader takes it.
+            LayerStructure { parameters: parameters(&groups), attention: None, channels: channels.pair() }
+        });
+        Structure { explicit: BTreeMap::new(), layers: layers.collect() }
+    }
+
     fn embed(&self, tokens: &[u32]) -> Result<Tensor, ModelError> {
         if tokens.len() > self.max_positions {
             return Err(ModelError::SequenceTooLong { tokens: tokens.len(), limit: self.max_positions });
@@ -283,6 +301,16 @@ impl DecoderLayer for OptLayer {
 
     fn set_weight(&mut self, group: usize, member: usize, weight: Tensor) {
         self.groups[group][member].weight = weight;
+    }
+
+    fn bias(&self, group: usize, member: usize) -> Option<&Tensor> {
+        self.groups[group][member].bias.as_ref()
+    }
+
+    fn set_bias(&mut self, group: usize, member: usize, bias: Tensor) {
+        if let Some(place) = &mut self.groups[group][member].bias {
+            *place = bias;
+        }
     }
 
     fn share(&self) -> Box<dyn DecoderLayer> {

@@ -185,15 +185,15 @@ impl<'a> Search<'a> {
                         select::keep_n_of_m(merged, kept, of, keep);
                         Histogram::default()
                     }
-                    Pattern::Unstructured { .. } => Histogram::of(merged),
+                    _ => Histogram::of(merged),
                 }
             })
             .collect();
         self.rho = rho;
         match (self.budget.pattern, self.budget.row_block) {
             (Pattern::NofM { .. }, _) => {}
-            (Pattern::Unstructured { .. }, Some(_)) => self.budget.project(&self.merged, n, &mut self.keep),
-            (Pattern::Unstructured { .. }, None) => {
+            (_, Some(_)) => self.budget.project(&self.merged, n, &mut self.keep),
+            (_, None) => {
                 let histogram = histograms.iter().fold(Histogram::default(), |sum, part| sum.merged(part));
                 let drop = self.budget.pattern.zeros(self.merged.len() / n, n);
                 select::mark(&self.merged, Cut::from_histogram(&histogram, &self.merged, drop), &mut self.keep);

@@ -207,6 +207,13 @@ pub(crate) fn admit(method: &'static str, problem: &Problem<'_>, width: usize) -
 /// # Errors
 /// `Unsupported`.
 pub(crate) fn supports_valid(method: &'static str, pattern: Pattern) -> Result<(), SolveError> {
+    if let Pattern::Parameters { .. } | Pattern::Blocks { .. } = pattern {
+        return Err(SolveError::Unsupported {
+            method,
+            pattern,
+            reason: "it places zeros and removes no heads or channels",
+        });
+    }
     pattern.validate().map_err(|_| SolveError::Unsupported { method, pattern, reason: "it is out of range" })
 }
 

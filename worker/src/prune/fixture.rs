@@ -122,8 +122,8 @@ pub(crate) fn assert_obeys_invariants(method: &str, params: Value, pattern: Patt
         assert_eq!(same, solved.len(), "{method} {pattern}: the support depends on the inputs' scale");
 
         let nothing = match pattern {
-            Pattern::Unstructured { .. } => Pattern::Unstructured { sparsity: 0.0 },
             Pattern::NofM { of, .. } => Pattern::NofM { keep: of, of },
+            _ => Pattern::Unstructured { sparsity: 0.0 },
         };
         assert_eq!(
             solve(method, params.clone(), &problem, nothing),

@@ -54,10 +54,8 @@ impl GroupSolver for Magnitude {
         let mut weight = admitted.weight;
         let mut keep = vec![1; weight.len()];
         match problem.pattern {
-            Pattern::Unstructured { .. } => {
-                select::keep_largest(&weight, problem.pattern.zeros(admitted.rows, admitted.columns), &mut keep);
-            }
             Pattern::NofM { keep: n, of } => select::keep_n_of_m(&weight, n, of, &mut keep),
+            _ => select::keep_largest(&weight, problem.pattern.zeros(admitted.rows, admitted.columns), &mut keep),
         }
         select::zero_dropped(&mut weight, &keep);
         Ok(Solution {

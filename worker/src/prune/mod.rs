@@ -11,6 +11,7 @@ pub mod magnitude;
 pub mod problem;
 pub mod refit;
 pub mod sparsegpt;
+pub mod structured;
 pub mod verify;
 pub mod wanda;
 
@@ -22,6 +23,7 @@ use serde::Serialize;
 use serde::de::{DeserializeOwned, Error as _};
 
 pub use problem::{InputStats, Problem, Solution, SolveCtx, Statistics};
+pub use structured::StructuredSolver;
 
 /// One pruning algorithm with its parameters.
 ///
@@ -39,6 +41,10 @@ pub trait Solver: Send + Sync {
     /// # Errors
     /// `NotPositiveDefinite` once damping is exhausted.
     fn prepare(&self, stats: Arc<InputStats>, ctx: &SolveCtx) -> Result<Box<dyn GroupSolver>, SolveError>;
+    /// The method as one that removes heads and channels, if it is one; it then solves nothing else.
+    fn structured(&self) -> Option<&dyn StructuredSolver> {
+        None
+    }
 }
 
 /// A solver made ready for the inputs of one group.
@@ -52,9 +58,19 @@ pub trait GroupSolver: Send + Sync {
     fn row_block(&self) -> Option<usize>;
 }
 
-/// Every method there is, from the plainest to the best.
-pub const METHODS: &[Method] =
-    &[magnitude::METHOD, wanda::METHOD, sparsegpt::METHOD, fista::METHOD, alps::METHOD, espalier::METHOD];
+/// Every method there is: those that place zeros, from the plainest to the best, then those that remove whole structures.
+pub const METHODS: &[Method] = &[
+    magnitude::METHOD,
+    wanda::METHOD,
+    sparsegpt::METHOD,
+    fista::METHOD,
+    alps::METHOD,
+    espalier::METHOD,
+    structured::fasp::WANDA_COLUMNS,
+    structured::fasp::METHOD,
+    structured::spap::METHOD,
+    structured::slimgpt::METHOD,
+];
 
 /// Builds the solver of a method by name.
 ///
@@ -156,6 +172,18 @@ pub enum SolveError {
         /// Which one.
         what: &'static str,
     },
+    /// Blocks of inputs that cannot be removed from the weight.
+    #[error("{remove} blocks of {block} inputs cannot be removed from {columns} with statistics of {width}")]
+    Blocks {
+        /// Inputs of the weight.
+        columns: usize,
+        /// Inputs of the statistics.
+        width: usize,
+        /// Inputs in a block.
+        block: usize,
+        /// Blocks to remove.
+        remove: usize,
+    },
     /// The run was cancelled.
     #[error("cancelled")]
     Cancelled,
@@ -169,6 +197,7 @@ impl SolveError {
     pub fn class(&self) -> FaultClass {
         match self {
             Self::Unsupported { .. } | Self::NotPositiveDefinite { .. } | Self::NotFinite { .. } => FaultClass::Reject,
+            Self::Blocks { .. } => FaultClass::Bug,
             Self::Cancelled => FaultClass::RetryElsewhere,
             Self::Backend(_) => FaultClass::RetryElsewhere,
         }

@@ -120,8 +120,8 @@ impl Compensation {
         let n = self.conditioned.n;
         let rows = weight.len() / n.max(1);
         let block = match pattern {
-            Pattern::Unstructured { .. } => self.params.block,
             Pattern::NofM { of, .. } => (self.params.block / of).max(1) * of,
+            _ => self.params.block,
         };
         let mut keep = vec![1u8; weight.len()];
         let mut loss = 0.0;
@@ -138,8 +138,8 @@ impl Compensation {
                 .zip(keep.par_chunks_mut(ROWS * n))
                 .map(|(weight, keep)| {
                     let group = match pattern {
-                        Pattern::Unstructured { .. } => None,
                         Pattern::NofM { keep, of } => Some((keep, of)),
+                        _ => None,
                     };
                     self.sweep(&span, weight, keep, group)
                 })

@@ -55,6 +55,14 @@ pub enum VerifyError {
         /// First input channel of the group.
         column: usize,
     },
+    /// A column that was to go is not zero.
+    #[error("solution of {tensor} is not zero in column {column}, which was removed")]
+    Column {
+        /// The sublayer.
+        tensor: String,
+        /// Input channel.
+        column: usize,
+    },
     /// The tensor library failed.
     #[error("tensor backend failed")]
     Backend(#[from] candle_core::Error),
@@ -119,6 +127,40 @@ pub fn verify(problem: &Problem<'_>, stats: &InputStats, solution: &Tensor) -> R
         rel_error: rel_error(&solved, &dense, stats)?,
         held_out_error,
         zeros: zeros as u64,
+        elements: solved.len() as u64,
+    })
+}
+
+/// Checks a cut consumer `solution [out, in]`, as it will be stored: finite, and zero in every input that does not stay; and
+/// measures its error. Where there is a bias it is the last column of both matrices, and 1 the last input of the statistics.
+///
+/// # Errors
+/// See [`VerifyError`].
+pub fn verify_cut(
+    tensor: &str,
+    dense: &Tensor,
+    solution: &Tensor,
+    stays: impl Fn(usize) -> bool,
+    stats: &InputStats,
+) -> Result<Verified, VerifyError> {
+    let tensor = || tensor.to_owned();
+    if solution.dims() != dense.dims() {
+        let (found, expected) = (solution.dims().to_vec(), dense.dims().to_vec());
+        return Err(VerifyError::Shape { tensor: tensor(), found, expected });
+    }
+    let columns = dense.dim(1)?;
+    let (dense, solved) = (values(dense)?, values(solution)?);
+    if let Some(index) = solved.iter().position(|value| !value.is_finite()) {
+        return Err(VerifyError::NotFinite { tensor: tensor(), row: index / columns, column: index % columns });
+    }
+    let wrong = |(index, value): (usize, &f32)| (value.to_bits() != 0 && !stays(index % columns)).then_some(index);
+    if let Some(index) = solved.iter().enumerate().find_map(wrong) {
+        return Err(VerifyError::Column { tensor: tensor(), column: index % columns });
+    }
+    Ok(Verified {
+        rel_error: rel_error(&solved, &dense, stats)?,
+        held_out_error: stats.held_out.as_deref().map(|held_out| rel_error(&solved, &dense, held_out)).transpose()?,
+        zeros: count_zeros(&solved) as u64,
         elements: solved.len() as u64,
     })
 }

@@ -71,7 +71,8 @@ pub(crate) fn keep(weight: &[f32], norms: &[f32], pattern: Pattern) -> Vec<u8> {
     scores.par_chunks_mut(columns.max(1)).for_each(|row| row.iter_mut().zip(norms).for_each(|(w, norm)| *w *= norm));
     let mut keep = vec![1; weight.len()];
     match pattern {
-        Pattern::Unstructured { .. } => {
+        Pattern::NofM { keep: n, of } => select::keep_n_of_m(&scores, n, of, &mut keep),
+        _ => {
             select::keep_largest_per_row(
                 &scores,
                 columns,
@@ -79,7 +80,6 @@ pub(crate) fn keep(weight: &[f32], norms: &[f32], pattern: Pattern) -> Vec<u8> {
                 &mut keep,
             );
         }
-        Pattern::NofM { keep: n, of } => select::keep_n_of_m(&scores, n, of, &mut keep),
     }
     keep
 }

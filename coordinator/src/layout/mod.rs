@@ -1,0 +1,256 @@
+//! What the checkpoint of a structured result looks like: full shapes with zeros, or narrower ones.
+//!
+//! Workers leave every tensor at its full shape. Here rows and columns are cut out of bytes by the record of what stays and
+//! by what the worker told of the model's structure; nothing here knows a family.
+
+pub mod export;
+mod slice;
+
+use std::collections::BTreeMap;
+
+use espalier_common::checkpoint::TensorHeader;
+use espalier_common::job::Layout;
+use espalier_common::structure::{Kept, LayerStructure, Pair, Structure};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use slice::Cut;
+
+/// What a structured run leaves of a model; part of the checkpoint's `espalier.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StructuredRecord {
+    /// How the checkpoint is laid out.
+    pub layout: Layout,
+    /// What could be cut.
+    pub structure: Structure,
+    /// What stays, one entry a layer.
+    pub kept: Vec<Kept>,
+}
+
+/// Why a layout cannot hold a result.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LayoutError {
+    /// Layers differ in width.
+    #[error("layers keep from {least} to {most} {what}, which layout = \"uniform\" cannot hold: use \"padded\"")]
+    Uneven {
+        /// What differs.
+        what: &'static str,
+        /// Fewest.
+        least: usize,
+        /// Most.
+        most: usize,
+    },
+    /// Stock loaders would refuse the shape.
+    #[error(
+        "{key} = {value} does not divide {of_key} = {of}, so transformers would refuse the model: use layout = \"masked\""
+    )]
+    WouldNotLoad {
+        /// Key of the config.
+        key: String,
+        /// What it would be.
+        value: usize,
+        /// Key that it must divide.
+        of_key: String,
+        /// Its value.
+        of: usize,
+    },
+    /// The record does not go with the model.
+    #[error("the record of what stays does not fit {0}")]
+    Record(String),
+    /// The config cannot be edited.
+    #[error("config.json is not an object")]
+    Config,
+}
+
+/// A record made ready for cutting: which blocks of which tensor stay.
+pub(crate) struct Narrowing<'a> {
+    record: &'a StructuredRecord,
+    /// Axis, width, kept blocks and blocks afterwards, by tensor.
+    cuts: BTreeMap<&'a str, Cut<'a>>,
+    /// Keys of the config that change.
+    config: BTreeMap<&'a str, usize>,
+}
+
+/// The kept blocks and the pair they belong to.
+type PairKept<'a> = (&'a Pair, &'a [u32]);
+
+impl<'a> Narrowing<'a> {
+    /// Checks a record and its layout; a masked one cuts nothing.
+    ///
+    /// # Errors
+    /// See [`LayoutError`].
+    pub(crate) fn new(record: &'a StructuredRecord) -> Result<Self, LayoutError> {
+        let StructuredRecord { structure, kept, layout } = record;
+        let mut narrowing = Self { record, cuts: BTreeMap::new(), config: BTreeMap::new() };
+        if structure.layers.len() != kept.len() {
+            return Err(LayoutError::Record(format!("a model of {} layers", structure.layers.len())));
+        }
+        for (layer, kept) in structure.layers.iter().zip(kept) {
+            if !kept.fits(layer) {
+                return Err(LayoutError::Record(layer.channels.consumer.clone()));
+            }
+        }
+        if *layout == Layout::Masked {
+            return Ok(narrowing);
+        }
+        let attention = |(layer, kept): (&'a LayerStructure, &'a Kept)| -> Option<PairKept<'a>> {
+            Some((layer.attention.as_ref()?, kept.attention.as_ref()?))
+        };
+        let channels = |(layer, kept): (&'a LayerStructure, &'a Kept)| -> Option<PairKept<'a>> {
+            Some((&layer.channels, &kept.channels))
+        };
+        let layers = || structure.layers.iter().zip(kept);
+        narrowing.add("KV heads", layers().filter_map(attention).collect(), kept.len())?;
+        narrowing.add("channels", layers().filter_map(channels).collect(), kept.len())?;
+        if !narrowing.config.is_empty() {
+            narrowing.config.extend(structure.explicit.iter().map(|(key, value)| (key.as_str(), *value)));
+        }
+        Ok(narrowing)
+    }
+
+    fn add(&mut self, what: &'static str, pairs: Vec<PairKept<'a>>, layers: usize) -> Result<(), LayoutError> {
+        let widths = || pairs.iter().map(|(_, kept)| kept.len());
+        let (Some(least), Some(most)) = (widths().min(), widths().max()) else { return Ok(()) };
+        if pairs.len() != layers {
+            return Err(LayoutError::Record(format!("{what}: some layers have them and some have not")));
+        }
+        if self.record.layout == Layout::Uniform && least != most {
+            return Err(LayoutError::Uneven { what, least, most });
+        }
+        for (pair, kept) in pairs {
+            if let Some(rule) = pair.divides.as_ref().filter(|_| !pair.loads_with(most)) {
+                return Err(LayoutError::WouldNotLoad {
+                    key: rule.key.clone(),
+                    value: most * rule.per_block,
+                    of_key: rule.of_key.clone(),
+                    of: rule.of,
+                });
+            }
+            for slice in &pair.slices {
+                self.cuts.insert(&slice.tensor, Cut { axis: slice.axis, width: slice.width, kept, blocks: most });
+            }
+            self.config.extend(pair.config.iter().map(|(key, per_block)| (key.as_str(), most * per_block)));
+        }
+        Ok(())
+    }
+
+    /// The shape that a tensor gets.
+    ///
+    /// # Errors
+    /// `Record` if the tensor is not as the record has it.
+    pub(crate) fn header(&self, name: &str, header: &TensorHeader) -> Result<TensorHeader, LayoutError> {
+        match self.cuts.get(name) {
+            None => Ok(header.clone()),
+            Some(cut) if cut.fits(header) => Ok(cut.header(header)),
+            Some(_) => Err(LayoutError::Record(name.to_owned())),
+        }
+    }
+
+    /// The elements that a tensor of the full shape `header` keeps.
+    pub(crate) fn bytes(&self, name: &str, header: &TensorHeader, bytes: Vec<u8>) -> Vec<u8> {
+        match self.cuts.get(name) {
+            Some(cut) => cut.bytes(header, &bytes),
+            None => bytes,
+        }
+    }
+
+    /// The config of the narrower model, or `None` if it is that of the dense one.
+    ///
+    /// # Errors
+    /// `Config`.
+    pub(crate) fn config(&self, dense: &Value) -> Result<Option<Vec<u8>>, LayoutError> {
+        if self.config.is_empty() {
+            return Ok(None);
+        }
+        let mut config = dense.clone();
+        let keys = config.as_object_mut().ok_or(LayoutError::Config)?;
+        for (key, value) in &self.config {
+            keys.insert((*key).to_owned(), Value::from(*value));
+        }
+        Ok(Some(serde_json::to_vec_pretty(&config).expect("what was parsed from JSON can be written")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use espalier_common::checkpoint::Dtype;
+    use espalier_common::structure::{Divides, Slice};
+
+    use super::*;
+
+    fn pair(tensor: &str, blocks: usize, width: usize, key: &str) -> Pair {
+        Pair {
+            consumer: tensor.to_owned(),
+            blocks,
+            block: width,
+            parameters: width,
+            fits_bias: false,
+            slices: vec![Slice { tensor: tensor.to_owned(), axis: 1, width }],
+            config: [(key.to_owned(), 1)].into(),
+            divides: None,
+        }
+    }
+
+    fn record(layout: Layout, kept: [(&[u32], &[u32]); 2]) -> StructuredRecord {
+        let layer = |index: usize| LayerStructure {
+            parameters: 100,
+            attention: Some(pair(&format!("{index}.o"), 4, 2, "heads")),
+            channels: pair(&format!("{index}.down"), 6, 1, "width"),
+        };
+        StructuredRecord {
+            layout,
+            structure: Structure { explicit: [("head_dim".to_owned(), 2)].into(), layers: vec![layer(0), layer(1)] },
+            kept: kept
+                .map(|(heads, channels)| Kept { attention: Some(heads.to_vec()), channels: channels.to_vec() })
+                .into(),
+        }
+    }
+
+    #[test]
+    fn a_uniform_layout_has_the_width_that_every_layer_keeps() {
+        let record = record(Layout::Uniform, [(&[0, 2], &[1, 3, 4]), (&[1, 3], &[0, 1, 2])]);
+        let narrowing = Narrowing::new(&record).unwrap();
+        let config = narrowing.config(&serde_json::json!({ "heads": 4, "width": 6, "other": "x" })).unwrap().unwrap();
+        let config: Value = serde_json::from_slice(&config).unwrap();
+        assert_eq!(config, serde_json::json!({ "heads": 2, "width": 3, "other": "x", "head_dim": 2 }));
+        let header = TensorHeader { dtype: Dtype::F32, shape: vec![5, 8] };
+        assert_eq!(narrowing.header("1.o", &header).unwrap().shape, [5, 4]);
+        assert_eq!(narrowing.header("embedding", &header).unwrap(), header);
+    }
+
+    #[test]
+    fn uneven_layers_are_padded_or_refused() {
+        let kept: [(&[u32], &[u32]); 2] = [(&[0, 2], &[1, 3, 4]), (&[1], &[0])];
+        let error = Narrowing::new(&record(Layout::Uniform, kept)).err().unwrap();
+        assert_eq!(error, LayoutError::Uneven { what: "KV heads", least: 1, most: 2 });
+        let record = record(Layout::Padded, kept);
+        let narrowing = Narrowing::new(&record).unwrap();
+        let header = TensorHeader { dtype: Dtype::F32, shape: vec![1, 6] };
+        assert_eq!(narrowing.header("1.down", &header).unwrap().shape, [1, 3]);
+        let bytes = narrowing.bytes("1.down", &header, (0..24).collect());
+        assert_eq!(bytes, [0, 1, 2, 3, 0, 0, 0, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_masked_layout_cuts_nothing() {
+        let record = record(Layout::Masked, [(&[0], &[1]), (&[0, 1], &[0, 1])]);
+        let narrowing = Narrowing::new(&record).unwrap();
+        assert_eq!(narrowing.config(&serde_json::json!({})).unwrap(), None);
+    }
+
+    #[test]
+    fn a_shape_that_no_loader_takes_is_refused() {
+        let mut record = record(Layout::Uniform, [(&[0, 1, 2], &[0]), (&[0, 1, 2], &[0])]);
+        for layer in &mut record.structure.layers {
+            let rule = Divides { key: "heads".into(), per_block: 1, of_key: "hidden".into(), of: 8 };
+            layer.attention.as_mut().unwrap().divides = Some(rule);
+        }
+        assert!(matches!(Narrowing::new(&record), Err(LayoutError::WouldNotLoad { value: 3, of: 8, .. })));
+    }
+
+    #[test]
+    fn a_record_that_does_not_fit_is_refused() {
+        let record = record(Layout::Uniform, [(&[0], &[6]), (&[0], &[0])]);
+        assert!(matches!(Narrowing::new(&record), Err(LayoutError::Record(_))));
+    }
+}

@@ -1,0 +1,97 @@
+//! Cutting rows and columns out of a tensor's bytes.
+
+use espalier_common::checkpoint::TensorHeader;
+
+/// Blocks of rows or columns that stay, in a number that may be larger: zeros fill it up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Cut<'a> {
+    /// 0: rows, or the elements of a vector; 1: columns.
+    pub(crate) axis: usize,
+    /// Rows or columns in a block.
+    pub(crate) width: usize,
+    /// Blocks that stay, ascending.
+    pub(crate) kept: &'a [u32],
+    /// Blocks there are afterwards.
+    pub(crate) blocks: usize,
+}
+
+impl Cut<'_> {
+    /// The shape afterwards.
+    pub(crate) fn header(&self, header: &TensorHeader) -> TensorHeader {
+        let mut shape = header.shape.clone();
+        shape[self.axis] = self.blocks * self.width;
+        TensorHeader { dtype: header.dtype, shape }
+    }
+
+    /// Whether the tensor has the axis, and every block that stays.
+    pub(crate) fn fits(&self, header: &TensorHeader) -> bool {
+        let length = header.shape.get(self.axis).copied().unwrap_or(0);
+        let end = self.kept.last().map_or(0, |&last| (last as usize + 1).saturating_mul(self.width));
+        header.shape.len() <= 2 && self.kept.len() <= self.blocks && self.width > 0 && end <= length
+    }
+
+    /// The elements afterwards; `header` is the shape before, which must fit.
+    pub(crate) fn bytes(&self, header: &TensorHeader, bytes: &[u8]) -> Vec<u8> {
+        // Seen as [outer, axis, inner]: each outer part loses and gains the same runs of bytes.
+        let inner: usize = header.shape[self.axis + 1..].iter().product::<usize>() * header.dtype.bytes();
+        let run = self.width * inner;
+        let part = header.shape[self.axis] * inner;
+        let mut out = Vec::with_capacity(bytes.len() / header.shape[self.axis].max(1) * self.blocks * self.width);
+        for part in bytes.chunks_exact(part.max(1)) {
+            for &block in self.kept {
+                out.extend_from_slice(&part[block as usize * run..(block as usize + 1) * run]);
+            }
+            out.resize(out.len() + (self.blocks - self.kept.len()) * run, 0);
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use espalier_common::checkpoint::Dtype;
+
+    use super::*;
+
+    fn header(shape: &[usize]) -> TensorHeader {
+        TensorHeader { dtype: Dtype::Bf16, shape: shape.to_vec() }
+    }
+
+    /// `[rows, columns]` of two-byte elements, each its row and its column.
+    fn matrix(rows: u8, columns: u8) -> Vec<u8> {
+        (0..rows).flat_map(|row| (0..columns).flat_map(move |column| [row, column])).collect()
+    }
+
+    #[test]
+    fn blocks_of_rows_stay_and_the_rest_is_zero() {
+        let cut = Cut { axis: 0, width: 2, kept: &[0, 2], blocks: 3 };
+        let before = header(&[6, 3]);
+        assert!(cut.fits(&before));
+        assert_eq!(cut.header(&before).shape, [6, 3]);
+        let all = matrix(6, 3);
+        let expected = [&all[..12], &all[24..36], &[0; 12]].concat();
+        assert_eq!(cut.bytes(&before, &all), expected);
+    }
+
+    #[test]
+    fn blocks_of_columns_stay_in_every_row() {
+        let cut = Cut { axis: 1, width: 2, kept: &[1], blocks: 1 };
+        let before = header(&[3, 4]);
+        assert_eq!(cut.header(&before).shape, [3, 2]);
+        assert_eq!(cut.bytes(&before, &matrix(3, 4)), [0, 2, 0, 3, 1, 2, 1, 3, 2, 2, 2, 3]);
+    }
+
+    #[test]
+    fn vectors_are_cut_like_rows() {
+        let cut = Cut { axis: 0, width: 1, kept: &[1, 3], blocks: 2 };
+        assert_eq!(cut.bytes(&header(&[4]), &[0, 0, 1, 1, 2, 2, 3, 3]), [1, 1, 3, 3]);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_told() {
+        let cut = |axis, width, kept, blocks| Cut { axis, width, kept, blocks };
+        assert!(!cut(1, 1, &[0][..], 1).fits(&header(&[4])));
+        assert!(!cut(0, 2, &[2][..], 1).fits(&header(&[4, 4])));
+        assert!(!cut(0, 1, &[0, 1][..], 1).fits(&header(&[4])));
+    }
+}

@@ -1,0 +1,320 @@
+//! From a share of parameters to heads and channels, layer by layer, so that what comes out loads.
+
+use espalier_common::job::{Allocation, Layout};
+use espalier_common::pattern::Pattern;
+use espalier_common::structure::{LayerStructure, Pair, Structure};
+
+/// What a job asks of a structured method.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Asked {
+    /// Share of the layers' parameters to remove.
+    pub share: f64,
+    /// How it is spread over layers.
+    pub allocation: Allocation,
+    /// What the checkpoint will look like.
+    pub layout: Layout,
+    /// Channels that stay are a multiple of this.
+    pub round_to: usize,
+    /// KV heads to remove from each layer, if the job says.
+    pub kv_heads: Option<usize>,
+}
+
+/// Why a share cannot be removed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WidthError {
+    /// Stock loaders would refuse the shape.
+    #[error(
+        "removing {remove} of {blocks} KV heads a layer leaves {key} = {value}, which does not divide {of_key} = {of}, so \
+         transformers would refuse the model: remove {nearest} with [pattern] kv_heads, or use [output] layout = \"masked\""
+    )]
+    WouldNotLoad {
+        /// KV heads to be removed.
+        remove: usize,
+        /// KV heads there are.
+        blocks: usize,
+        /// Key of the config.
+        key: String,
+        /// What it would be.
+        value: usize,
+        /// Key that it must divide.
+        of_key: String,
+        /// Its value.
+        of: usize,
+        /// The nearest numbers that load.
+        nearest: String,
+    },
+    /// No head would be left.
+    #[error("[pattern] kv_heads = {remove} removes every KV head of a layer, which has {blocks}")]
+    AllHeads {
+        /// KV heads to be removed.
+        remove: usize,
+        /// KV heads there are.
+        blocks: usize,
+    },
+    /// Heads that the method or the family does not cut.
+    #[error("[pattern] kv_heads = {remove}, but attention heads cannot be removed from this model by this method")]
+    NoHeads {
+        /// KV heads to be removed.
+        remove: usize,
+    },
+    /// There are not that many channels.
+    #[error(
+        "layer {layer} cannot lose {asked} of its {parameters} parameters: with {heads} KV heads fewer its channels have {most}"
+    )]
+    TooMuch {
+        /// The layer.
+        layer: usize,
+        /// Parameters to remove.
+        asked: usize,
+        /// Parameters of the layer.
+        parameters: usize,
+        /// KV heads removed.
+        heads: usize,
+        /// Parameters that could be removed.
+        most: usize,
+    },
+    /// Layers of one width cannot lose different shares.
+    #[error(
+        "[pattern] allocation = \"log\" gives layers different widths, which layout = \"uniform\" cannot hold: use \"padded\""
+    )]
+    Uneven,
+    /// A job that asks for what its method does not do.
+    #[error("{key} is for methods that remove heads and channels, which this one does not")]
+    NotStructured {
+        /// The job's key.
+        key: &'static str,
+    },
+}
+
+/// What each layer loses, as [`Pattern::Blocks`].
+///
+/// Heads come first: the whole KV heads that the layer's share comes to, or as many fewer as it takes for the model to load.
+/// Channels make up the rest of the budget, and what rounding leaves over goes on to the next layer, unless all layers must
+/// be alike.
+///
+/// # Errors
+/// See [`WidthError`].
+pub fn widths(structure: &Structure, asked: &Asked) -> Result<Vec<Pattern>, WidthError> {
+    if asked.layout == Layout::Uniform && asked.allocation != Allocation::Uniform {
+        return Err(WidthError::Uneven);
+    }
+    let shares = match asked.allocation {
+        Allocation::Uniform => vec![asked.share; structure.layers.len()],
+        Allocation::Log => log_shares(structure.layers.len(), asked.share, 0.0),
+    };
+    let mut carried = 0.0;
+    structure
+        .layers
+        .iter()
+        .zip(shares)
+        .enumerate()
+        .map(|(index, (layer, share))| {
+            let budget = share * layer.parameters as f64 + carried;
+            let (attention, removed) = match (&layer.attention, asked.kv_heads) {
+                (Some(pair), kv_heads) => {
+                    let heads = heads_to_remove(pair, share, kv_heads, asked.layout)?;
+                    (heads, heads * pair.parameters)
+                }
+                (None, Some(remove)) if remove > 0 => return Err(WidthError::NoHeads { remove }),
+                (None, _) => (0, 0),
+            };
+            let channels = channels_to_remove(index, layer, budget, (attention, removed), asked.round_to)?;
+            if asked.allocation != Allocation::Uniform {
+                carried = budget - (removed + channels * layer.channels.parameters) as f64;
+            }
+            Ok(Pattern::Blocks { attention, channels })
+        })
+        .collect()
+}
+
+fn heads_to_remove(pair: &Pair, share: f64, asked: Option<usize>, layout: Layout) -> Result<usize, WidthError> {
+    let blocks = pair.blocks;
+    let loads = |remove: &usize| *remove < blocks && (layout == Layout::Masked || pair.loads_with(blocks - remove));
+    let Some(remove) = asked else {
+        // Removing no head always loads, or the dense model would not either. The sum is off by rounding at whole heads.
+        let whole = (share * blocks as f64 + 1e-9).floor() as usize;
+        return Ok((0..=whole).rev().find(loads).unwrap_or(0));
+    };
+    match &pair.divides {
+        _ if remove >= blocks => Err(WidthError::AllHeads { remove, blocks }),
+        Some(rule) if !loads(&remove) => {
+            let below = (0..remove).rev().find(loads);
+            let above = (remove + 1..blocks).find(loads);
+            let nearest: Vec<String> = below.iter().chain(&above).map(usize::to_string).collect();
+            Err(WidthError::WouldNotLoad {
+                remove,
+                blocks,
+                key: rule.key.clone(),
+                value: (blocks - remove) * rule.per_block,
+                of_key: rule.of_key.clone(),
+                of: rule.of,
+                nearest: nearest.join(" or "),
+            })
+        }
+        _ => Ok(remove),
+    }
+}
+
+fn channels_to_remove(
+    index: usize,
+    layer: &LayerStructure,
+    budget: f64,
+    (heads, removed): (usize, usize),
+    round_to: usize,
+) -> Result<usize, WidthError> {
+    let Pair { blocks, parameters, .. } = layer.channels;
+    let wanted = (budget - removed as f64) / parameters as f64;
+    if wanted < 0.5 {
+        return Ok(0);
+    }
+    let stay = blocks as f64 - wanted;
+    let multiple = (stay / round_to as f64).round() * round_to as f64;
+    // No multiple fits between what stays and the dense width: the dense width it is.
+    let stay = if multiple >= blocks as f64 { blocks } else { multiple.max(0.0) as usize };
+    if stay == 0 || wanted >= blocks as f64 {
+        return Err(WidthError::TooMuch {
+            layer: index,
+            asked: budget.round() as usize,
+            parameters: layer.parameters,
+            heads,
+            most: removed + blocks.saturating_sub(round_to) * parameters,
+        });
+    }
+    Ok(blocks - stay)
+}
+
+/// `r_i = r_0 + (r_{n−1} − r_0)·ln(i+1)/ln n`, the last so that the mean is `share`: `r_{n−1} = r_0 + (share − r_0)/c_n` with
+/// `c_n = ln(n!)/(n·ln n)`.
+///
+/// Source: SlimGPT (arXiv 2412.18110), eq. 6, as quoted in ALGORITHMS.md §5; its r_0 is not known.
+pub fn log_shares(layers: usize, share: f64, first: f64) -> Vec<f64> {
+    if layers < 2 {
+        return vec![share; layers];
+    }
+    let n = layers as f64;
+    let mean = (1..=layers).map(|i| (i as f64).ln()).sum::<f64>() / (n * n.ln());
+    let last = first + (share - first) / mean;
+    (1..=layers).map(|i| first + (last - first) * (i as f64).ln() / n.ln()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use espalier_common::structure::Divides;
+
+    use super::*;
+
+    fn pair(blocks: usize, block: usize, parameters: usize) -> Pair {
+        Pair {
+            consumer: String::new(),
+            blocks,
+            block,
+            parameters,
+            fits_bias: false,
+            slices: Vec::new(),
+            config: BTreeMap::new(),
+            divides: None,
+        }
+    }
+
+    /// SmolLM2-135M: 9 heads in 3 groups of width 64, 576 wide, 1536 channels.
+    fn smollm2(layers: usize) -> Structure {
+        llama(layers, 3, 3, 576, 1536)
+    }
+
+    fn llama(layers: usize, kv_heads: usize, queries: usize, hidden: usize, channels: usize) -> Structure {
+        let width = hidden / (kv_heads * queries);
+        let per_head = 2 * hidden * width * (queries + 1);
+        let rule =
+            Divides { key: "num_attention_heads".into(), per_block: queries, of_key: "hidden_size".into(), of: hidden };
+        let attention = Pair { divides: Some(rule), ..pair(kv_heads, queries * width, per_head) };
+        let layer = LayerStructure {
+            parameters: kv_heads * per_head + channels * 3 * hidden,
+            attention: Some(attention),
+            channels: pair(channels, 1, 3 * hidden),
+        };
+        Structure { explicit: BTreeMap::new(), layers: vec![layer; layers] }
+    }
+
+    fn asked(share: f64) -> Asked {
+        Asked { share, allocation: Allocation::Uniform, layout: Layout::Uniform, round_to: 1, kv_heads: None }
+    }
+
+    fn removed(structure: &Structure, patterns: &[Pattern]) -> usize {
+        let of = |(layer, pattern): (&LayerStructure, &Pattern)| match *pattern {
+            Pattern::Blocks { attention, channels } => {
+                attention * layer.attention.as_ref().map_or(0, |pair| pair.parameters)
+                    + channels * layer.channels.parameters
+            }
+            _ => panic!("{pattern}"),
+        };
+        structure.layers.iter().zip(patterns).map(of).sum()
+    }
+
+    #[test]
+    fn the_share_is_met_within_one_channel_a_layer() {
+        let structure = smollm2(4);
+        for share in [0.0, 0.05, 0.2, 0.3, 0.5, 0.7] {
+            let patterns = widths(&structure, &asked(share)).unwrap();
+            let target = share * structure.layers[0].parameters as f64;
+            let off = removed(&structure, &patterns[..1]) as f64 - target;
+            assert!(off.abs() <= 0.5 * 1728.0 + 1.0, "{share}: off by {off}");
+        }
+        assert_eq!(widths(&structure, &asked(0.0)).unwrap()[0], Pattern::Blocks { attention: 0, channels: 0 });
+    }
+
+    #[test]
+    fn heads_go_whole_and_channels_carry_the_rest() {
+        let patterns = widths(&smollm2(1), &asked(0.5)).unwrap();
+        assert_eq!(patterns, [Pattern::Blocks { attention: 1, channels: 853 }]);
+        let patterns = widths(&smollm2(1), &asked(0.2)).unwrap();
+        assert_eq!(patterns, [Pattern::Blocks { attention: 0, channels: 410 }]);
+    }
+
+    #[test]
+    fn channels_that_stay_are_a_multiple_of_what_was_asked() {
+        let patterns = widths(&smollm2(1), &Asked { round_to: 64, ..asked(0.5) }).unwrap();
+        assert_eq!(patterns, [Pattern::Blocks { attention: 1, channels: 832 }]);
+    }
+
+    #[test]
+    fn heads_that_would_not_load_are_left_or_refused_by_name() {
+        // 8 groups of 4 heads, 4096 wide: 28 and 24 heads do not divide it, 16 do.
+        let structure = llama(1, 8, 4, 4096, 14336);
+        let patterns = widths(&structure, &asked(0.3)).unwrap();
+        assert!(matches!(patterns[0], Pattern::Blocks { attention: 0, .. }), "{patterns:?}");
+        let error = widths(&structure, &Asked { kv_heads: Some(2), ..asked(0.3) }).unwrap_err().to_string();
+        assert!(error.contains("num_attention_heads = 24") && error.contains("remove 0 or 4"), "{error}");
+        let masked = Asked { kv_heads: Some(2), layout: Layout::Masked, ..asked(0.3) };
+        assert!(matches!(widths(&structure, &masked).unwrap()[0], Pattern::Blocks { attention: 2, .. }));
+        let error = widths(&structure, &Asked { kv_heads: Some(8), ..asked(0.3) }).unwrap_err();
+        assert_eq!(error, WidthError::AllHeads { remove: 8, blocks: 8 });
+    }
+
+    #[test]
+    fn more_than_there_is_cannot_be_removed() {
+        let mut structure = smollm2(1);
+        structure.layers[0].attention = None;
+        assert!(matches!(widths(&structure, &asked(0.9)), Err(WidthError::TooMuch { layer: 0, .. })));
+    }
+
+    #[test]
+    fn log_shares_have_the_mean_that_was_asked() {
+        let shares = log_shares(32, 0.5, 0.0);
+        assert!((shares[31] - 0.680).abs() < 5e-4 && shares[0].abs() < 1e-12, "{}", shares[31]);
+        assert!((shares.iter().sum::<f64>() / 32.0 - 0.5).abs() < 1e-12);
+        assert!((log_shares(32, 0.2, 0.0)[31] - 0.272).abs() < 5e-4);
+        assert!(log_shares(7, 0.3, 0.1).is_sorted());
+    }
+
+    #[test]
+    fn the_log_allocation_meets_the_share_over_the_whole_model() {
+        let structure = smollm2(30);
+        let log = Asked { allocation: Allocation::Log, layout: Layout::Padded, ..asked(0.5) };
+        let patterns = widths(&structure, &log).unwrap();
+        let target = 0.5 * 30.0 * structure.layers[0].parameters as f64;
+        assert!((removed(&structure, &patterns) as f64 - target).abs() <= 1728.0);
+        assert_eq!(widths(&structure, &Asked { layout: Layout::Uniform, ..log }), Err(WidthError::Uneven));
+    }
+}
