@@ -3,6 +3,7 @@
 //! A family turns `config.json` into a [`Decoder`]; a decoder loads one [`DecoderLayer`] at a time. A layer runs **group by
 //! group**: sublayers of a group share their input, and the group after it sees what the (pruned) group before it gives.
 
+mod anatomy;
 mod attention;
 mod blocks;
 mod config;
@@ -28,6 +29,7 @@ use espalier_common::checkpoint::Checkpoint;
 use espalier_common::ids::LayerIndex;
 use espalier_common::outline::LayerOutline;
 
+pub use anatomy::{Activation, Anatomy, HeadNorm, Rotation};
 pub use error::ModelError;
 
 /// One sequence on its way through one layer: everything that the groups ahead still need.
@@ -57,6 +59,11 @@ pub trait DecoderLayer: Send + Sync {
     fn weight(&self, group: usize, member: usize) -> &Tensor;
     /// Puts a new weight of the same shape in its place.
     fn set_weight(&mut self, group: usize, member: usize, weight: Tensor);
+    /// What happens between the weights, for sequences of `tokens`.
+    ///
+    /// # Errors
+    /// What the tensor backend says.
+    fn anatomy(&self, tokens: usize) -> Result<Anatomy, ModelError>;
     /// A copy that shares all tensors until one is replaced.
     fn share(&self) -> Box<dyn DecoderLayer>;
 

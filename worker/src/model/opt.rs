@@ -11,7 +11,7 @@ use super::attention::Attention;
 use super::blocks::{Linear, Norm, join};
 use super::config::Config;
 use super::load::{Expected, LinearSpec, Loader};
-use super::{Carry, Decoder, DecoderLayer, Head, ModelError, ModelFamily};
+use super::{Activation, Anatomy, Carry, Decoder, DecoderLayer, Head, ModelError, ModelFamily, anatomy};
 
 /// OPT, 125m to 66b.
 pub(super) const FAMILY: ModelFamily = ModelFamily {
@@ -28,12 +28,6 @@ const EPSILON: f64 = 1e-5;
 
 /// Rows of the position table that no token uses: the authors' code numbered positions from the padding index on.
 const POSITION_OFFSET: usize = 2;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Activation {
-    Relu,
-    Gelu,
-}
 
 struct OptDecoder {
     loader: Loader,
@@ -266,8 +260,8 @@ impl DecoderLayer for OptLayer {
             (2, [fc1]) => {
                 let hidden = fc1.forward(&input)?;
                 let input = match self.activation {
-                    Activation::Relu => hidden.relu()?,
                     Activation::Gelu => hidden.gelu_erf()?,
+                    _ => hidden.relu()?,
                 };
                 Ok(Carry { residual, input })
             }
@@ -283,6 +277,20 @@ impl DecoderLayer for OptLayer {
 
     fn set_weight(&mut self, group: usize, member: usize, weight: Tensor) {
         self.groups[group][member].weight = weight;
+    }
+
+    fn anatomy(&self, _tokens: usize) -> Result<Anatomy, ModelError> {
+        let Attention { heads, kv_heads, head_dim, window } = self.attention;
+        Ok(Anatomy {
+            heads,
+            kv_heads,
+            head_dim,
+            window,
+            rotation: None,
+            head_norms: None,
+            activation: self.activation,
+            biases: anatomy::biases(&self.groups)?,
+        })
     }
 
     fn share(&self) -> Box<dyn DecoderLayer> {
