@@ -40,12 +40,26 @@ pub struct SublayerReport {
     pub damping_raised: u32,
     /// Input channels that were never active.
     pub dead_channels: u32,
+    /// How the half of the layer that the sublayer belongs to was tuned afterwards, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reconstruction: Option<Reconstruction>,
+}
+
+/// A sub-module (attention or feed-forward) whose surviving weights were tuned together.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Reconstruction {
+    /// ‖error‖² / ‖target‖² of the sub-module on held-out sequences, as the solver left it.
+    pub error_before: f64,
+    /// The same of what is stored; not below `error_before` if nothing better was found.
+    pub error_after: f64,
+    /// Epochs run.
+    pub epochs: u32,
 }
 
 /// Time and arithmetic of one phase of one unit.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PhaseSeconds {
-    /// `load`, `forward`, `gram`, `solve`, `verify`, `store`, `fetch`, `evaluate`.
+    /// `load`, `forward`, `gram`, `solve`, `reconstruct`, `verify`, `store`, `fetch`, `evaluate`.
     pub phase: String,
     /// Wall-clock seconds.
     pub seconds: f64,

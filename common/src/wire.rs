@@ -6,7 +6,7 @@ use crate::digest::Digest;
 use crate::fault::{Fault, FaultClass};
 use crate::ids::{Attempt, Boundary, LayerIndex, Lease, RunId, Unit, WorkerId};
 use crate::outline::{LayerOutline, ModelOutline, SublayerOutline};
-use crate::report::{Artifact, Outcome, PhaseSeconds, SublayerReport};
+use crate::report::{Artifact, Outcome, PhaseSeconds, Reconstruction, SublayerReport};
 use crate::structure::Kept;
 
 /// A message that breaks the protocol.
@@ -204,6 +204,9 @@ impl From<SublayerReport> for pb::SublayerReport {
             damping: report.damping,
             damping_raised: report.damping_raised,
             dead_channels: report.dead_channels,
+            reconstruction: report.reconstruction.map(|Reconstruction { error_before, error_after, epochs }| {
+                pb::Reconstruction { error_before, error_after, epochs }
+            }),
         }
     }
 }
@@ -221,6 +224,9 @@ impl From<pb::SublayerReport> for SublayerReport {
             damping: report.damping,
             damping_raised: report.damping_raised,
             dead_channels: report.dead_channels,
+            reconstruction: report.reconstruction.map(|pb::Reconstruction { error_before, error_after, epochs }| {
+                Reconstruction { error_before, error_after, epochs }
+            }),
         }
     }
 }

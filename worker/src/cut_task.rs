@@ -126,6 +126,7 @@ impl Site<'_> {
             damping: solution.damping,
             damping_raised: solution.damping_raised,
             dead_channels: solution.dead_channels,
+            reconstruction: None,
         };
         Ok((kept, stored, report))
     }

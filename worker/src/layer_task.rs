@@ -23,6 +23,7 @@ use crate::holdings::HiddenStates;
 use crate::model::DecoderLayer;
 use crate::prune::verify::verify;
 use crate::prune::{GroupSolver, InputStats, Problem, Solution};
+use crate::reconstruct::{self, Draft};
 use crate::source::Workplace;
 use crate::unit::{Phases, TaskError};
 
@@ -48,21 +49,15 @@ pub fn prune_layer(
     let outline = run.model.decoder.outline(layer)?;
     let loaded = phases.time("load", || run.model.decoder.load_layer(layer))?;
     let mut lanes = lanes(place, loaded, input);
-    let (mut stored, mut reports, mut kept) = (Vec::new(), Vec::new(), None);
+    let (stored, reports, kept);
     if let Some((solver, structure)) = run.method.solver.structured().zip(run.structure.as_ref()) {
         let pairs = structure.layers.get(layer.0 as usize).ok_or(TaskError::NoStructure { layer })?;
         let cut = cut_layer(place, &mut lanes, &outline, pairs, solver, pattern, &mut phases)?;
         (stored, reports, kept) = (cut.stored, cut.reports, Some(cut.kept));
     } else {
-        for (group, members) in outline.groups.iter().enumerate() {
-            let stats = Arc::new(gather(place, &mut lanes, group, members, false, &mut phases)?);
-            for pruned in prune_group(place, lanes[0].layer(), group, members, pattern, &stats, &mut phases)? {
-                let weight = as_loaded(&pruned.stored, &run.device)?;
-                lanes[0].layer_mut().set_weight(group, pruned.member, weight);
-                stored.push(pruned.stored);
-                reports.push(pruned.report);
-            }
-        }
+        let done = prune_groups(place, &mut lanes, &outline, pattern, &mut phases)?;
+        (stored, reports) = done.into_iter().map(|done| (done.stored, done.report)).unzip();
+        kept = None;
     }
     let artifact = phases.time("store", || artifact::write_layer(&*run.store, layer, &stored))?;
     let is_last = layer.0 as usize + 1 == run.model.decoder.layers();
@@ -75,6 +70,41 @@ pub fn prune_layer(
         }
     }
     Ok(Outcome::Pruned { artifact, sublayers: reports, kept, phases: phases.finish(), boundary })
+}
+
+/// Prunes group after group; with a reconstruction, tunes each sub-module once its groups are pruned.
+fn prune_groups(
+    place: &Workplace<'_>,
+    lanes: &mut [Lane],
+    outline: &LayerOutline,
+    pattern: Pattern,
+    phases: &mut Phases,
+) -> Result<Vec<Pruned>, TaskError> {
+    let run = place.run;
+    let (mut done, mut gathered, mut draft) = (Vec::new(), Vec::new(), None);
+    for (group, members) in outline.groups.iter().enumerate() {
+        let stats = Arc::new(gather(place, lanes, group, members, false, phases)?);
+        if run.method.reconstruct.is_some() {
+            draft = draft.or_else(|| Draft::begin(group, lanes));
+        }
+        for pruned in prune_group(place, lanes[0].layer(), group, members, pattern, &stats, phases)? {
+            let weight = as_loaded(&pruned.stored, &run.device)?;
+            lanes[0].layer_mut().set_weight(group, pruned.member, weight);
+            done.push(pruned);
+        }
+        gathered.push(stats);
+        if let Some((draft, options)) = draft.take_if(|draft| draft.ends_with(group)).zip(run.method.reconstruct) {
+            let parts = done.iter_mut().filter(|pruned| draft.groups().contains(&pruned.group)).map(|pruned| {
+                let Pruned { group, member, stored, report } = pruned;
+                let outline = &outline.groups[*group][*member];
+                let stats = Arc::clone(&gathered[*group]);
+                reconstruct::Part { place: (*group, *member), outline, stats, stored, report }
+            });
+            let mut parts: Vec<_> = parts.collect();
+            draft.finish(place, &options, pattern, lanes, &mut parts, phases)?;
+        }
+    }
+    Ok(done)
 }
 
 /// Runs a dense layer, holding its input and its output.
@@ -95,7 +125,7 @@ pub fn run_dense_layer(place: &Workplace<'_>, layer: LayerIndex, source: &Source
     Ok(Outcome::Forwarded { phases: phases.finish() })
 }
 
-/// Lane 0 is the one that is pruned; lane 1, if the solver asks for it, stays dense beside it.
+/// Lane 0 is the one that is pruned; lane 1, if the solver or a reconstruction asks for it, stays dense beside it.
 fn lanes(place: &Workplace<'_>, layer: Box<dyn DecoderLayer>, input: HiddenStates) -> Vec<Lane> {
     let mut streams = input.streams;
     if place.needs_dense() && streams.len() == 1 {
@@ -118,8 +148,9 @@ pub(crate) fn gather(
     let failed = |source| TaskError::Gram { tensor: first.tensor.clone(), source };
     let sequences = place.run.tokens.sequences();
     let calibrating = sequences - place.run.job.held_out_samples().min(sequences - 1);
+    let cross = place.needs_cross();
     let width = first.columns + usize::from(constant);
-    let accumulator = || GramAccumulator::new(width, lanes.len() == 2);
+    let accumulator = || GramAccumulator::new(width, cross);
     let (mut gram, mut held_out) = (accumulator(), (calibrating < sequences).then(accumulator));
     let (mut seen, mut gram_seconds) = (0, 0.0);
     let watch = Stopwatch::start();
@@ -129,7 +160,7 @@ pub(crate) fn gather(
             inputs.iter_mut().flatten().try_for_each(append_constant)?;
         }
         let here = calibrating.saturating_sub(seen).min(inputs[0].len());
-        let dense = inputs.get(1);
+        let dense = inputs.get(1).filter(|_| cross);
         if here > 0 {
             gram.add(&inputs[0][..here], dense.map(|dense| &dense[..here])).map_err(failed)?;
         }
@@ -162,6 +193,7 @@ fn append_constant(inputs: &mut Tensor) -> Result<(), TaskError> {
 
 /// One sublayer as it will be stored, checked.
 struct Pruned {
+    group: usize,
     member: usize,
     stored: StoredTensor,
     report: SublayerReport,
@@ -197,7 +229,7 @@ fn prune_group(
     let watch = Stopwatch::start();
     let check = |((member, sublayer), (solution, seconds)): ((usize, &SublayerOutline), (Solution, f64))| {
         let problem = Problem { tensor: &sublayer.tensor, weight: layer.weight(group, member), pattern };
-        check(place, &problem, member, sublayer, solution, seconds, stats)
+        check(place, &problem, (group, member), sublayer, solution, seconds, stats)
     };
     let pruned = members.par_iter().enumerate().zip(solved).map(check).collect::<Result<_, TaskError>>();
     phases.add("verify", watch.seconds(), 0.0);
@@ -208,7 +240,7 @@ fn prune_group(
 fn check(
     place: &Workplace<'_>,
     problem: &Problem<'_>,
-    member: usize,
+    (group, member): (usize, usize),
     sublayer: &SublayerOutline,
     solution: Solution,
     seconds: f64,
@@ -231,8 +263,9 @@ fn check(
         damping: solution.damping,
         damping_raised: solution.damping_raised,
         dead_channels: solution.dead_channels,
+        reconstruction: None,
     };
-    Ok(Pruned { member, stored, report })
+    Ok(Pruned { group, member, stored, report })
 }
 
 /// Runs what is left of the layer, and holds and returns its output.

@@ -19,6 +19,7 @@ pub mod layer_task;
 pub mod linalg;
 pub mod model;
 pub mod prune;
+pub mod reconstruct;
 pub mod run;
 pub mod serve;
 pub mod server;

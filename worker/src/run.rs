@@ -18,6 +18,7 @@ use espalier_common::structure::Structure;
 use crate::artifact::{self, ArtifactError};
 use crate::model::{self, Decoder, ModelError};
 use crate::prune::{self, MethodError, SolveError, Solver, Statistics};
+use crate::reconstruct;
 
 /// Why a job cannot be worked on here.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +35,9 @@ pub enum RunError {
     /// See the method.
     #[error("[method]")]
     Method(#[from] MethodError),
+    /// See the options.
+    #[error("[method]")]
+    Reconstruct(#[from] reconstruct::OptionsError),
     /// The method does not cover the pattern.
     #[error(transparent)]
     Unsupported(#[from] SolveError),
@@ -78,9 +82,12 @@ impl RunError {
     /// What may be done about it.
     pub fn class(&self) -> FaultClass {
         match self {
-            Self::Syntax(_) | Self::Job(_) | Self::Pattern(_) | Self::Method(_) | Self::TokenShape { .. } => {
-                FaultClass::Reject
-            }
+            Self::Syntax(_)
+            | Self::Job(_)
+            | Self::Pattern(_)
+            | Self::Method(_)
+            | Self::Reconstruct(_)
+            | Self::TokenShape { .. } => FaultClass::Reject,
             Self::Unsupported(error) => error.class(),
             Self::Checkpoint(error) => error.class(),
             Self::Model(error) => error.class(),
@@ -95,8 +102,10 @@ impl RunError {
 pub struct Method {
     /// The solver.
     pub solver: Box<dyn Solver>,
+    /// How the halves of a layer are tuned once they are pruned, if they are.
+    pub reconstruct: Option<reconstruct::Options>,
     /// Version of its output bits.
-    pub version: &'static str,
+    pub version: String,
     /// Its parameters with every default filled in.
     pub params: serde_json::Value,
 }
@@ -117,10 +126,17 @@ pub fn parse_job(json: &str) -> Result<JobSpec, RunError> {
 /// `Method`, `Unsupported`.
 pub fn build_method(job: &JobSpec) -> Result<Method, RunError> {
     let name = job.method.name.as_str();
-    let (solver, params) = prune::build(name, &serde_json::Value::Object(job.method.params.clone()))?;
-    let version = prune::METHODS.iter().find(|method| method.name == name).expect("it was just built").version;
+    let mut own = job.method.params.clone();
+    let reconstruct = reconstruct::Options::take(&mut own)?;
+    let (solver, mut params) = prune::build(name, &serde_json::Value::Object(own))?;
+    let mut version =
+        prune::METHODS.iter().find(|method| method.name == name).expect("it was just built").version.to_owned();
     solver.supports(job.pattern()?)?;
-    Ok(Method { solver, version, params })
+    if let (Some(options), serde_json::Value::Object(params)) = (&reconstruct, &mut params) {
+        params.extend(options.filled());
+        version = format!("{version}+{}", reconstruct::VERSION);
+    }
+    Ok(Method { solver, reconstruct, version, params })
 }
 
 /// A model that is open: headers read, no weights.
@@ -174,8 +190,8 @@ pub fn inspect(job_json: &str) -> Result<ModelOutline, RunError> {
         max_sequence_length: decoder.max_sequence_length(),
         other_bytes: (all_bytes as u64).saturating_sub(layer_bytes),
         structure: structure_for(&*method.solver, &*decoder),
-        method_version: method.version.to_owned(),
-        needs_dense: method.solver.needs() >= Statistics::GramAndCross,
+        needs_dense: method.solver.needs() >= Statistics::GramAndCross || method.reconstruct.is_some(),
+        method_version: method.version,
         method_params: method.params,
         layers,
     })

@@ -41,6 +41,10 @@ struct TestRun {
 
 impl TestRun {
     fn new(name: &str, method: &str, mode: &str) -> Self {
+        Self::with(name, method, mode, false)
+    }
+
+    fn with(name: &str, method: &str, mode: &str, reconstruct: bool) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let (samples, length) = (5, 24);
         let block = TokenBlock::new(length, (0..samples * length).map(|at| (at * at + 7 * at) as u32 % 500).collect());
@@ -54,7 +58,11 @@ impl TestRun {
         let job = json!({
             "model": { "source": model },
             "calibration": { "source": "c", "samples": samples, "sequence_length": length, "held_out": 0.2 },
-            "method": { "name": method },
+            "method": if reconstruct {
+                json!({ "name": method, "reconstruct": "submodule", "reconstruct_epochs": 4, "reconstruct_batch": 2 })
+            } else {
+                json!({ "name": method })
+            },
             "propagation": { "mode": mode },
             "output": { "uri": "o" },
         });
@@ -160,6 +168,27 @@ async fn a_chain_gives_the_same_bytes_from_peers_from_replays_and_from_disk() {
 
         let mut late = TestWorker::prepared(&run, u64::MAX);
         assert_eq!(late.prune(&run, 3, embedded(&artifacts[..3])).await.0, artifacts[3], "{name}: replayed");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reconstruction_brings_halves_nearer_to_the_dense_model_and_keeps_every_zero() {
+    for (name, mode) in [("llama-tiny", "pruned"), ("opt-tiny", "dense")] {
+        let run = TestRun::with(name, "wanda", mode, true);
+        let chain = mode == "pruned";
+        let mut worker = TestWorker::prepared(&run, u64::MAX);
+        let (first, reports) = worker.prune(&run, 0, embedded(&[])).await;
+        for report in &reports {
+            assert_eq!(report.zeros * 2, report.elements);
+            let tuned = report.reconstruction.unwrap();
+            assert!(tuned.error_after < tuned.error_before && tuned.epochs > 0, "{report:?}");
+        }
+        let source = if chain { held(1) } else { embedded(&[]) };
+        let (second, _) = worker.prune(&run, 1, source).await;
+        // The same from disk, with the layer in between run again.
+        let mut late = TestWorker::prepared(&run, 0);
+        let replay = if chain { vec![first] } else { vec![] };
+        assert_eq!(late.prune(&run, 1, embedded(&replay)).await.0, second, "{name}");
     }
 }
 

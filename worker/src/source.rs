@@ -46,8 +46,13 @@ impl Workplace<'_> {
     }
 
     /// Whether the solver compares corrected with dense inputs.
-    pub fn needs_dense(&self) -> bool {
+    pub fn needs_cross(&self) -> bool {
         self.run.method.solver.needs() >= Statistics::GramAndCross
+    }
+
+    /// Whether the dense stream must run beside the corrected one.
+    pub fn needs_dense(&self) -> bool {
+        self.needs_cross() || self.run.method.reconstruct.is_some()
     }
 
     /// Streams of a boundary: the dense one rides along only where it differs from the corrected one.

@@ -195,7 +195,7 @@ impl<'a> Rehearsal<'a> {
         let outcome = match lease.unit {
             Unit::Prune(_) => {
                 let artifact = Artifact { name: String::new(), sha256: Digest::of(&[]), bytes: 0 };
-                Outcome::Pruned { artifact, sublayers: Vec::new(), phases: Vec::new(), boundary: None }
+                Outcome::Pruned { artifact, sublayers: Vec::new(), kept: None, phases: Vec::new(), boundary: None }
             }
             _ => Outcome::Forwarded { phases: Vec::new() },
         };

@@ -8,6 +8,7 @@ use crate::model::{Carry, DecoderLayer};
 use crate::unit::{TaskError, UnitControl};
 
 /// Where one sequence of one stream is inside a layer; its tensors are in the cache.
+#[derive(Clone)]
 enum Position {
     /// Before the layer: its hidden states.
     Outside(Entry),
@@ -32,9 +33,42 @@ impl Lane {
         &*self.layer
     }
 
+    /// Where the sequences are.
+    pub fn mark(&self) -> Mark {
+        Mark(self.positions.clone())
+    }
+
+    /// Takes the sequences back to where they were.
+    pub fn rewind(&mut self, mark: Mark) {
+        self.positions = mark.0;
+    }
+
     /// The layer, to put weights in.
     pub fn layer_mut(&mut self) -> &mut dyn DecoderLayer {
         &mut *self.layer
+    }
+}
+
+/// Where a lane stood before a group. It keeps what is there, so that the lane can go back.
+pub struct Mark(Vec<Position>);
+
+impl Mark {
+    /// Residual stream `[tokens, hidden]` and the group's input `[tokens, in]` of each sequence.
+    pub fn entries(&self) -> impl Iterator<Item = (&Entry, &Entry)> {
+        self.0.iter().map(|position| match position {
+            Position::Before { residual, input } => (residual, input),
+            Position::Outside(hidden) => (hidden, hidden),
+        })
+    }
+
+    /// Number of sequences.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 }
 

@@ -16,7 +16,7 @@ use super::config::Config;
 use super::load::{Expected, LinearSpec, Loader};
 use super::rope::Rope;
 use super::structure::{Coupled, parameters};
-use super::{Carry, Decoder, DecoderLayer, Head, ModelError, fused};
+use super::{Activation, Anatomy, Carry, Decoder, DecoderLayer, Head, HeadNorm, ModelError, Rotation, anatomy, fused};
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const FINAL_NORM: &str = "model.norm.weight";
@@ -295,6 +295,24 @@ impl DecoderLayer for PreNormLayer {
         if let Some(place) = &mut self.groups[group][member].bias {
             *place = bias;
         }
+    }
+
+    fn anatomy(&self, tokens: usize) -> Result<Anatomy, ModelError> {
+        let Attention { heads, kv_heads, head_dim, window } = self.attention;
+        let head_norms = match &self.qk_norm {
+            Some((q, k)) => Some([HeadNorm::of(q)?, HeadNorm::of(k)?]),
+            None => None,
+        };
+        Ok(Anatomy {
+            heads,
+            kv_heads,
+            head_dim,
+            window,
+            rotation: Some(Rotation::of(&self.rope, tokens)?),
+            head_norms,
+            activation: Activation::GatedSilu,
+            biases: anatomy::biases(&self.groups)?,
+        })
     }
 
     fn share(&self) -> Box<dyn DecoderLayer> {

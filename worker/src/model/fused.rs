@@ -52,15 +52,15 @@ pub(super) fn silu_times(gate: Tensor, up: &Tensor) -> Result<Tensor> {
 
 /// Which keys a block of query rows sees.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Causal {
+pub(crate) struct Causal {
     /// Position of the first row's token.
-    pub(super) first_token: usize,
+    pub(crate) first_token: usize,
     /// Consecutive rows that belong to one token (query heads that share their keys).
-    pub(super) rows_per_token: usize,
+    pub(crate) rows_per_token: usize,
     /// Position of the first column's key.
-    pub(super) first_key: usize,
+    pub(crate) first_key: usize,
     /// Number of keys a token sees, itself included; `None`: all up to itself.
-    pub(super) window: Option<usize>,
+    pub(crate) window: Option<usize>,
 }
 
 impl Causal {
@@ -80,6 +80,26 @@ pub(super) fn causal_softmax(scores: Tensor, causal: Causal, scale: f32) -> Resu
     } else {
         causal_softmax_composed(&scores, causal, scale)
     }
+}
+
+/// What [`causal_softmax`] does, on rows of `columns` scores.
+pub(crate) fn causal_softmax_rows(scores: &mut [f32], columns: usize, causal: Causal, scale: f32) {
+    Arch::new().dispatch(|| {
+        for (row, scores) in scores.chunks_exact_mut(columns).enumerate() {
+            let visible = causal.visible(row, columns);
+            scores[..visible.start].fill(0.0);
+            scores[visible.end..].fill(0.0);
+            let scores = &mut scores[visible];
+            let max = max_of(scores);
+            for score in scores.iter_mut() {
+                *score = exp((*score - max) * scale);
+            }
+            let factor = 1.0 / sum_of(scores, |x| x);
+            for score in scores {
+                *score *= factor;
+            }
+        }
+    });
 }
 
 fn causal_softmax_composed(scores: &Tensor, causal: Causal, scale: f32) -> Result<Tensor> {
@@ -105,7 +125,7 @@ pub(crate) fn log_sum_exp(row: &[f32]) -> f64 {
 ///
 /// x = n·ln 2 + r with |r| ≤ ln 2 / 2; the Taylor series of eʳ to r⁷ errs by 5e-9, and n goes into the exponent bits.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5·2²³: adding it leaves n in the low bits of the mantissa
     const LN_2_HIGH: f32 = 0.693_359_4; // its nine bits times n are exact
     const LN_2_LOW: f32 = -2.121_944_4e-4;
@@ -122,7 +142,7 @@ fn exp(x: f32) -> f32 {
 
 /// Σ f(x), lane by lane.
 #[inline(always)]
-fn sum_of(row: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+pub(crate) fn sum_of(row: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     let mut lanes = [0.0; LANES];
     let (blocks, tail) = row.as_chunks::<LANES>();
     for block in blocks {
@@ -258,23 +278,7 @@ impl InplaceOp1 for CausalSoftmax {
 
     fn cpu_fwd(&self, scores: &mut CpuStorage, layout: &Layout) -> Result<()> {
         let columns = layout.shape().dims2()?.1;
-        let scores = values_mut(scores, layout)?;
-        Arch::new().dispatch(|| {
-            for (row, scores) in scores.chunks_exact_mut(columns).enumerate() {
-                let visible = self.causal.visible(row, columns);
-                scores[..visible.start].fill(0.0);
-                scores[visible.end..].fill(0.0);
-                let scores = &mut scores[visible];
-                let max = max_of(scores);
-                for score in scores.iter_mut() {
-                    *score = exp((*score - max) * self.scale);
-                }
-                let factor = 1.0 / sum_of(scores, |x| x);
-                for score in scores {
-                    *score *= factor;
-                }
-            }
-        });
+        causal_softmax_rows(values_mut(scores, layout)?, columns, self.causal, self.scale);
         Ok(())
     }
 }

@@ -3,6 +3,7 @@
 //! A family turns `config.json` into a [`Decoder`]; a decoder loads one [`DecoderLayer`] at a time. A layer runs **group by
 //! group**: sublayers of a group share their input, and the group after it sees what the (pruned) group before it gives.
 
+mod anatomy;
 mod attention;
 mod blocks;
 mod config;
@@ -30,6 +31,7 @@ use espalier_common::ids::LayerIndex;
 use espalier_common::outline::LayerOutline;
 use espalier_common::structure::Structure;
 
+pub use anatomy::{Activation, Anatomy, HeadNorm, Rotation};
 pub use error::ModelError;
 
 /// One sequence on its way through one layer: everything that the groups ahead still need.
@@ -63,6 +65,11 @@ pub trait DecoderLayer: Send + Sync {
     fn bias(&self, group: usize, member: usize) -> Option<&Tensor>;
     /// Puts a new bias of the same shape in its place; one that the sublayer does not have changes nothing.
     fn set_bias(&mut self, group: usize, member: usize, bias: Tensor);
+    /// What happens between the weights, for sequences of `tokens`.
+    ///
+    /// # Errors
+    /// What the tensor backend says.
+    fn anatomy(&self, tokens: usize) -> Result<Anatomy, ModelError>;
     /// A copy that shares all tensors until one is replaced.
     fn share(&self) -> Box<dyn DecoderLayer>;
 

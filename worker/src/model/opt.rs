@@ -14,7 +14,7 @@ use super::blocks::{Linear, Norm, join};
 use super::config::Config;
 use super::load::{Expected, LinearSpec, Loader};
 use super::structure::{Coupled, parameters};
-use super::{Carry, Decoder, DecoderLayer, Head, ModelError, ModelFamily};
+use super::{Activation, Anatomy, Carry, Decoder, DecoderLayer, Head, ModelError, ModelFamily, anatomy};
 
 /// OPT, 125m to 66b.
 pub(super) const FAMILY: ModelFamily = ModelFamily {
@@ -31,12 +31,6 @@ const EPSILON: f64 = 1e-5;
 
 /// Rows of the position table that no token uses: the authors' code numbered positions from the padding index on.
 const POSITION_OFFSET: usize = 2;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Activation {
-    Relu,
-    Gelu,
-}
 
 struct OptDecoder {
     loader: Loader,
@@ -284,8 +278,8 @@ impl DecoderLayer for OptLayer {
             (2, [fc1]) => {
                 let hidden = fc1.forward(&input)?;
                 let input = match self.activation {
-                    Activation::Relu => hidden.relu()?,
                     Activation::Gelu => hidden.gelu_erf()?,
+                    _ => hidden.relu()?,
                 };
                 Ok(Carry { residual, input })
             }
@@ -311,6 +305,20 @@ impl DecoderLayer for OptLayer {
         if let Some(place) = &mut self.groups[group][member].bias {
             *place = bias;
         }
+    }
+
+    fn anatomy(&self, _tokens: usize) -> Result<Anatomy, ModelError> {
+        let Attention { heads, kv_heads, head_dim, window } = self.attention;
+        Ok(Anatomy {
+            heads,
+            kv_heads,
+            head_dim,
+            window,
+            rotation: None,
+            head_norms: None,
+            activation: self.activation,
+            biases: anatomy::biases(&self.groups)?,
+        })
     }
 
     fn share(&self) -> Box<dyn DecoderLayer> {

@@ -96,6 +96,12 @@ impl Rope {
         Ok(table)
     }
 
+    /// Cosines and sines `[tokens, head_dim / 2]`, row-major.
+    pub(super) fn angles(&self, tokens: usize) -> Result<(Vec<f32>, Vec<f32>)> {
+        let table = self.table(tokens)?;
+        Ok((table.cos.flatten_all()?.to_vec1()?, table.sin.flatten_all()?.to_vec1()?))
+    }
+
     /// Radians per position of each pair of channels.
     fn frequencies(&self, tokens: usize) -> Vec<f32> {
         let dim = self.head_dim as f64;

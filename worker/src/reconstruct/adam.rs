@@ -1,0 +1,49 @@
+//! Adam on the weights that survived. Source: Kingma and Ba, arXiv 1412.6980, algorithm 1.
+
+use rayon::prelude::*;
+
+use super::linear::Matrix;
+
+const BETA_1: f32 = 0.9;
+const BETA_2: f32 = 0.999;
+const EPSILON: f32 = 1e-8;
+/// Elements that one thread takes at a time.
+const CHUNK: usize = 1 << 15;
+
+/// The moments of every weight.
+#[derive(Debug)]
+pub(super) struct Adam {
+    first: Vec<Vec<f32>>,
+    second: Vec<Vec<f32>>,
+    steps: i32,
+}
+
+impl Adam {
+    /// Before the first step.
+    pub(super) fn new(weights: &[Matrix]) -> Self {
+        let zeros = || weights.iter().map(|weight| vec![0.0; weight.values.len()]).collect();
+        Self { first: zeros(), second: zeros(), steps: 0 }
+    }
+
+    /// One step against `gradients`. Weights that are zero in `start` are pruned, and stay zero.
+    pub(super) fn step(&mut self, weights: &mut [Matrix], gradients: &[Vec<f32>], start: &[Matrix], rate: f64) {
+        self.steps += 1;
+        let correction = |beta: f32| 1.0 - f64::from(beta).powi(self.steps);
+        let rate = (rate * correction(BETA_2).sqrt() / correction(BETA_1)) as f32;
+        let epsilon = EPSILON * correction(BETA_2).sqrt() as f32;
+        let moments = self.first.iter_mut().zip(&mut self.second);
+        for (((weight, gradient), start), (first, second)) in weights.iter_mut().zip(gradients).zip(start).zip(moments)
+        {
+            let values = weight.values.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK));
+            let moments = first.par_chunks_mut(CHUNK).zip(second.par_chunks_mut(CHUNK));
+            values.zip(start.values.par_chunks(CHUNK)).zip(moments).for_each(|(((w, g), start), (m, v))| {
+                for (((w, g), start), (m, v)) in w.iter_mut().zip(g).zip(start).zip(m.iter_mut().zip(v)) {
+                    *m = BETA_1 * *m + (1.0 - BETA_1) * g;
+                    *v = BETA_2 * *v + (1.0 - BETA_2) * g * g;
+                    let step = rate * *m / (v.sqrt() + epsilon);
+                    *w -= if *start == 0.0 { 0.0 } else { step };
+                }
+            });
+        }
+    }
+}
