@@ -28,7 +28,7 @@ test: build ## Run every test, the integration tests against the real binaries i
 lint: ## Check formatting, clippy, documentation, licences and sources; any warning fails
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --workspace --no-deps
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" $(CARGO) doc --release --workspace --no-deps
 	@test -f deny.toml || { echo "lint: deny.toml is missing" >&2; exit 1; }
 	@if $(CARGO) deny --version >/dev/null 2>&1; \
 		then set -x; $(CARGO) deny check bans licenses sources; \

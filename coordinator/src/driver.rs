@@ -200,7 +200,7 @@ impl Driver<'_> {
                 }
                 Some(Event::Heartbeat { worker })
             }
-            FleetEvent::Report { run, lease, result, held } if run == *self.run => Some(match result {
+            FleetEvent::Report { run, lease, result, held } if run == *self.run => Some(match *result {
                 Ok(outcome) => Event::UnitDone { lease, outcome, held },
                 Err(fault) => Event::UnitFailed { lease, fault },
             }),

@@ -44,10 +44,10 @@ pub fn windows(spec: &EvaluationSpec, model: &dyn Checkpoint) -> Result<TokenBlo
 
 /// One share a worker, but never more than windows; as many as before if any share was committed before, so that a resumed
 /// run cuts the same way.
-pub fn shares(done: &[Record], workers: usize, windows: usize) -> u32 {
+pub fn shares(model: EvaluatedModel, done: &[Record], workers: usize, windows: usize) -> u32 {
     let before = done.iter().find_map(|record| match record {
         Record::Committed { lease, outcome: Outcome::Evaluated { window_nll, .. } }
-            if lease.unit == Unit::Evaluate(0) =>
+            if lease.unit == Unit::Evaluate(model.first_share()) =>
         {
             Some(windows.div_ceil(window_nll.len().max(1)))
         }
@@ -79,7 +79,7 @@ impl Purpose for Evaluation {
 
     fn call(&self, lease: Lease, _: Source, _: bool) -> UnitCall {
         let share = match lease.unit {
-            Unit::Evaluate(share) => share,
+            Unit::Evaluate(share) => share - self.model.first_share(),
             Unit::Forward(layer) | Unit::Prune(layer) => layer.0,
         };
         // Consecutive windows, so that the shares in order are the windows in order.
@@ -124,7 +124,7 @@ impl Standalone {
         let count = self.block.sequences();
         let phase = Phase::Evaluate { model: EvaluatedModel::Dense, windows: count };
         setting.events.note(RunEvent::Phase { phase });
-        let shares = shares(&[], setting.roster.members().len(), count);
+        let shares = shares(EvaluatedModel::Dense, &[], setting.roster.members().len(), count);
         let purpose = Evaluation {
             model: EvaluatedModel::Dense,
             uri: self.uri,
@@ -145,7 +145,8 @@ impl Standalone {
             stored: BTreeMap::new(),
             store: Arc::clone(&self.store),
         };
-        let scheduler = Scheduler::new(Shape::Evaluate { shares }, setting.limits);
+        let scheduler =
+            Scheduler::new(Shape::Evaluate { first: EvaluatedModel::Dense.first_share(), shares }, setting.limits);
         let outcomes = driver.drive(scheduler, Arc::new(purpose)).await?;
         let nll = outcomes.into_values().flat_map(|outcome| match outcome {
             Outcome::Evaluated { window_nll, .. } => window_nll,

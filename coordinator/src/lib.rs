@@ -22,4 +22,3 @@ pub mod report;
 pub mod rpc;
 pub mod run;
 pub mod schedule;
-pub mod service;

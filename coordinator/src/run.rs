@@ -102,13 +102,13 @@ impl Run {
         let (mut journal, mut past) = FileJournal::open(&setting.folder.join("journal"))?;
         if past.is_empty() {
             let id = RunId(format!("{}-{}", unix_seconds(), &fingerprint.model.to_string()[..8]));
-            let created = RunCreated {
+            let created = Box::new(RunCreated {
                 run: id,
                 job: job.clone(),
                 tokens: tokens.clone(),
                 model_fingerprint: fingerprint.model,
                 created: unix_seconds(),
-            };
+            });
             store.put("job.toml", toml::to_string_pretty(&job).map_err(RunError::job_text)?.as_bytes())?;
             let frozen = serde_json::to_vec_pretty(&fingerprint).expect("a fingerprint is plain data");
             store.put("fingerprint.json", &frozen)?;
@@ -225,14 +225,12 @@ impl Run {
                 tokens: self.tokens.clone(),
             },
         };
-        let run = self.id.clone();
-        self.drive(run, scheduler, Arc::new(purpose)).await
+        self.drive(scheduler, Arc::new(purpose)).await
     }
 
     /// Drives a schedule; what the journal got meanwhile is in `self.past` afterwards.
     async fn drive(
         &mut self,
-        run: RunId,
         scheduler: Scheduler,
         purpose: Arc<dyn Purpose>,
     ) -> Result<BTreeMap<LayerIndex, Artifact>, RunError> {
@@ -240,7 +238,7 @@ impl Run {
         let stored = prune_records(&self.past).filter_map(stored_boundary).collect();
         let mut journal = Remembering { journal: &mut self.journal, past: &mut self.past };
         let mut driver = Driver {
-            run: &run,
+            run: &self.id,
             roster: &self.setting.roster,
             journal: &mut journal,
             events: &self.setting.events,
@@ -278,7 +276,7 @@ impl Run {
         let count = block.sequences();
         self.setting.events.note(RunEvent::Phase { phase: Phase::Evaluate { model, windows: count } });
         let done: Vec<Record> = self.past.iter().filter_map(|record| evaluation_record(record, model)).collect();
-        let shares = evaluate::shares(&done, self.setting.roster.members().len(), count);
+        let shares = evaluate::shares(model, &done, self.setting.roster.members().len(), count);
         let tokens = evaluate::put_block(self.store.as_ref(), &block)?;
         let purpose = evaluate::Evaluation {
             model,
@@ -288,13 +286,9 @@ impl Run {
             windows: count as u32,
             shares,
         };
-        let scheduler = Scheduler::replay(Shape::Evaluate { shares }, self.setting.limits, &done);
-        // Towards workers each evaluation is a run of its own: the leases of one must not be taken for those of the other.
-        let run = RunId(match model {
-            EvaluatedModel::Dense => format!("{}-dense", self.id),
-            EvaluatedModel::Pruned => format!("{}-pruned", self.id),
-        });
-        self.drive(run, scheduler, Arc::new(purpose)).await?;
+        let scheduler =
+            Scheduler::replay(Shape::Evaluate { first: model.first_share(), shares }, self.setting.limits, &done);
+        self.drive(scheduler, Arc::new(purpose)).await?;
         Ok(())
     }
 

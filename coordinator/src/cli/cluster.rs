@@ -9,9 +9,6 @@ use espalier_common::config::Overrides;
 use espalier_common::digest::Digest;
 use espalier_common::job::JobSpec;
 use espalier_common::tasks::TaskGroup;
-use espalier_proto::v1 as pb;
-use espalier_proto::v1::admin_client::AdminClient;
-use tonic::transport::{Channel, Endpoint};
 
 use super::args::{CancelArgs, CoordinatorArgs, RemoteArgs};
 use super::screen::Screen;
@@ -19,13 +16,12 @@ use super::{CliError, local, prune, screen, table};
 use crate::config::CoordinatorConfig;
 use crate::desk::JobDesk;
 use crate::error::exit;
-use crate::events::{RunEvent, Status};
+use crate::events::RunEvent;
 use crate::fleet::Roster;
 use crate::rpc::admin::AdminDesk;
+use crate::rpc::client::{AdminClient, AdminError};
+use crate::rpc::service::Service;
 use crate::schedule::Limits;
-use crate::service::Service;
-
-const DEADLINE: Duration = Duration::from_secs(20);
 
 /// Serves until a signal comes; a run that is going on is stopped so that it can be resumed.
 pub(crate) async fn serve(args: CoordinatorArgs) -> Result<(), CliError> {
@@ -57,67 +53,41 @@ pub(crate) async fn serve(args: CoordinatorArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-async fn connect(url: &str) -> Result<AdminClient<Channel>, CliError> {
-    let unreachable = |error: &dyn std::fmt::Display| CliError {
-        message: format!("coordinator at {url} cannot be reached: {error}"),
-        code: exit::INTERRUPTED,
+fn failed(error: &AdminError) -> CliError {
+    let code = match error {
+        AdminError::BadUrl { .. } => exit::USAGE,
+        AdminError::Unreachable { .. } => exit::INTERRUPTED,
+        AdminError::Refused(_) => exit::REJECTED,
+        AdminError::Protocol { .. } => exit::BUG,
     };
-    let endpoint = Endpoint::from_shared(url.to_owned())
-        .map_err(|error| CliError::usage(format!("--coordinator {url}: {error}")))?
-        .connect_timeout(DEADLINE)
-        .http2_keep_alive_interval(Duration::from_secs(10));
-    let channel = endpoint.connect().await.map_err(|error| unreachable(&error))?;
-    Ok(AdminClient::new(channel).max_decoding_message_size(64 << 20))
-}
-
-fn request<T>(message: T) -> tonic::Request<T> {
-    let mut request = tonic::Request::new(message);
-    request.set_timeout(DEADLINE);
-    request
-}
-
-fn refused(status: &tonic::Status) -> CliError {
-    let code = match status.code() {
-        tonic::Code::InvalidArgument | tonic::Code::NotFound => exit::REJECTED,
-        _ => exit::INTERRUPTED,
-    };
-    CliError { message: status.message().to_owned(), code }
+    CliError { message: error.to_string(), code }
 }
 
 /// Submits a job and follows it to its end. Interrupting this leaves the run going on.
 pub(crate) async fn submit(url: &str, job: &JobSpec, run: Option<&Path>, json: bool) -> Result<(), CliError> {
-    let mut client = connect(url).await?;
+    let mut client = AdminClient::connect(url).await.map_err(|error| failed(&error))?;
     let job_json = serde_json::to_string(job).expect("a job is plain data");
     let run_url = match run {
         Some(path) => std::path::absolute(path).map_err(|error| CliError::rejected(&error))?,
         None => std::path::PathBuf::new(),
     };
-    let message = pb::SubmitRequest {
-        // The same job to the same output is the same job: submitting it twice follows the first.
-        idempotency_key: Digest::of(job_json.as_bytes()).to_string(),
-        job_json,
-        run_url: run_url.to_string_lossy().into_owned(),
-    };
-    let run = client.submit(request(message)).await.map_err(|status| refused(&status))?.into_inner().run;
-    let mut events = client
-        .watch(tonic::Request::new(pb::WatchRequest { run: run.clone() }))
-        .await
-        .map_err(|status| refused(&status))?
-        .into_inner();
+    // The same job to the same output is the same job: submitting it twice follows the first.
+    let key = Digest::of(job_json.as_bytes()).to_string();
+    let run_url = run_url.to_string_lossy().into_owned();
+    let run = client.submit(job_json, key, run_url).await.map_err(|error| failed(&error))?;
+    let mut events = client.watch(&run).await.map_err(|error| failed(&error))?;
     let mut screen = Screen::new(json);
     let mut folder = String::new();
     let stop = local::stop_on_signal();
     loop {
-        let message = tokio::select! {
-            message = events.message() => message.map_err(|status| refused(&status))?,
+        let event = tokio::select! {
+            event = events.next() => event.map_err(|error| failed(&error))?,
             () = stop.cancelled() => None,
         };
-        let Some(message) = message else {
+        let Some(event) = event else {
             let message = format!("no longer following {run}, which goes on: espalier status --coordinator {url}");
             return Err(CliError { message, code: exit::INTERRUPTED });
         };
-        let event: RunEvent = serde_json::from_str(&message.event_json)
-            .map_err(|error| CliError { message: format!("event of {run}: {error}"), code: exit::BUG })?;
         screen.show(&event);
         match event {
             RunEvent::Opened { url, .. } => folder = url,
@@ -137,12 +107,10 @@ pub(crate) async fn submit(url: &str, job: &JobSpec, run: Option<&Path>, json: b
 
 /// Shows a coordinator's runs and workers.
 pub(crate) async fn status(args: RemoteArgs, json: bool) -> Result<(), CliError> {
-    let mut client = connect(&args.coordinator).await?;
-    let answer = client.status(request(pb::StatusRequest {})).await.map_err(|status| refused(&status))?.into_inner();
-    let status: Status = serde_json::from_str(&answer.status_json)
-        .map_err(|error| CliError { message: format!("status: {error}"), code: exit::BUG })?;
+    let mut client = AdminClient::connect(&args.coordinator).await.map_err(|error| failed(&error))?;
+    let (status, document) = client.status().await.map_err(|error| failed(&error))?;
     if json {
-        screen::out(&answer.status_json);
+        screen::out(&document);
         return Ok(());
     }
     let mut runs = table::table(&["run", "model", "layers", "state"]);
@@ -167,7 +135,6 @@ pub(crate) async fn status(args: RemoteArgs, json: bool) -> Result<(), CliError>
 
 /// Stops a run.
 pub(crate) async fn cancel(args: CancelArgs) -> Result<(), CliError> {
-    let mut client = connect(&args.remote.coordinator).await?;
-    client.cancel(request(pb::CancelRequest { run: args.run })).await.map_err(|status| refused(&status))?;
-    Ok(())
+    let mut client = AdminClient::connect(&args.remote.coordinator).await.map_err(|error| failed(&error))?;
+    client.cancel(args.run).await.map_err(|error| failed(&error))
 }

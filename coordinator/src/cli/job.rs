@@ -38,7 +38,8 @@ pub(crate) fn job(args: &PruneArgs) -> Result<JobSpec, CliError> {
     }
     // JSON has no NaN: a sparsity that is not finite would otherwise vanish.
     if args.sparsity.is_some_and(|sparsity| !sparsity.is_finite()) {
-        return Err(CliError::usage("--sparsity must be a number in [0, 1)"));
+        let message = "sparsity must be a number of at least 0 and below 1".to_owned();
+        return Err(CliError { message, code: crate::error::exit::REJECTED });
     }
     set("pattern", "sparsity", args.sparsity.map(Value::from));
     set("pattern", "nofm", args.pattern.clone().map(Value::from));
@@ -53,7 +54,7 @@ pub(crate) fn job(args: &PruneArgs) -> Result<JobSpec, CliError> {
     set("evaluation", "sequence_length", args.eval_seq_len.map(Value::from));
     set("evaluation", "max_windows", args.eval_max_windows.map(Value::from));
     for assignment in &args.set {
-        let (key, value) = parse_set(assignment)?;
+        let (key, value) = parse_set(assignment, args.method.as_deref())?;
         set("method", &key, Some(value));
     }
     for (section, key, flag) in
@@ -93,11 +94,15 @@ fn absolute(source: &str) -> String {
     std::path::absolute(source).map_or_else(|_| source.to_owned(), |path| path.to_string_lossy().into_owned())
 }
 
-/// Reads `method.key=value`: the value is a number or a boolean if it looks like one, text otherwise.
-fn parse_set(assignment: &str) -> Result<(String, Value), CliError> {
+/// Reads `method.key=value`, where the method's own name may stand for `method`. The value is a number or a boolean if it
+/// looks like one, text otherwise.
+fn parse_set(assignment: &str, method: Option<&str>) -> Result<(String, Value), CliError> {
     let wrong = || CliError::usage(format!("--set {assignment}: must be method.KEY=VALUE"));
     let (key, value) = assignment.split_once('=').ok_or_else(wrong)?;
-    let key = key.strip_prefix("method.").filter(|key| !key.is_empty() && *key != "name").ok_or_else(wrong)?;
+    let (section, key) = key.split_once('.').ok_or_else(wrong)?;
+    if (section != "method" && Some(section) != method) || key.is_empty() || key == "name" {
+        return Err(wrong());
+    }
     let value = serde_json::from_str::<Value>(value)
         .ok()
         .filter(|parsed| parsed.is_number() || parsed.is_boolean())
@@ -111,10 +116,10 @@ mod tests {
 
     #[test]
     fn assignments_are_typed_by_their_look() {
-        assert_eq!(parse_set("method.damping=0.02").unwrap(), ("damping".to_owned(), json!(0.02)));
-        assert_eq!(parse_set("method.profile=best").unwrap(), ("profile".to_owned(), json!("best")));
-        for wrong in ["damping=1", "method.=1", "method.name=x", "method.damping"] {
-            assert_eq!(parse_set(wrong).unwrap_err().code, crate::error::exit::USAGE, "{wrong}");
+        assert_eq!(parse_set("method.damping=0.02", None).unwrap(), ("damping".to_owned(), json!(0.02)));
+        assert_eq!(parse_set("alps.profile=best", Some("alps")).unwrap(), ("profile".to_owned(), json!("best")));
+        for wrong in ["damping=1", "method.=1", "method.name=x", "method.damping", "wanda.x=1"] {
+            assert_eq!(parse_set(wrong, Some("alps")).unwrap_err().code, crate::error::exit::USAGE, "{wrong}");
         }
     }
 }

@@ -17,9 +17,9 @@ use crate::error::RunError;
 use crate::events::{EventLog, RunEvent};
 use crate::fleet::Roster;
 use crate::local::{Launch, LocalWorkers};
+use crate::rpc::service::Service;
 use crate::run::Setting;
 use crate::schedule::Limits;
-use crate::service::Service;
 
 /// Workers of this machine do not come back: there is no point in waiting long.
 const WITHOUT_WORKERS: Duration = Duration::from_secs(3);

@@ -39,7 +39,7 @@ async fn run_here(job: JobSpec, folder: &Path, local: &LocalArgs, json: bool) ->
     let result = local::shown(&events, json, async {
         let run = Run::open(job, setting)?;
         let logs = folder.join("logs");
-        local::with_workers(local, &logs, roster, run.execute()).await
+        Box::pin(local::with_workers(local, &logs, roster, run.execute())).await
     })
     .await;
     match result {

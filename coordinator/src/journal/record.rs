@@ -32,7 +32,7 @@ pub struct RunCreated {
 #[serde(rename_all = "snake_case")]
 pub enum JournalRecord {
     /// The run exists.
-    Created(RunCreated),
+    Created(Box<RunCreated>),
     /// The model was inspected and each layer was given its pattern.
     Planned {
         /// What the model is made of.
@@ -89,4 +89,14 @@ pub enum EvaluatedModel {
     Dense,
     /// The output.
     Pruned,
+}
+
+impl EvaluatedModel {
+    /// Index of the model's first share of windows, so that no lease fits both evaluations of a run.
+    pub fn first_share(self) -> u32 {
+        match self {
+            Self::Dense => 0,
+            Self::Pruned => 1 << 16,
+        }
+    }
 }

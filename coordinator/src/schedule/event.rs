@@ -197,6 +197,8 @@ pub enum Shape {
     },
     /// Independent shares of the evaluation windows.
     Evaluate {
+        /// Index of the first one: two evaluations of one run must not share leases.
+        first: u32,
         /// Number of shares.
         shares: u32,
     },
@@ -219,7 +221,9 @@ impl Shape {
                 let prunes = layers(layer_bytes).map(|layer| (Unit::Prune(layer), before(layer).map(Unit::Forward)));
                 forwards.chain(prunes).collect()
             }
-            Self::Evaluate { shares } => (0..*shares).map(|share| (Unit::Evaluate(share), None)).collect(),
+            Self::Evaluate { first, shares } => {
+                (*first..first + shares).map(|share| (Unit::Evaluate(share), None)).collect()
+            }
         }
     }
 

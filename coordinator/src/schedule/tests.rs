@@ -1,3 +1,5 @@
+//! Schedules, written out and drawn at random.
+
 use espalier_common::digest::Digest;
 use espalier_common::report::Artifact;
 use proptest::prelude::*;

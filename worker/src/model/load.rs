@@ -60,10 +60,12 @@ impl Loader {
 
     /// The header of a tensor that must have this shape.
     pub(super) fn expect(&self, name: &str, shape: &[usize]) -> Result<&TensorHeader, ModelError> {
-        let header = self.checkpoint.header(name).ok_or_else(|| CheckpointError::MissingTensor {
-            path: self.checkpoint.path().clone(),
-            tensor: name.to_owned(),
-        })?;
+        let Some(header) = self.checkpoint.header(name) else {
+            // Reading it says why it cannot be read: it is missing, or holds no floats.
+            let missing =
+                || CheckpointError::MissingTensor { path: self.checkpoint.path().clone(), tensor: name.to_owned() };
+            return Err(self.checkpoint.read(name).err().unwrap_or_else(missing).into());
+        };
         if header.shape != shape {
             return Err(ModelError::Shape {
                 path: self.path(),

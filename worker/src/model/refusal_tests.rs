@@ -52,7 +52,8 @@ impl Checkpoint for Spoilt {
     }
 
     fn read(&self, name: &str) -> Result<Vec<u8>, CheckpointError> {
-        Ok(self.tensors[name].1.clone())
+        let missing = || CheckpointError::MissingTensor { path: self.path().clone(), tensor: name.to_owned() };
+        self.tensors.get(name).map(|(_, bytes)| bytes.clone()).ok_or_else(missing)
     }
 
     fn read_rows(&self, name: &str, rows: Range<usize>) -> Result<Vec<u8>, CheckpointError> {
