@@ -18,6 +18,7 @@ use tracing::{info, warn};
 use crate::events::{EventLog, RunEvent};
 use crate::fleet::{CallError, FleetEvent, Roster, UnitCall};
 use crate::journal::{Journal, JournalError, JournalRecord};
+use crate::plan::megaflops;
 use crate::schedule::{Action, Event, Failure, Origin, Record, Scheduler};
 
 /// How often time passes for the scheduler.
@@ -199,7 +200,7 @@ impl Driver<'_> {
                 }
                 Some(Event::Heartbeat { worker })
             }
-            FleetEvent::Report { run, lease, result, held } if run == *self.run => Some(match result {
+            FleetEvent::Report { run, lease, result, held } if run == *self.run => Some(match *result {
                 Ok(outcome) => Event::UnitDone { lease, outcome, held },
                 Err(fault) => Event::UnitFailed { lease, fault },
             }),
@@ -213,7 +214,8 @@ impl Driver<'_> {
                 let name = self.name_of(worker);
                 info!(%worker, name, "worker ready");
                 self.events.note(RunEvent::WorkerJoined { worker, name });
-                Some(Event::WorkerJoined { worker })
+                let speed = self.roster.member(worker).map_or(0, |member| megaflops(member.offer.gflops));
+                Some(Event::WorkerJoined { worker, speed })
             }
             Answer::Prepared(_, Err(CallError::Fault(fault))) if fault.class == FaultClass::Reject => {
                 return Err(DriveError::Rejected(fault));

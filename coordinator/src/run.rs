@@ -236,14 +236,12 @@ impl Run {
                 tokens: self.tokens.clone(),
             },
         };
-        let run = self.id.clone();
-        self.drive(run, scheduler, Arc::new(purpose)).await
+        self.drive(scheduler, Arc::new(purpose)).await
     }
 
     /// Drives a schedule; what the journal got meanwhile is in `self.past` afterwards.
     async fn drive(
         &mut self,
-        run: RunId,
         scheduler: Scheduler,
         purpose: Arc<dyn Purpose>,
     ) -> Result<BTreeMap<LayerIndex, Artifact>, RunError> {
@@ -251,7 +249,7 @@ impl Run {
         let stored = prune_records(&self.past).filter_map(stored_boundary).collect();
         let mut journal = Remembering { journal: &mut self.journal, past: &mut self.past };
         let mut driver = Driver {
-            run: &run,
+            run: &self.id,
             roster: &self.setting.roster,
             journal: &mut journal,
             events: &self.setting.events,
@@ -303,7 +301,7 @@ impl Run {
         };
         let shape = Shape::Evaluate { first: model.first_share(), shares };
         let scheduler = Scheduler::replay(shape, self.setting.limits, &done);
-        self.drive(self.id.clone(), scheduler, Arc::new(purpose)).await?;
+        self.drive(scheduler, Arc::new(purpose)).await?;
         Ok(())
     }
 

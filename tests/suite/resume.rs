@@ -314,11 +314,11 @@ fn files(folder: &Path) -> Vec<PathBuf> {
 }
 
 /// A run that stores every boundary and was killed after two layers.
-fn killed_with_boundaries(method: &str) -> Workplace {
+fn killed_with_boundaries(method: &str) -> Result<Workplace> {
     let mut workplace = Workplace::new();
     workplace.set("ESPALIER__COORDINATOR__STORED_EVERY", "1");
-    killed_after(&workplace, &prune("llama-tiny", &["--set", method]), 2).unwrap();
-    workplace
+    killed_after(&workplace, &prune("llama-tiny", &["--set", method]), 2)?;
+    Ok(workplace)
 }
 
 #[test]
@@ -328,7 +328,7 @@ fn a_resumed_run_begins_at_the_nearest_stored_boundary() {
     let log = |workplace: &Workplace| fs::read_to_string(workplace.path().join("run/logs/local-0.log")).unwrap();
     let is_read = "hidden states read from the store";
 
-    let workplace = killed_with_boundaries(method);
+    let workplace = killed_with_boundaries(method).unwrap();
     assert!(!log(&workplace).contains(is_read));
     workplace.run(["resume", "run"]).unwrap().success().unwrap();
     assert!(log(&workplace).contains(is_read), "{}", log(&workplace));
@@ -336,7 +336,7 @@ fn a_resumed_run_begins_at_the_nearest_stored_boundary() {
     assert_eq!(files(&workplace.path().join("run/activations")), Vec::<PathBuf>::new(), "left behind");
 
     // Damaged ones are not believed: the run begins at the tokens again.
-    let workplace = killed_with_boundaries(method);
+    let workplace = killed_with_boundaries(method).unwrap();
     let stored = files(&workplace.path().join("run/activations"));
     let damaged: Vec<_> = stored.iter().filter(|path| path.extension().is_some_and(|kind| kind == "f32")).collect();
     assert!(!damaged.is_empty(), "{stored:?}");

@@ -56,7 +56,7 @@ pub enum FleetEvent {
         /// Under which lease.
         lease: Lease,
         /// How.
-        result: Result<Outcome, Fault>,
+        result: Box<Result<Outcome, Fault>>,
         /// What the worker holds now.
         held: Vec<Boundary>,
     },

@@ -5,3 +5,9 @@ pub mod cost;
 pub mod partition;
 pub mod predict;
 pub mod widths;
+
+/// A worker's measured speed as the scheduler compares it; 0 if it makes no sense.
+pub fn megaflops(gflops: f64) -> u64 {
+    // A cast of what is negative or no number gives 0.
+    (gflops * 1e3) as u64
+}

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::cluster::{ClusterSpec, PlannedWorker};
 use super::cost::{JobCost, Memory};
+use super::megaflops;
 use crate::schedule::{Action, Event, Limits, Origin, Scheduler, Shape};
 
 /// How a run would go.
@@ -156,8 +157,9 @@ impl<'a> Rehearsal<'a> {
 
     fn run(mut self) -> Result<Prediction, PlanError> {
         let mut actions = Vec::new();
-        for index in 0..self.workers.len() {
-            actions.extend(self.scheduler.step(Event::WorkerJoined { worker: WorkerId(index as u64) }));
+        for (index, worker) in self.workers.iter().enumerate() {
+            let speed = megaflops(worker.gflops);
+            actions.extend(self.scheduler.step(Event::WorkerJoined { worker: WorkerId(index as u64), speed }));
         }
         // The scheduler is asked again as each worker joins, but a unit that was begun stays where it is.
         let mut now = 0.0;

@@ -81,7 +81,7 @@ impl Coordinator for WorkerDesk {
         let lease = message.lease.ok_or_else(|| bad("message lacks lease"))?;
         let (run, lease) = wire::lease_from_wire(lease).map_err(bad)?;
         let outcome = message.outcome.ok_or_else(|| bad("message lacks outcome"))?;
-        let result = wire::outcome_from_wire(outcome).map_err(bad)?;
+        let result = Box::new(wire::outcome_from_wire(outcome).map_err(bad)?);
         let held = message.held.into_iter().map(Boundary).collect();
         self.roster.note(lease.worker, message.peak_rss_bytes, message.bytes_received);
         self.roster.tell(FleetEvent::Report { run, lease, result, held }).await;

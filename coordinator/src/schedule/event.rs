@@ -15,6 +15,8 @@ pub enum Event {
     WorkerJoined {
         /// Who.
         worker: WorkerId,
+        /// How fast it measured itself, in any unit that all workers share; 0 if it did not.
+        speed: u64,
     },
     /// A worker left, or its process was seen to end.
     WorkerLost {

@@ -46,6 +46,7 @@ pub enum UnitState {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct WorkerState {
     last_seen: Millis,
+    speed: u64,
     running: Option<Lease>,
     /// What the unit it runs began with.
     began_with: Origin,
@@ -140,7 +141,7 @@ impl Scheduler {
             return actions;
         }
         match event {
-            Event::WorkerJoined { worker } => self.add(worker),
+            Event::WorkerJoined { worker, speed } => self.add(worker, speed),
             Event::WorkerLost { worker } => self.remove(worker),
             Event::Heartbeat { worker } => self.hear(worker),
             Event::UnitDone { lease, outcome, held } if self.holds(lease) => {
@@ -178,8 +179,9 @@ impl Scheduler {
         matches!(self.units.get(&lease.unit), Some(UnitState::Leased { lease: held }) if *held == lease)
     }
 
-    fn add(&mut self, worker: WorkerId) {
-        self.workers.insert(worker, WorkerState { last_seen: self.now, running: None, began_with: Origin::Tokens });
+    fn add(&mut self, worker: WorkerId, speed: u64) {
+        self.workers
+            .insert(worker, WorkerState { last_seen: self.now, speed, running: None, began_with: Origin::Tokens });
         self.alone_since = None;
         self.assign_owners();
     }
@@ -224,8 +226,8 @@ impl Scheduler {
         }
     }
 
-    /// Spreads the layers that are not committed over the workers that are there, contiguously and by bytes. A layer that is
-    /// being worked on stays where it is.
+    /// Spreads the layers that are not committed over the workers that are there, contiguously, by bytes and speed. A layer
+    /// that is being worked on stays where it is.
     fn assign_owners(&mut self) {
         let pending: Vec<LayerIndex> = (0..self.shape.layer_bytes().len() as u32)
             .map(LayerIndex)
@@ -237,7 +239,8 @@ impl Scheduler {
             return;
         }
         let bytes: Vec<u64> = pending.iter().map(|layer| self.shape.layer_bytes()[layer.0 as usize]).collect();
-        let parts = partition::contiguous(&bytes, workers.len());
+        let speeds: Vec<u64> = self.workers.values().map(|state| state.speed).collect();
+        let parts = partition::by_speed(&bytes, &speeds);
         self.owners = pending.iter().zip(parts).map(|(layer, part)| (*layer, workers[part])).collect();
     }
 

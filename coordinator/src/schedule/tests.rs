@@ -14,7 +14,7 @@ fn chain(layers: usize) -> Scheduler {
 }
 
 fn joined(worker: WorkerId) -> Event {
-    Event::WorkerJoined { worker }
+    Event::WorkerJoined { worker, speed: 1 }
 }
 
 fn started(actions: &[Action]) -> Vec<(Lease, Origin)> {
@@ -80,6 +80,15 @@ fn a_chain_goes_layer_by_layer_and_moves_to_the_next_owner() {
         ]
     );
     assert!(scheduler.is_finished());
+}
+
+#[test]
+fn a_faster_worker_gets_more_layers() {
+    let mut scheduler = chain(6);
+    let _ = scheduler.step(Event::WorkerJoined { worker: A, speed: 100 });
+    let _ = scheduler.step(Event::WorkerJoined { worker: B, speed: 200 });
+    let owned = |worker| scheduler.owners.values().filter(|owner| **owner == worker).count();
+    assert_eq!((owned(A), owned(B)), (2, 4));
 }
 
 #[test]

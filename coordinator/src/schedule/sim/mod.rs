@@ -269,6 +269,7 @@ impl World {
     fn register(&mut self, index: usize, may_crash: bool) -> Result<(), String> {
         self.next_number += 1;
         let number = WorkerId(self.next_number);
+        let speed = [100, 100, 250][index % 3];
         let former = self.processes[index].number.replace(number);
         // What it was doing is given up; a unit that is nearly through still leaves behind what it holds.
         for task in std::mem::take(&mut self.processes[index].queue) {
@@ -282,7 +283,7 @@ impl World {
         }
         // The coordinator may have died meanwhile.
         if self.processes[index].number == Some(number) {
-            self.tell(Event::WorkerJoined { worker: number }, may_crash)?;
+            self.tell(Event::WorkerJoined { worker: number, speed }, may_crash)?;
         }
         Ok(())
     }
