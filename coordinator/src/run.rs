@@ -10,7 +10,7 @@ use espalier_common::clock::{Clock, Stopwatch, unix_seconds};
 use espalier_common::config;
 use espalier_common::digest::Digest;
 use espalier_common::ids::{LayerIndex, Lease, RunId, Unit};
-use espalier_common::job::{EvaluationSpec, JobSpec, Propagation};
+use espalier_common::job::{Allocation, EvaluationSpec, JobSpec, Propagation};
 use espalier_common::outline::ModelOutline;
 use espalier_common::pattern::Pattern;
 use espalier_common::report::{Artifact, Outcome};
@@ -25,6 +25,7 @@ use crate::events::{EventLog, Phase, RunEvent};
 use crate::fingerprint::{self, Fingerprint};
 use crate::fleet::{CallError, FleetEvent, Roster, UnitCall};
 use crate::journal::{EvaluatedModel, FileJournal, Journal, JournalRecord, RunCreated, WorkerTotals};
+use crate::plan::allocate;
 use crate::report::{self, Report};
 use crate::schedule::{Limits, Record, Scheduler, Shape};
 use crate::{assemble, calibration, evaluate};
@@ -197,7 +198,10 @@ impl Run {
         for sublayer in outline.layers.iter().flat_map(|layer| layer.sublayers()) {
             pattern.validate_for(&sublayer.tensor, sublayer.columns).map_err(espalier_common::job::JobError::from)?;
         }
-        let patterns = vec![pattern; outline.layers.len()];
+        let patterns = match self.job.pattern.allocation {
+            Allocation::Uniform => vec![pattern; outline.layers.len()],
+            Allocation::Log => allocate::logarithmic(&outline, pattern.sparsity(), self.job.pattern.spread()),
+        };
         self.append(JournalRecord::Planned { outline: outline.clone(), patterns: patterns.clone() })?;
         Ok((outline, patterns))
     }
