@@ -82,6 +82,21 @@ fn halves_give_what_the_layer_puts_on_the_residual_stream() {
 }
 
 #[test]
+fn bits_of_gradients_do_not_depend_on_the_number_of_threads() {
+    let case = case("qwen3");
+    let anatomy = case.layer.anatomy(TOKENS).unwrap();
+    for (index, half) in [Half::Attention, Half::FeedForward].into_iter().enumerate() {
+        let module = SubModule { half, anatomy: &anatomy, tokens: TOKENS };
+        let gradients = |threads| {
+            let work = || module.gradients(&case.weights[index], &case.inputs[index], |output| output);
+            oracle::with_threads(threads, work)
+        };
+        let one = gradients(1);
+        assert!([2, 3].into_iter().all(|threads| gradients(threads) == one), "{half:?}");
+    }
+}
+
+#[test]
 fn gradients_agree_with_differences_along_random_directions() {
     for name in FAMILIES {
         let case = case(name);
