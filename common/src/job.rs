@@ -92,7 +92,7 @@ pub enum Allocation {
     /// The same in every layer.
     #[default]
     Uniform,
-    /// More in later layers, by SlimGPT's logarithm; for methods that remove heads and channels.
+    /// More in later layers, along a logarithm (SlimGPT's, for methods that remove heads and channels).
     Log,
 }
 
@@ -110,12 +110,22 @@ pub struct PatternSpec {
     /// How sparsity is spread over layers.
     #[serde(default)]
     pub allocation: Allocation,
+    /// How much sparser the last layer is than the first, with `allocation = "log"` and a share of zeros.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocation_spread: Option<f64>,
     /// Methods that remove channels: as many stay as are a multiple of this; 8 if absent, which kernels are made for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub round_to: Option<usize>,
     /// Methods that remove heads: KV heads that every layer loses, each with its query heads; chosen if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_heads: Option<usize>,
+}
+
+impl PatternSpec {
+    /// `allocation_spread`, or what is usual: OWL's 2λ.
+    pub fn spread(&self) -> f64 {
+        self.allocation_spread.unwrap_or(0.16)
+    }
 }
 
 /// What the checkpoint of a structured result looks like.
@@ -225,6 +235,15 @@ pub enum JobError {
         /// What it was.
         value: f64,
     },
+    /// N:M leaves nothing to spread.
+    #[error("[pattern] nofm = \"{nofm}\" is the same in every layer: allocation must be \"uniform\"")]
+    FixedPattern {
+        /// N:M.
+        nofm: String,
+    },
+    /// A spread of nothing.
+    #[error("[pattern] allocation_spread is set, but allocation is not \"log\"")]
+    SpreadUnused,
     /// Not a size.
     #[error("[output] shard_size `{0}` is not a size such as 5GB or 512MiB")]
     Size(String),
@@ -285,6 +304,15 @@ impl JobSpec {
         if self.evaluation.as_ref().is_some_and(|spec| spec.sequence_length < 2) {
             return Err(JobError::ShortWindows);
         }
+        let PatternSpec { nofm, allocation, allocation_spread, .. } = &self.pattern;
+        match (allocation, nofm, allocation_spread) {
+            (Allocation::Uniform, _, Some(_)) => return Err(JobError::SpreadUnused),
+            (Allocation::Log, Some(nofm), _) => return Err(JobError::FixedPattern { nofm: nofm.clone() }),
+            (Allocation::Log, None, Some(spread)) if !(0.0..1.0).contains(spread) => {
+                return Err(JobError::ShareOutOfRange { key: "[pattern] allocation_spread", value: *spread });
+            }
+            _ => {}
+        }
         let held_out = self.calibration.held_out;
         if !(0.0..1.0).contains(&held_out) {
             return Err(JobError::ShareOutOfRange { key: "[calibration] held_out", value: held_out });
@@ -340,6 +368,22 @@ mod tests {
     fn unknown_keys_are_refused() {
         let error = toml::from_str::<JobSpec>(&JOB.replace("[output]", "[output]\nlayuot = \"x\"")).unwrap_err();
         assert!(error.to_string().contains("layuot"), "{error}");
+    }
+
+    #[test]
+    fn only_a_share_of_zeros_can_be_spread_over_layers() {
+        let job = |pattern: &str| {
+            let job: JobSpec = toml::from_str(&JOB.replace("nofm = \"2:4\"", pattern)).unwrap();
+            job.validate().map_err(|error| error.to_string())
+        };
+        job("sparsity = 0.7\nallocation = \"log\"\nallocation_spread = 0.1").unwrap();
+        for (pattern, key) in [
+            ("nofm = \"2:4\"\nallocation = \"log\"", "2:4"),
+            ("allocation_spread = 0.1", "allocation_spread"),
+            ("allocation = \"log\"\nallocation_spread = 1.5", "1.5"),
+        ] {
+            assert!(job(pattern).unwrap_err().contains(key), "{pattern}");
+        }
     }
 
     #[test]

@@ -27,6 +27,7 @@ use crate::fingerprint::{self, Fingerprint};
 use crate::fleet::{CallError, FleetEvent, Roster, UnitCall};
 use crate::journal::{EvaluatedModel, FileJournal, Journal, JournalRecord, RunCreated, WorkerTotals};
 use crate::layout::StructuredRecord;
+use crate::plan::allocate;
 use crate::plan::widths::{self, Asked, WidthError};
 use crate::report::{self, Report};
 use crate::schedule::{Limits, Record, Scheduler, Shape};
@@ -210,7 +211,10 @@ impl Run {
         for sublayer in outline.layers.iter().flat_map(|layer| layer.sublayers()) {
             pattern.validate_for(&sublayer.tensor, sublayer.columns).map_err(espalier_common::job::JobError::from)?;
         }
-        let patterns = vec![pattern; outline.layers.len()];
+        let patterns = match self.job.pattern.allocation {
+            Allocation::Uniform => vec![pattern; outline.layers.len()],
+            Allocation::Log => allocate::logarithmic(&outline, pattern.sparsity(), self.job.pattern.spread()),
+        };
         self.append(JournalRecord::Planned { outline: outline.clone(), patterns: patterns.clone() })?;
         Ok((outline, patterns))
     }
@@ -448,7 +452,6 @@ fn refuse_structured_keys(job: &JobSpec) -> Result<(), WidthError> {
     let keys = [
         ("[pattern] round_to", job.pattern.round_to.is_some()),
         ("[pattern] kv_heads", job.pattern.kv_heads.is_some()),
-        ("[pattern] allocation = \"log\"", job.pattern.allocation == Allocation::Log),
         ("[output] layout", job.output.layout.is_some_and(|layout| layout != Layout::Masked)),
     ];
     match keys.iter().find(|(_, given)| *given) {

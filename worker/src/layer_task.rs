@@ -92,16 +92,19 @@ fn prune_groups(
             lanes[0].layer_mut().set_weight(group, pruned.member, weight);
             done.push(pruned);
         }
-        gathered.push(stats);
+        if draft.is_some() {
+            gathered.push(stats);
+        }
         if let Some((draft, options)) = draft.take_if(|draft| draft.ends_with(group)).zip(run.method.reconstruct) {
             let parts = done.iter_mut().filter(|pruned| draft.groups().contains(&pruned.group)).map(|pruned| {
                 let Pruned { group, member, stored, report } = pruned;
                 let outline = &outline.groups[*group][*member];
-                let stats = Arc::clone(&gathered[*group]);
+                let stats = Arc::clone(&gathered[*group - draft.groups().start]);
                 reconstruct::Part { place: (*group, *member), outline, stats, stored, report }
             });
             let mut parts: Vec<_> = parts.collect();
             draft.finish(place, &options, pattern, lanes, &mut parts, phases)?;
+            gathered.clear();
         }
     }
     Ok(done)

@@ -1,5 +1,6 @@
 //! How a model is cut among workers, and what a run would cost before any of it is spent. Pure: from outlines and offers.
 
+pub mod allocate;
 pub mod cluster;
 pub mod cost;
 pub mod partition;

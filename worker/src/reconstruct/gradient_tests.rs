@@ -45,12 +45,12 @@ fn case(name: &str) -> Case {
         let values = oracle::random(7 + sequence as u64, TOKENS * decoder.hidden_size());
         let hidden = Tensor::from_vec(values, (TOKENS, decoder.hidden_size()), &Device::Cpu).unwrap();
         let mut carry = layer.begin(&hidden).unwrap();
-        for half in 0..2 {
+        for (half, (inputs, outputs)) in inputs.iter_mut().zip(&mut outputs).enumerate() {
             let before = carry.residual.clone();
-            inputs[half].extend(elements(&carry.input));
+            inputs.extend(elements(&carry.input));
             let carried = layer.advance(2 * half, carry).unwrap();
             carry = layer.advance(2 * half + 1, Carry { residual: carried.residual, input: carried.input }).unwrap();
-            outputs[half].extend(elements(&(&carry.residual - &before).unwrap()));
+            outputs.extend(elements(&(&carry.residual - &before).unwrap()));
         }
     }
     let weight = |group: usize, member: usize| Matrix {
@@ -78,6 +78,21 @@ fn halves_give_what_the_layer_puts_on_the_residual_stream() {
             let worst = ours.iter().zip(&case.outputs[index]).fold(0.0f32, |worst, (a, b)| worst.max((a - b).abs()));
             assert!(worst < 2e-6, "{name}, {half:?}: {worst:e}");
         }
+    }
+}
+
+#[test]
+fn bits_of_gradients_do_not_depend_on_the_number_of_threads() {
+    let case = case("qwen3");
+    let anatomy = case.layer.anatomy(TOKENS).unwrap();
+    for (index, half) in [Half::Attention, Half::FeedForward].into_iter().enumerate() {
+        let module = SubModule { half, anatomy: &anatomy, tokens: TOKENS };
+        let gradients = |threads| {
+            let work = || module.gradients(&case.weights[index], &case.inputs[index], |output| output);
+            oracle::with_threads(threads, work)
+        };
+        let one = gradients(1);
+        assert!([2, 3].into_iter().all(|threads| gradients(threads) == one), "{half:?}");
     }
 }
 
