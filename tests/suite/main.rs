@@ -3,4 +3,5 @@
 mod pipeline;
 mod real;
 mod refusals;
+mod structured;
 mod tidy;

@@ -34,6 +34,8 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Count zeros and N:M groups of a checkpoint, and compare it with another.
     Inspect(InspectArgs),
+    /// Say whether stock loaders will take a checkpoint, and if not why.
+    Verify(VerifyArgs),
     /// Write a structured result in another layout.
     Export(ExportArgs),
     /// Serve a cluster.
@@ -213,6 +215,9 @@ pub(crate) struct EvalArgs {
     /// At most this many windows.
     #[arg(long)]
     pub(crate) max_windows: Option<usize>,
+    /// Also report tokens per second and peak memory of the forward passes.
+    #[arg(long)]
+    pub(crate) bench: bool,
     #[command(flatten)]
     pub(crate) local: LocalArgs,
 }
@@ -225,6 +230,13 @@ pub(crate) struct InspectArgs {
     /// Compare with this one.
     #[arg(long, value_name = "DENSE")]
     pub(crate) against: Option<String>,
+}
+
+/// Arguments of `verify`.
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    /// The checkpoint.
+    pub(crate) model: String,
 }
 
 /// Arguments of `export`.
