@@ -101,7 +101,9 @@ fn sliced_models_compute_what_masked_ones_do_in_every_family() {
         let workplace = Workplace::new();
         let ids = ids(&workplace);
         let calibration = ["--calibration", utf8(&ids), "--samples", "16", "--seq-len", "16"];
-        let asked = ["--method", "slimgpt", "--sparsity", "0.5", "--layout", "masked", "--set", "method.blend=0"];
+        // OPT keeps its heads, so half of its parameters would be nearly all of its channels.
+        let share = if utf8(&model).contains("/opt") { "0.3" } else { "0.5" };
+        let asked = ["--method", "slimgpt", "--sparsity", share, "--layout", "masked"];
         let result = prune(&workplace, &model, "masked", &[&asked[..], &calibration].concat())
             .and_then(|_| workplace.run(["export", "masked", "--layout", "padded", "--output", "sliced"])?.success())
             .and_then(|_| Ok((losses(&workplace, "masked", &ids, "16")?, losses(&workplace, "sliced", &ids, "16")?)));
