@@ -94,6 +94,17 @@ impl Purpose for Evaluation {
     }
 }
 
+/// What an evaluation found, and what it took.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Measured {
+    /// The negative log-likelihood of each window, in nats, summed over its targets.
+    pub window_nll: Vec<f64>,
+    /// Seconds of forward passes, loading the layers included: of the worker that took longest.
+    pub seconds: f64,
+    /// Highest resident memory of a worker.
+    pub peak_rss_bytes: u64,
+}
+
 /// An evaluation that belongs to no run.
 pub struct Standalone {
     uri: String,
@@ -115,11 +126,11 @@ impl Standalone {
         Ok(Self { uri, block, store })
     }
 
-    /// The negative log-likelihood of each window, in nats, summed over its targets.
+    /// Evaluates every window once.
     ///
     /// # Errors
     /// See [`RunError`].
-    pub async fn execute(self, setting: &Setting) -> Result<Vec<f64>, RunError> {
+    pub async fn execute(self, setting: &Setting) -> Result<Measured, RunError> {
         wait_for_workers(setting).await?;
         let count = self.block.sequences();
         let phase = Phase::Evaluate { model: EvaluatedModel::Dense, windows: count };
@@ -148,11 +159,18 @@ impl Standalone {
         let scheduler =
             Scheduler::new(Shape::Evaluate { first: EvaluatedModel::Dense.first_share(), shares }, setting.limits);
         let outcomes = driver.drive(scheduler, Arc::new(purpose)).await?;
-        let nll = outcomes.into_values().flat_map(|outcome| match outcome {
-            Outcome::Evaluated { window_nll, .. } => window_nll,
-            Outcome::Pruned { .. } | Outcome::Forwarded { .. } => Vec::new(),
-        });
-        Ok(nll.collect())
+        let mut measured = Measured::default();
+        for outcome in outcomes.into_values() {
+            if let Outcome::Evaluated { window_nll, phases } = outcome {
+                measured.window_nll.extend(window_nll);
+                let seconds = phases.iter().filter(|phase| phase.phase == "evaluate").map(|phase| phase.seconds).sum();
+                // Shares run side by side: the slowest one counts.
+                measured.seconds = measured.seconds.max(seconds);
+            }
+        }
+        let peaks = setting.roster.everyone().into_values().map(|member| member.peak_rss_bytes);
+        measured.peak_rss_bytes = peaks.max().unwrap_or(0);
+        Ok(measured)
     }
 }
 

@@ -23,3 +23,4 @@ pub mod report;
 pub mod rpc;
 pub mod run;
 pub mod schedule;
+pub mod verify;

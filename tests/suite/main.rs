@@ -4,4 +4,5 @@ mod pipeline;
 mod real;
 mod refusals;
 mod resume;
+mod structured;
 mod tidy;

@@ -36,6 +36,8 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Say what a job would take on a cluster: time, memory, bytes moved; from the model's headers alone.
     Plan(Box<PlanArgs>),
+    /// Say whether stock loaders will take a checkpoint, and if not why.
+    Verify(VerifyArgs),
     /// Write a structured result in another layout.
     Export(ExportArgs),
     /// Serve a cluster.
@@ -225,6 +227,9 @@ pub(crate) struct EvalArgs {
     /// At most this many windows.
     #[arg(long)]
     pub(crate) max_windows: Option<usize>,
+    /// Also report tokens per second and peak memory of the forward passes.
+    #[arg(long)]
+    pub(crate) bench: bool,
     #[command(flatten)]
     pub(crate) local: LocalArgs,
 }
@@ -237,6 +242,13 @@ pub(crate) struct InspectArgs {
     /// Compare with this one.
     #[arg(long, value_name = "DENSE")]
     pub(crate) against: Option<String>,
+}
+
+/// Arguments of `verify`.
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    /// The checkpoint.
+    pub(crate) model: String,
 }
 
 /// Arguments of `export`.

@@ -6,7 +6,7 @@ use espalier_common::store;
 use super::args::EvalArgs;
 use super::{CliError, local, screen};
 use crate::error::RunError;
-use crate::evaluate;
+use crate::evaluate::{self, Measured};
 use crate::fleet::Roster;
 use crate::report;
 
@@ -22,15 +22,17 @@ pub(crate) async fn run(args: EvalArgs, json: bool) -> Result<(), CliError> {
     let roster = Roster::default();
     let setting = local::setting(folder.path(), &args.local, roster.clone(), stop)?;
     let events = setting.events.clone();
-    let nll = local::shown(&events, json, async {
+    let measured = local::shown(&events, json, async {
         let store = store::open(&folder.path().to_string_lossy()).map_err(RunError::from)?;
         let evaluation = evaluate::Standalone::open(&args.model, &spec, store)?;
         local::with_workers(&args.local, &folder.path().join("logs"), roster, evaluation.execute(&setting)).await
     })
     .await?;
+    let Measured { window_nll: nll, seconds, peak_rss_bytes } = measured;
+    let tokens_per_second = (nll.len() * args.seq_len) as f64 / seconds.max(f64::MIN_POSITIVE);
     let perplexity = report::perplexity(&nll, args.seq_len);
     if json {
-        let document = serde_json::json!({
+        let mut document = serde_json::json!({
             "model": args.model,
             "text": args.text,
             "perplexity": perplexity,
@@ -38,9 +40,20 @@ pub(crate) async fn run(args: EvalArgs, json: bool) -> Result<(), CliError> {
             "windows": nll.len(),
             "window_nll": nll,
         });
+        if args.bench {
+            document["bench"] = serde_json::json!({
+                "tokens_per_second": tokens_per_second,
+                "seconds": seconds,
+                "peak_rss_bytes": peak_rss_bytes,
+            });
+        }
         screen::out(&document.to_string());
     } else {
         screen::out(&format!("perplexity {perplexity:.4}  ({} windows of {} tokens)", nll.len(), args.seq_len));
+        if args.bench {
+            let mebibytes = peak_rss_bytes as f64 / f64::from(1 << 20);
+            screen::out(&format!("{tokens_per_second:.1} tokens/s, {mebibytes:.0} MiB at most in a worker"));
+        }
     }
     Ok(())
 }

@@ -11,6 +11,7 @@ mod plan;
 mod prune;
 mod screen;
 mod table;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -70,6 +71,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         match cli.command {
             Command::Prune(args) => prune::run(args, cli.json).await,
             Command::Eval(args) => eval::run(args, cli.json).await,
+            Command::Verify(args) => verify::run(&args, cli.json).await,
             Command::Export(args) => export::run(&args, cli.json),
             Command::Inspect(args) => inspect::run(&args, cli.json),
             Command::Report(args) => prune::report(&args, cli.json),

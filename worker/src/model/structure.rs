@@ -46,3 +46,107 @@ impl Coupled<'_> {
 pub(super) fn parameters(groups: &[Vec<LinearSpec>]) -> usize {
     groups.iter().flatten().map(|linear| linear.rows * (linear.columns + usize::from(linear.bias))).sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use candle_core::{Device, Tensor};
+    use espalier_common::checkpoint;
+    use espalier_common::ids::LayerIndex;
+    use espalier_common::structure::Structure;
+
+    use super::*;
+    use crate::apply::bias_name;
+    use crate::model::{Decoder, DecoderLayer, open};
+
+    fn decoder(fixture: &std::path::PathBuf) -> Box<dyn Decoder> {
+        open(checkpoint::open(fixture).unwrap(), &Device::Cpu).unwrap()
+    }
+
+    fn fixtures() -> Vec<std::path::PathBuf> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/families");
+        let mut paths: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        paths.sort();
+        paths
+    }
+
+    /// Zeroes block `block` of the tensors that `wanted` picks.
+    fn zero(
+        decoder: &dyn Decoder,
+        layer: &mut dyn DecoderLayer,
+        pair: &Pair,
+        block: usize,
+        wanted: impl Fn(&Slice) -> bool,
+    ) {
+        let outline = decoder.outline(LayerIndex(0)).unwrap();
+        for slice in pair.slices.iter().filter(|slice| wanted(slice)) {
+            for (group, members) in outline.groups.iter().enumerate() {
+                for (member, sublayer) in members.iter().enumerate() {
+                    let range = block * slice.width..(block + 1) * slice.width;
+                    if slice.tensor == sublayer.tensor {
+                        let weight = layer.weight(group, member);
+                        let keep = mask(weight.dims()[slice.axis], range.clone());
+                        let keep = if slice.axis == 0 { keep.unsqueeze(1) } else { keep.unsqueeze(0) };
+                        let masked = weight.broadcast_mul(&keep.unwrap()).unwrap();
+                        layer.set_weight(group, member, masked);
+                    } else if slice.tensor == bias_name(&sublayer.tensor) {
+                        let bias = layer.bias(group, member).unwrap();
+                        let masked = (bias * mask(bias.dims()[0], range.clone())).unwrap();
+                        layer.set_bias(group, member, masked);
+                    }
+                }
+            }
+        }
+    }
+
+    fn mask(length: usize, zeros: std::ops::Range<usize>) -> Tensor {
+        let keep: Vec<f32> = (0..length).map(|i| f32::from(u8::from(!zeros.contains(&i)))).collect();
+        Tensor::from_vec(keep, length, &Device::Cpu).unwrap()
+    }
+
+    /// Removing a block altogether gives what zeroing the consumer's columns alone gives: producers and consumer are wired to
+    /// each other as the structure says. For attention this is the test that query heads go with their own KV head.
+    #[test]
+    fn a_block_of_every_pair_is_wired_to_its_consumer_alone() {
+        for fixture in fixtures() {
+            let decoder = decoder(&fixture);
+            let Structure { layers, .. } = decoder.structure();
+            let hidden = decoder.embed(&[3, 1, 4, 1, 5, 9, 2, 6]).unwrap();
+            let dense: Arc<dyn DecoderLayer> = Arc::from(decoder.load_layer(LayerIndex(0)).unwrap());
+            let before = dense.forward(&hidden).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            for pair in layers[0].pairs() {
+                for block in [0, pair.blocks / 2, pair.blocks - 1] {
+                    let forward = |wanted: &dyn Fn(&Slice) -> bool| {
+                        let mut layer = dense.share();
+                        zero(&*decoder, &mut *layer, pair, block, wanted);
+                        layer.forward(&hidden).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+                    };
+                    let (columns, everything) = (forward(&|slice| slice.axis == 1), forward(&|_| true));
+                    assert_ne!(columns, before, "{}", fixture.display());
+                    for (x, y) in columns.iter().zip(&everything) {
+                        assert!((x - y).abs() <= 1e-6 * (1.0 + y.abs()), "{}: {x} {y}", fixture.display());
+                    }
+                    // Producers alone make the same difference: nothing else reads what they give.
+                    for (x, y) in forward(&|slice| slice.axis == 0).iter().zip(&everything) {
+                        assert!((x - y).abs() <= 1e-6 * (1.0 + y.abs()), "{}: {x} {y}", fixture.display());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_blocks_of_a_layer_hold_no_more_parameters_than_it_has() {
+        for fixture in fixtures() {
+            let structure = decoder(&fixture).structure();
+            for layer in &structure.layers {
+                let blocks: usize = layer.pairs().map(|pair| pair.blocks * pair.parameters).sum();
+                // What is left are the biases of the consumers, and attention where heads stay.
+                assert!(blocks <= layer.parameters, "{}", fixture.display());
+                assert!(layer.pairs().all(|pair| pair.loads_with(pair.blocks)), "{}", fixture.display());
+            }
+        }
+    }
+}

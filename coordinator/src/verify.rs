@@ -1,0 +1,107 @@
+//! What stock loaders would hold against a checkpoint, as far as files and config tell without knowing families.
+
+use espalier_common::checkpoint::Checkpoint;
+use espalier_common::checkpoint::cast::f32_from_bytes;
+use serde_json::Value;
+
+/// `model_type`s whose config class refuses a hidden width that the heads do not divide, even with a head_dim.
+///
+/// Source: transformers 5, `LlamaConfig.validate_architecture`.
+const HEADS_DIVIDE_WIDTH: [&str; 1] = ["llama"];
+
+/// Every finding, one line each; none if there is nothing wrong.
+pub fn findings(checkpoint: &dyn Checkpoint) -> Vec<String> {
+    let config = checkpoint.config();
+    let mut found = heads(config);
+    found.extend(leftovers(config));
+    found.extend(tied(config, checkpoint));
+    found.extend(checkpoint.other_names().iter().map(|name| format!("{name} holds no floats")));
+    for name in checkpoint.names() {
+        let Some(header) = checkpoint.header(name) else { continue };
+        match checkpoint.read(name) {
+            Ok(bytes) => {
+                let bad = f32_from_bytes(header.dtype, &bytes).iter().filter(|value| !value.is_finite()).count();
+                if bad > 0 {
+                    found.push(format!("{name} has {bad} values that are NaN or infinite"));
+                }
+            }
+            Err(error) => found.push(format!("{name} cannot be read: {error}")),
+        }
+    }
+    found
+}
+
+fn number(config: &Value, key: &str) -> Option<u64> {
+    config.get(key).and_then(Value::as_u64).filter(|number| *number > 0)
+}
+
+fn heads(config: &Value) -> Vec<String> {
+    let mut found = Vec::new();
+    let heads = number(config, "num_attention_heads");
+    if let (Some(heads), Some(kv_heads)) = (heads, number(config, "num_key_value_heads"))
+        && !heads.is_multiple_of(kv_heads)
+    {
+        found.push(format!("num_key_value_heads = {kv_heads} does not divide num_attention_heads = {heads}"));
+    }
+    if let (Some(heads), Some(hidden)) = (heads, number(config, "hidden_size"))
+        && !hidden.is_multiple_of(heads)
+    {
+        let strict = config["model_type"].as_str().is_some_and(|kind| HEADS_DIVIDE_WIDTH.contains(&kind));
+        if strict {
+            found.push(format!(
+                "num_attention_heads = {heads} does not divide hidden_size = {hidden}, which transformers 5 refuses"
+            ));
+        } else if number(config, "head_dim").is_none() {
+            found.push(format!(
+                "num_attention_heads = {heads} does not divide hidden_size = {hidden}, and there is no head_dim"
+            ));
+        }
+    }
+    found
+}
+
+fn leftovers(config: &Value) -> Vec<String> {
+    let places = [("", config), ("quantization_config.", &config["quantization_config"])];
+    let left = places.iter().filter(|(_, place)| place.get("sparsity_config").is_some_and(|left| !is_empty(left)));
+    left.map(|(prefix, _)| format!("config.json still has {prefix}sparsity_config, which current loaders refuse"))
+        .collect()
+}
+
+fn is_empty(value: &Value) -> bool {
+    value.is_null() || value.as_object().is_some_and(serde_json::Map::is_empty)
+}
+
+fn tied(config: &Value, checkpoint: &dyn Checkpoint) -> Option<String> {
+    let head = "lm_head.weight";
+    let embedding = checkpoint.names().into_iter().find(|name| name.ends_with("embed_tokens.weight"))?.to_owned();
+    if config.get("tie_word_embeddings") != Some(&Value::Bool(true)) || checkpoint.header(head).is_none() {
+        return None;
+    }
+    let same = checkpoint.read(head).ok().zip(checkpoint.read(&embedding).ok()).is_some_and(|(a, b)| a == b);
+    (!same).then(|| format!("tie_word_embeddings is true, but {head} is not {embedding}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn heads_that_divide_nothing_are_found() {
+        assert!(heads(&json!({ "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576 })).is_empty());
+        let wrong = json!({ "num_attention_heads": 9, "num_key_value_heads": 2, "hidden_size": 576 });
+        assert_eq!(heads(&wrong).len(), 1);
+        let narrow = json!({ "model_type": "llama", "num_attention_heads": 24, "hidden_size": 4096, "head_dim": 128 });
+        assert!(heads(&narrow)[0].contains("24 does not divide hidden_size = 4096"));
+        let other = json!({ "model_type": "qwen3", "num_attention_heads": 24, "hidden_size": 4096, "head_dim": 128 });
+        assert!(heads(&other).is_empty());
+    }
+
+    #[test]
+    fn sparsity_configs_that_say_something_are_found() {
+        assert!(leftovers(&json!({ "quantization_config": { "sparsity_config": {} } })).is_empty());
+        let left = json!({ "quantization_config": { "sparsity_config": { "format": "sparse-bitmask" } } });
+        assert!(leftovers(&left)[0].contains("quantization_config.sparsity_config"));
+    }
+}
