@@ -132,6 +132,8 @@ mod tests {
             other_bytes: 0,
             method_version: "1".into(),
             method_params: serde_json::Value::Null,
+            needs_dense: false,
+            structure: None,
         }
     }
 

@@ -155,6 +155,7 @@ pub(super) mod tests {
             other_bytes: 0,
             method_version: "1".to_owned(),
             method_params: serde_json::Value::Null,
+            structure: None,
             needs_dense: false,
         }
     }

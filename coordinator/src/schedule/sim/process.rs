@@ -141,6 +141,7 @@ impl World {
             Some(sha256) => Outcome::Pruned {
                 artifact: artifact(sha256),
                 sublayers: Vec::new(),
+                kept: None,
                 phases: Vec::new(),
                 boundary: kept,
             },
