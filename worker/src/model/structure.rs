@@ -49,7 +49,7 @@ pub(super) fn parameters(groups: &[Vec<LinearSpec>]) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
+    use std::path::{Path, PathBuf};
     use std::sync::Arc;
 
     use candle_core::{Device, Tensor};
@@ -61,11 +61,11 @@ mod tests {
     use crate::apply::bias_name;
     use crate::model::{Decoder, DecoderLayer, open};
 
-    fn decoder(fixture: &std::path::PathBuf) -> Box<dyn Decoder> {
+    fn decoder(fixture: &Path) -> Box<dyn Decoder> {
         open(checkpoint::open(fixture).unwrap(), &Device::Cpu).unwrap()
     }
 
-    fn fixtures() -> Vec<std::path::PathBuf> {
+    fn fixtures() -> Vec<PathBuf> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/families");
         let mut paths: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
         paths.sort();

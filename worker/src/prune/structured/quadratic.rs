@@ -164,7 +164,7 @@ impl Quadratic {
     }
 }
 
-/// `tr((V − W)·G·(V − W)ᵀ)` over other statistics, such as the held-out ones; `None` if they do not fit.
+/// `tr((V − W)·G·(V − W)ᵀ)` over other statistics, such as the held-out ones.
 pub(super) fn error_on(stats: &InputStats, solution: &[f64], dense: &[f64], n: usize) -> Result<f64, SolveError> {
     let gram = finite("held-out gram", &stats.gram)?;
     let delta: Vec<f64> = solution.iter().zip(dense).map(|(v, w)| v - w).collect();
@@ -231,7 +231,7 @@ mod tests {
         for seed in 0..8 {
             let consumer = Consumer::random(seed, 5, 16, 1, seed % 2 == 0);
             let quadratic = Quadratic::new(&consumer.problem(0), 0.01, 0.0).unwrap();
-            let kept: Vec<usize> = (0..16).filter(|j| (j + seed as usize) % 4 != 0).collect();
+            let kept: Vec<usize> = (0..16).filter(|j| !(j + seed as usize).is_multiple_of(4)).collect();
             let (restored, masked) = (quadratic.restored(&kept).unwrap(), quadratic.masked(&kept));
             assert!(quadratic.error(&restored) <= quadratic.error(&masked));
             let all: Vec<usize> = (0..16).collect();
