@@ -76,7 +76,7 @@ pub struct MethodSpec {
 }
 
 fn default_method() -> String {
-    "sparsegpt".to_owned()
+    "espalier".to_owned()
 }
 
 impl Default for MethodSpec {

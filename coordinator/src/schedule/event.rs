@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 /// What the scheduler is told. Time is data (`Tick`), so that a run replays from its events alone.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "events are few and each is moved once, into the scheduler")]
 pub enum Event {
     /// A worker registered and was prepared for the run.
     WorkerJoined {
