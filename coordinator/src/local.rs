@@ -15,14 +15,34 @@ use crate::fleet::Roster;
 /// How long workers get to end by themselves.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// How many threads workers on one machine compute with. No result depends on it.
+#[derive(Debug, Clone, Copy)]
+pub enum Threads {
+    /// So many in all: workers that compute at the same time.
+    Divided(usize),
+    /// So many each: workers that take turns, as in a chain of layers.
+    Each(usize),
+}
+
+impl Threads {
+    /// Threads of worker `index` of `workers`; those that do not divide evenly go to the first.
+    fn of(self, index: usize, workers: usize) -> usize {
+        match self {
+            Self::Divided(threads) => (threads + workers - 1 - index) / workers,
+            Self::Each(threads) => threads,
+        }
+        .max(1)
+    }
+}
+
 /// What the workers are started with.
 pub struct Launch {
     /// The worker program; empty: `espalier-worker` beside this program.
     pub program: PathBuf,
     /// How many.
     pub workers: usize,
-    /// Compute threads, shared out among them.
-    pub threads: usize,
+    /// Their compute threads.
+    pub threads: Threads,
     /// Where their logs go, one file each.
     pub logs: PathBuf,
     /// The coordinator they belong to.
@@ -48,9 +68,8 @@ impl LocalWorkers {
         let mut leashes = Vec::new();
         for index in 0..launch.workers {
             let name = format!("local-{index}");
-            // Threads that do not divide evenly go to the first workers.
-            let threads = (launch.threads + launch.workers - 1 - index) / launch.workers;
-            let mut child = start_one(&program, &name, threads.max(1), launch)?;
+            let threads = launch.threads.of(index, launch.workers);
+            let mut child = start_one(&program, &name, threads, launch)?;
             leashes.extend(child.stdin.take());
             let (roster, token) = (roster.clone(), watches.token());
             watches.spawn(async move {
@@ -118,4 +137,18 @@ fn start_one(program: &Path, name: &str, threads: usize, launch: &Launch) -> Res
         .kill_on_drop(true)
         .spawn()
         .map_err(|source| RunError::Launch { path: program.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_worker_has_a_thread_and_none_is_lost() {
+        let shares =
+            |threads: Threads, workers| (0..workers).map(|index| threads.of(index, workers)).collect::<Vec<_>>();
+        assert_eq!(shares(Threads::Divided(5), 3), [2, 2, 1]);
+        assert_eq!(shares(Threads::Divided(2), 3), [1, 1, 1]);
+        assert_eq!(shares(Threads::Each(5), 2), [5, 5]);
+    }
 }

@@ -16,7 +16,7 @@ use crate::config::CoordinatorConfig;
 use crate::error::RunError;
 use crate::events::{EventLog, RunEvent};
 use crate::fleet::Roster;
-use crate::local::{Launch, LocalWorkers};
+use crate::local::{Launch, LocalWorkers, Threads};
 use crate::rpc::service::Service;
 use crate::run::Setting;
 use crate::schedule::Limits;
@@ -73,20 +73,23 @@ async fn signal() {
     }
 }
 
-/// Starts a service and workers, does `work` with them, and ends them whatever came of it.
+/// Starts a service and workers, does `work` with them, and ends them whatever came of it. Workers that take turns have all
+/// threads each.
 pub(crate) async fn with_workers<T>(
     local: &LocalArgs,
     logs: &Path,
+    taking_turns: bool,
     roster: Roster,
     work: impl Future<Output = Result<T, RunError>>,
 ) -> Result<T, CliError> {
     let config = CoordinatorConfig::load(None, Overrides::default()).map_err(|error| CliError::rejected(&error))?;
     let service = Service::start(SocketAddr::from(([127, 0, 0, 1], 0)), roster.clone(), None).await?;
     let available = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = local.threads.unwrap_or(available);
     let launch = Launch {
         program: config.coordinator.worker_program,
         workers: local.workers,
-        threads: local.threads.unwrap_or(available),
+        threads: if taking_turns { Threads::Each(threads) } else { Threads::Divided(threads) },
         logs: logs.to_owned(),
         coordinator: service.address,
     };
