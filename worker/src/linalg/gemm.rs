@@ -40,6 +40,25 @@ impl<'a> View<'a> {
 ///
 /// `out` starts at the first element of an `a.rows` by `b.columns` part of a row-major matrix whose rows are `stride` apart.
 pub fn gemm(out: &mut [f32], stride: usize, keep: f32, a: View<'_>, b: View<'_>, scale: f32) {
+    gemm_on(gemm::Parallelism::None, out, stride, keep, a, b, scale);
+}
+
+/// [`gemm`] on all threads, which share what is packed of `a` and `b`. Threads divide rows and columns, never the inner
+/// dimension, so bits do not depend on their number.
+pub fn gemm_parallel(out: &mut [f32], stride: usize, keep: f32, a: View<'_>, b: View<'_>, scale: f32) {
+    let threads = gemm::Parallelism::Rayon(rayon::current_num_threads());
+    gemm_on(threads, out, stride, keep, a, b, scale);
+}
+
+fn gemm_on(
+    threads: gemm::Parallelism,
+    out: &mut [f32],
+    stride: usize,
+    keep: f32,
+    a: View<'_>,
+    b: View<'_>,
+    scale: f32,
+) {
     assert_eq!(a.columns, b.rows, "inner dimensions");
     assert_fits(out.len(), a.rows, b.columns, stride);
     if a.rows == 0 || b.columns == 0 {
@@ -69,7 +88,7 @@ pub fn gemm(out: &mut [f32], stride: usize, keep: f32, a: View<'_>, b: View<'_>,
             false,
             false,
             false,
-            gemm::Parallelism::None,
+            threads,
         );
     }
 }
@@ -119,6 +138,19 @@ mod tests {
         let results: Vec<_> =
             [1, 2, 3].map(|threads| oracle::with_threads(threads, || product(&a, &b, 576, 576))).into();
         assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
+    }
+
+    #[test]
+    fn shared_products_equal_those_of_one_thread_bit_for_bit() {
+        let (a, b) = (oracle::random(1, 577 * 1031), oracle::random(2, 1031 * 193));
+        let (left, right) = (View::new(&a, 577, 1031, 1031), View::new(&b, 1031, 193, 193));
+        let mut expected = vec![1.0; 577 * 193];
+        gemm(&mut expected, 193, 0.5, left, right, 2.0);
+        for threads in [1, 2, 3, 7] {
+            let mut out = vec![1.0; 577 * 193];
+            oracle::with_threads(threads, || gemm_parallel(&mut out, 193, 0.5, left, right, 2.0));
+            assert!(out == expected, "{threads} threads");
+        }
     }
 
     #[test]

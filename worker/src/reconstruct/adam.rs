@@ -1,4 +1,6 @@
 //! Adam on the weights that survived. Source: Kingma and Ba, arXiv 1412.6980, algorithm 1.
+//! Deviation: a step is a share of each matrix' root mean square, so that one rate suits models of any scale: surviving
+//! weights are near 0.19 in a model of 135M parameters and near 0.02 in one of 7B.
 
 use rayon::prelude::*;
 
@@ -13,27 +15,32 @@ const CHUNK: usize = 1 << 15;
 /// The moments of every weight.
 #[derive(Debug)]
 pub(super) struct Adam {
+    /// Root mean square of each matrix' surviving weights at the start.
+    scales: Vec<f64>,
     first: Vec<Vec<f32>>,
     second: Vec<Vec<f32>>,
     steps: i32,
 }
 
 impl Adam {
-    /// Before the first step.
-    pub(super) fn new(weights: &[Matrix]) -> Self {
-        let zeros = || weights.iter().map(|weight| vec![0.0; weight.values.len()]).collect();
-        Self { first: zeros(), second: zeros(), steps: 0 }
+    /// Before the first step from `start`.
+    pub(super) fn new(start: &[Matrix]) -> Self {
+        let zeros = || start.iter().map(|weight| vec![0.0; weight.values.len()]).collect();
+        Self { scales: start.iter().map(surviving_scale).collect(), first: zeros(), second: zeros(), steps: 0 }
     }
 
-    /// One step against `gradients`. Weights that are zero in `start` are pruned, and stay zero.
+    /// One step against `gradients`, of at most about `rate` times each matrix' scale. Weights that are zero in `start` are
+    /// pruned, and stay zero.
     pub(super) fn step(&mut self, weights: &mut [Matrix], gradients: &[Vec<f32>], start: &[Matrix], rate: f64) {
         self.steps += 1;
         let correction = |beta: f32| 1.0 - f64::from(beta).powi(self.steps);
-        let rate = (rate * correction(BETA_2).sqrt() / correction(BETA_1)) as f32;
+        let rate = rate * correction(BETA_2).sqrt() / correction(BETA_1);
         let epsilon = EPSILON * correction(BETA_2).sqrt() as f32;
-        let moments = self.first.iter_mut().zip(&mut self.second);
-        for (((weight, gradient), start), (first, second)) in weights.iter_mut().zip(gradients).zip(start).zip(moments)
+        let moments = self.first.iter_mut().zip(&mut self.second).zip(&self.scales);
+        for (((weight, gradient), start), ((first, second), scale)) in
+            weights.iter_mut().zip(gradients).zip(start).zip(moments)
         {
+            let rate = (rate * scale) as f32;
             let values = weight.values.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK));
             let moments = first.par_chunks_mut(CHUNK).zip(second.par_chunks_mut(CHUNK));
             values.zip(start.values.par_chunks(CHUNK)).zip(moments).for_each(|(((w, g), start), (m, v))| {
@@ -46,4 +53,11 @@ impl Adam {
             });
         }
     }
+}
+
+/// Root mean square of what is not zero.
+fn surviving_scale(weight: &Matrix) -> f64 {
+    let kept = weight.values.iter().filter(|value| **value != 0.0);
+    let (count, sum) = kept.fold((0u64, 0.0), |(count, sum), value| (count + 1, sum + f64::from(*value).powi(2)));
+    (sum / count.max(1) as f64).sqrt()
 }

@@ -33,7 +33,7 @@ pub struct Options {
     /// Most passes over the sequences.
     #[serde(rename = "reconstruct_epochs", default = "default_epochs")]
     pub epochs: u32,
-    /// Adam's first step width; it falls to 0 along a cosine.
+    /// Adam's first step, as a share of the root mean square of a matrix' surviving weights; it falls to 0 along a cosine.
     #[serde(rename = "reconstruct_learning_rate", default = "default_learning_rate")]
     pub learning_rate: f64,
     /// Sequences per step.
@@ -49,7 +49,7 @@ fn default_epochs() -> u32 {
 }
 
 fn default_learning_rate() -> f64 {
-    3e-4
+    0.01
 }
 
 fn default_batch() -> usize {

@@ -11,9 +11,6 @@ use super::module::SubModule;
 use crate::calibrate::cache::Entry;
 use crate::unit::{TaskError, UnitControl};
 
-/// Epochs without a new best before tuning ends.
-const PATIENCE: u32 = 2;
-
 /// One sequence: what goes in, what should come out.
 #[derive(Debug, Clone)]
 pub(super) struct Example {
@@ -110,9 +107,11 @@ pub(super) fn tune(
     let mut weights = start.to_vec();
     let mut adam = Adam::new(start);
     let steps = training.len().div_ceil(options.batch) * options.epochs as usize;
-    let (mut step, mut epochs, mut since_best) = (0, 0, 0);
+    let (mut step, mut epochs) = (0, 0);
     let mut training_flops = 0.0;
-    while first > 0.0 && epochs < options.epochs && since_best < PATIENCE {
+    // No end before the last epoch: the step width falls along a cosine, and an error that the first wide steps raise falls
+    // below the start's once they are narrow.
+    while first > 0.0 && epochs < options.epochs {
         let mut order: Vec<&Example> = training.iter().collect();
         order.shuffle(&mut ChaCha8Rng::seed_from_u64(u64::from(epochs)));
         for examples in order.chunks(options.batch) {
@@ -136,12 +135,10 @@ pub(super) fn tune(
             step += 1;
         }
         epochs += 1;
-        since_best += 1;
         let candidate = stored(&weights);
         let (error, _) = measure(&candidate)?;
         if error < best.0 {
             best = (error, Some(candidate));
-            since_best = 0;
         }
     }
     let share = |error: f64| if norm > 0.0 { error / norm } else { 0.0 };
