@@ -40,7 +40,7 @@ use crate::source::Workplace;
 use crate::unit::{Phases, TaskError};
 
 /// Changes whenever the output bits of a reconstruction may change; part of a run's fingerprint.
-pub const VERSION: &str = "reconstruct-1";
+pub const VERSION: &str = "reconstruct-2";
 
 /// One sublayer of a half, as its solver left it.
 pub struct Part<'a> {
@@ -108,7 +108,7 @@ impl Draft {
         let module = SubModule { half: self.half, anatomy: &anatomy, tokens };
         let start = matrices(lanes[0].layer(), parts)?;
         let dense = matrices(lanes[1].layer(), parts)?;
-        let examples = self.examples(place, &module, &dense, options)?;
+        let examples = self.examples(place, &module, &dense, training, options)?;
         let stored = |weights: &[Matrix]| -> Vec<Matrix> {
             let kept = weights.iter().zip(&start).zip(&*parts);
             kept.map(|((weight, start), part)| narrowed(weight, start, part.stored)).collect()
@@ -128,17 +128,19 @@ impl Draft {
     }
 
     /// What goes into the half and what should come out, sequence by sequence: the dense stream after the half, less the
-    /// corrected one before it.
+    /// corrected one before it. The first `training` targets make up for only a share of what was lost before the half.
     fn examples(
         &self,
         place: &Workplace<'_>,
         module: &SubModule<'_>,
         dense: &[Matrix],
+        training: usize,
         options: &Options,
     ) -> Result<Vec<Example>, TaskError> {
         let [corrected, teacher] = &self.before;
         let mut examples = Vec::with_capacity(corrected.len());
-        for ((residual, input), (dense_residual, dense_input)) in corrected.entries().zip(teacher.entries()) {
+        let pairs = corrected.entries().zip(teacher.entries()).enumerate();
+        for (index, ((residual, input), (dense_residual, dense_input))) in pairs {
             place.control.check_cancelled()?;
             let (tokens, width) = residual.shape();
             let mut target = module.output(dense, &elements(dense_input)?);
@@ -148,6 +150,11 @@ impl Draft {
                 Loss::Relative => target.chunks_exact(width).map(inverse_norm).collect(),
             };
             target.iter_mut().zip(elements(residual)?).for_each(|(target, residual)| *target -= residual);
+            if index < training && options.stream < 1.0 {
+                let share = options.stream as f32;
+                let local = module.output(dense, &elements(input)?);
+                target.iter_mut().zip(local).for_each(|(target, local)| *target = local + share * (*target - local));
+            }
             let target = place.cache.put(Tensor::from_vec(target, (tokens, width), &place.run.device)?)?;
             examples.push(Example { input: input.clone(), target, importance });
         }

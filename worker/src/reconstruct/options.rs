@@ -39,6 +39,10 @@ pub struct Options {
     /// Sequences per step.
     #[serde(rename = "reconstruct_batch", default = "default_batch")]
     pub batch: usize,
+    /// Share of what was lost before a half that its targets make up for: 0 to give what the dense half gives on the inputs at
+    /// hand, 1 to bring the residual stream back to the dense model's. Epochs are judged by the latter either way.
+    #[serde(rename = "reconstruct_stream", default = "default_stream")]
+    pub stream: f64,
     /// How the errors of different tokens are weighed.
     #[serde(rename = "reconstruct_loss", default = "default_loss")]
     pub loss: Loss,
@@ -54,6 +58,10 @@ fn default_learning_rate() -> f64 {
 
 fn default_batch() -> usize {
     4
+}
+
+fn default_stream() -> f64 {
+    1.0
 }
 
 fn default_loss() -> Loss {
@@ -122,6 +130,9 @@ impl Options {
             Self { learning_rate, .. } if !(learning_rate > 0.0 && learning_rate <= 1.0) => {
                 range("reconstruct_learning_rate", learning_rate, "above 0 and at most 1")
             }
+            Self { stream, .. } if !(0.0..=1.0).contains(&stream) => {
+                range("reconstruct_stream", stream, "between 0 and 1")
+            }
             _ => Ok(()),
         }
     }
@@ -158,6 +169,7 @@ mod tests {
             (json!({ "reconstruct_epochs": 3 }), "reconstruct_epochs"),
             (json!({ "reconstruct": "submodule", "reconstruct_batch": 0 }), "reconstruct_batch"),
             (json!({ "reconstruct": "submodule", "reconstruct_learning_rate": -1.0 }), "reconstruct_learning_rate"),
+            (json!({ "reconstruct": "submodule", "reconstruct_stream": 1.5 }), "reconstruct_stream"),
         ] {
             let error = take(params).1.unwrap_err();
             let source = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
