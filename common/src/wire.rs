@@ -144,6 +144,7 @@ impl From<ModelOutline> for pb::ModelOutline {
             method_version: outline.method_version,
             method_params_json: outline.method_params.to_string(),
             needs_dense: outline.needs_dense,
+            imports_zeros: outline.imports_zeros,
             structure_json: outline.structure.map_or_else(String::new, |structure| {
                 serde_json::to_string(&structure).expect("a structure is plain data")
             }),
@@ -183,6 +184,7 @@ impl TryFrom<pb::ModelOutline> for ModelOutline {
             method_params: serde_json::from_str(&outline.method_params_json)
                 .map_err(|error| invalid("outline.method_params_json", error))?,
             needs_dense: outline.needs_dense,
+            imports_zeros: outline.imports_zeros,
             structure: match outline.structure_json.as_str() {
                 "" => None,
                 json => Some(serde_json::from_str(json).map_err(|error| invalid("outline.structure_json", error))?),

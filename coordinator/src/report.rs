@@ -7,7 +7,7 @@ use espalier_common::ids::{RunId, Unit, WorkerId};
 use espalier_common::job::{JobSpec, Propagation};
 use espalier_common::outline::ModelOutline;
 use espalier_common::pattern::Pattern;
-use espalier_common::report::{Outcome, PhaseSeconds, SublayerReport};
+use espalier_common::report::{Outcome, PhaseSeconds, Reconstruction, SublayerReport};
 use espalier_common::structure::{Kept, Structure};
 use serde::{Deserialize, Serialize};
 
@@ -112,6 +112,9 @@ pub struct SublayerEntry {
     pub dead_channels: u32,
     /// Who solved it.
     pub worker: WorkerId,
+    /// How its half of the layer was tuned afterwards, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reconstruction: Option<Reconstruction>,
 }
 
 /// What a structured method removed.
@@ -320,6 +323,7 @@ impl<'a> Facts<'a> {
                 version: outline.method_version.clone(),
             },
             pattern: match job.pattern().map_err(|_| ReportError::Unfinished("created from a valid job"))? {
+                _ if outline.imports_zeros => Pattern::Imported,
                 pattern if outline.structure.is_some() => Pattern::Parameters { share: pattern.sparsity() },
                 pattern => pattern,
             },
@@ -373,6 +377,7 @@ fn entry(layer: u32, worker: WorkerId, sublayer: &SublayerReport) -> SublayerEnt
         damping_raised: sublayer.damping_raised,
         dead_channels: sublayer.dead_channels,
         worker,
+        reconstruction: sublayer.reconstruction,
     }
 }
 

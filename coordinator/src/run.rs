@@ -207,6 +207,11 @@ impl Run {
             return Ok((outline, patterns));
         }
         refuse_structured_keys(&self.job)?;
+        if outline.imports_zeros {
+            let patterns = vec![Pattern::Imported; outline.layers.len()];
+            self.append(JournalRecord::Planned { outline: outline.clone(), patterns: patterns.clone() })?;
+            return Ok((outline, patterns));
+        }
         let pattern = self.job.pattern()?;
         for sublayer in outline.layers.iter().flat_map(|layer| layer.sublayers()) {
             pattern.validate_for(&sublayer.tensor, sublayer.columns).map_err(espalier_common::job::JobError::from)?;
@@ -280,6 +285,7 @@ impl Run {
             tokens: self.tokens.sha256,
             method_version: &outline.method_version,
             method_params: &outline.method_params,
+            imports_zeros: outline.imports_zeros,
             store: self.store.as_ref(),
             layers,
             structured: structured.as_ref(),

@@ -3,6 +3,7 @@
 mod deploy;
 mod pipeline;
 mod real;
+mod refit;
 mod refusals;
 mod resume;
 mod structured;

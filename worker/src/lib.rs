@@ -17,6 +17,7 @@ pub mod fleet;
 pub mod holdings;
 pub mod layer_task;
 pub mod linalg;
+pub mod mask;
 pub mod model;
 pub mod prune;
 pub mod reconstruct;

@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::artifact::ArtifactError;
 use crate::calibrate::cache::CacheError;
 use crate::calibrate::gram::GramError;
+use crate::mask::MaskError;
 use crate::model::ModelError;
 use crate::prune::verify::VerifyError;
 use crate::prune::{SolveCtx, SolveError};
@@ -175,6 +176,9 @@ pub enum TaskError {
         /// The token block.
         name: String,
     },
+    /// A tensor of the mask that says nothing.
+    #[error(transparent)]
+    Mask(#[from] MaskError),
     /// The tensor library failed.
     #[error("tensor backend failed")]
     Backend(#[from] candle_core::Error),
@@ -213,6 +217,7 @@ impl TaskError {
             Self::Gram { source, .. } => source.class(),
             Self::Verify { source, .. } => source.class(),
             Self::Open(error) => error.class(),
+            Self::Mask(error) => error.class(),
             Self::NotHeld { .. } | Self::Backend(_) | Self::Cancelled => FaultClass::RetryElsewhere,
             Self::NoStructure { .. } | Self::NoBlocks(_) | Self::WrongSource { .. } | Self::WindowOutOfRange { .. } => {
                 FaultClass::Bug

@@ -120,6 +120,9 @@ pub(crate) struct PruneArgs {
     /// The method; `espalier-worker methods` lists them.
     #[arg(long)]
     pub(crate) method: Option<String>,
+    /// Methods that keep the zeros of another checkpoint (refit): that checkpoint, named like MODEL.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) mask: Option<String>,
     /// Share of zeros, in [0, 1); for structured methods, share of the layers' parameters that goes.
     #[arg(long, conflicts_with = "pattern", allow_negative_numbers = true)]
     pub(crate) sparsity: Option<f64>,

@@ -29,6 +29,7 @@ pub(crate) fn job(args: &PruneArgs) -> Result<JobSpec, CliError> {
     set("calibration", "seed", args.seed.map(Value::from));
     set("calibration", "held_out", args.held_out.map(Value::from));
     set("method", "name", args.method.clone().map(Value::from));
+    set("method", "mask", args.mask.as_deref().map(|mask| json!(absolute(mask))));
     // A flag replaces the file's pattern, whichever kind that was.
     if args.sparsity.is_some() {
         set("pattern", "nofm", Some(Value::Null));

@@ -133,6 +133,7 @@ mod tests {
             method_version: "1".into(),
             method_params: serde_json::Value::Null,
             needs_dense: false,
+            imports_zeros: false,
             structure: None,
         }
     }
