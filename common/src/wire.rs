@@ -6,7 +6,7 @@ use crate::digest::Digest;
 use crate::fault::{Fault, FaultClass};
 use crate::ids::{Attempt, Boundary, LayerIndex, Lease, RunId, Unit, WorkerId};
 use crate::outline::{LayerOutline, ModelOutline, SublayerOutline};
-use crate::report::{Artifact, Outcome, PhaseSeconds, Reconstruction, SublayerReport};
+use crate::report::{Artifact, ErrorCurve, LayerSurvey, Outcome, PhaseSeconds, Reconstruction, SublayerReport};
 use crate::structure::Kept;
 
 /// A message that breaks the protocol.
@@ -256,6 +256,11 @@ impl From<Outcome> for pb::report_request::Outcome {
                 boundary: boundary.map(Into::into),
             }),
             Outcome::Forwarded { phases } => Self::Forwarded(pb::Forwarded { phases: phases_to_wire(phases) }),
+            Outcome::Surveyed { survey: LayerSurvey { outliers, curves }, phases } => {
+                let curve = |ErrorCurve { tensor, share, errors }: ErrorCurve| pb::ErrorCurve { tensor, share, errors };
+                let (curves, phases) = (curves.into_iter().map(curve).collect(), phases_to_wire(phases));
+                Self::Surveyed(pb::Surveyed { outliers, curves, phases })
+            }
             Outcome::Evaluated { window_nll, phases } => {
                 Self::Evaluated(pb::Evaluated { window_nll, phases: phases_to_wire(phases) })
             }
@@ -280,6 +285,11 @@ pub fn outcome_from_wire(outcome: pb::report_request::Outcome) -> Result<Result<
         }),
         pb::report_request::Outcome::Forwarded(forwarded) => {
             Ok(Outcome::Forwarded { phases: phases_from_wire(forwarded.phases) })
+        }
+        pb::report_request::Outcome::Surveyed(pb::Surveyed { outliers, curves, phases }) => {
+            let curve = |pb::ErrorCurve { tensor, share, errors }| ErrorCurve { tensor, share, errors };
+            let survey = LayerSurvey { outliers, curves: curves.into_iter().map(curve).collect() };
+            Ok(Outcome::Surveyed { survey, phases: phases_from_wire(phases) })
         }
         pb::report_request::Outcome::Evaluated(evaluated) => {
             Ok(Outcome::Evaluated { window_nll: evaluated.window_nll, phases: phases_from_wire(evaluated.phases) })

@@ -1,5 +1,7 @@
 //! One run from its job to its report: tokens → outline → plan → pruning → checkpoint → evaluation.
 
+pub(crate) mod survey;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,7 +12,7 @@ use espalier_common::clock::{Clock, Stopwatch, unix_seconds};
 use espalier_common::config;
 use espalier_common::digest::Digest;
 use espalier_common::ids::{Boundary, LayerIndex, Lease, RunId, Unit};
-use espalier_common::job::{Allocation, EvaluationSpec, JobSpec, Layout, Propagation};
+use espalier_common::job::{EvaluationSpec, JobSpec, Layout, Propagation};
 use espalier_common::outline::ModelOutline;
 use espalier_common::pattern::Pattern;
 use espalier_common::report::{Artifact, Outcome};
@@ -27,7 +29,6 @@ use crate::fingerprint::{self, Fingerprint};
 use crate::fleet::{CallError, FleetEvent, Roster, UnitCall};
 use crate::journal::{EvaluatedModel, FileJournal, Journal, JournalRecord, RunCreated, WorkerTotals};
 use crate::layout::StructuredRecord;
-use crate::plan::allocate;
 use crate::plan::widths::{self, Asked, WidthError};
 use crate::report::{self, Report};
 use crate::schedule::{Limits, Record, Scheduler, Shape};
@@ -216,10 +217,7 @@ impl Run {
         for sublayer in outline.layers.iter().flat_map(|layer| layer.sublayers()) {
             pattern.validate_for(&sublayer.tensor, sublayer.columns).map_err(espalier_common::job::JobError::from)?;
         }
-        let patterns = match self.job.pattern.allocation {
-            Allocation::Uniform => vec![pattern; outline.layers.len()],
-            Allocation::Log => allocate::logarithmic(&outline, pattern.sparsity(), self.job.pattern.spread()),
-        };
+        let patterns = self.allocate(&outline, pattern).await?;
         self.append(JournalRecord::Planned { outline: outline.clone(), patterns: patterns.clone() })?;
         Ok((outline, patterns))
     }

@@ -1,5 +1,6 @@
 //! The one integration-test binary (one link step). `make test` builds the programs that it starts.
 
+mod allocation;
 mod deploy;
 mod pipeline;
 mod real;

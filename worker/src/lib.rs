@@ -28,5 +28,7 @@ pub mod session;
 #[cfg(test)]
 mod session_tests;
 pub mod source;
+pub mod survey_task;
 pub mod transport;
+pub mod trial_task;
 pub mod unit;

@@ -160,6 +160,14 @@ pub enum TaskError {
         /// The layer.
         layer: LayerIndex,
     },
+    /// A plan for another model.
+    #[error("a plan of {patterns} patterns is for a model of as many layers, but this one has {layers}")]
+    PlanLength {
+        /// Patterns there are.
+        patterns: usize,
+        /// Layers of the model.
+        layers: usize,
+    },
     /// A pattern that does not say what to cut.
     #[error("a structured method was told to prune to {0}, which names no heads and channels")]
     NoBlocks(Pattern),
@@ -219,9 +227,11 @@ impl TaskError {
             Self::Open(error) => error.class(),
             Self::Mask(error) => error.class(),
             Self::NotHeld { .. } | Self::Backend(_) | Self::Cancelled => FaultClass::RetryElsewhere,
-            Self::NoStructure { .. } | Self::NoBlocks(_) | Self::WrongSource { .. } | Self::WindowOutOfRange { .. } => {
-                FaultClass::Bug
-            }
+            Self::NoStructure { .. }
+            | Self::NoBlocks(_)
+            | Self::PlanLength { .. }
+            | Self::WrongSource { .. }
+            | Self::WindowOutOfRange { .. } => FaultClass::Bug,
         }
     }
 

@@ -98,6 +98,10 @@ pub(crate) enum AllocationArg {
     Uniform,
     /// More in later layers, by SlimGPT's logarithm.
     Log,
+    /// Less in layers with many outlying weights (OWL).
+    Owl,
+    /// Where measured error curves say that it costs least.
+    Measured,
 }
 
 impl From<AllocationArg> for Allocation {
@@ -105,6 +109,8 @@ impl From<AllocationArg> for Allocation {
         match argument {
             AllocationArg::Uniform => Self::Uniform,
             AllocationArg::Log => Self::Log,
+            AllocationArg::Owl => Self::Owl,
+            AllocationArg::Measured => Self::Measured,
         }
     }
 }
@@ -138,7 +144,7 @@ pub(crate) struct PruneArgs {
     /// Structured methods: KV heads that every layer loses, with their query heads [default: by the share].
     #[arg(long)]
     pub(crate) kv_heads: Option<usize>,
-    /// How sparsity is spread over layers; log is for structured methods [default: uniform].
+    /// How sparsity is spread over layers [default: uniform].
     #[arg(long)]
     pub(crate) allocation: Option<AllocationArg>,
     /// A text file, or a .jsonl with `text` or `input_ids`.

@@ -205,8 +205,8 @@ pub fn cast(solution: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
     if lost { Tensor::from_vec(rounded, solution.shape(), solution.device())?.to_dtype(dtype) } else { Ok(narrow) }
 }
 
-/// ‖V·X̂ᵀ − W·Xᵀ‖² / ‖W·Xᵀ‖².
-fn rel_error(solved: &[f32], dense: &[f32], stats: &InputStats) -> Result<f64, VerifyError> {
+/// ‖V·X̂ᵀ − W·Xᵀ‖² / ‖W·Xᵀ‖² of matrices `[rows, n]`, whichever rows they are.
+pub(crate) fn rel_error(solved: &[f32], dense: &[f32], stats: &InputStats) -> Result<f64, VerifyError> {
     let n = stats.gram.dim(0)?;
     let gram = values(&stats.gram)?;
     let (error, total) = match &stats.dense {
