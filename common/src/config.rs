@@ -17,8 +17,21 @@ use crate::fault::FaultClass;
 /// Prefix of every environment variable that is read.
 pub const ENV_PREFIX: &str = "ESPALIER";
 
-/// Top-level sections of all the programs; in the environment, those of another program are passed over.
-const PROGRAM_SECTIONS: [&str; 3] = ["coordinator", "worker", "log"];
+/// Top-level sections of all the programs and of a job; in the environment, those of another program are passed over.
+const SECTIONS: [&str; 10] = [
+    "coordinator",
+    "worker",
+    "log",
+    "model",
+    "calibration",
+    "method",
+    "pattern",
+    "propagation",
+    "output",
+    "evaluation",
+];
+/// How many of [`SECTIONS`] are not a job's.
+const PROGRAM_SECTIONS: usize = 3;
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -119,18 +132,49 @@ where
         refuse_unknown(&layer, &known, &origin, &[])?;
         builder = builder.add_source(layer);
     }
-    let environment = Environment::with_prefix(prefix)
-        .prefix_separator("__")
-        .separator("__")
-        .try_parsing(true)
-        .source(Some(environment.into_iter().collect()));
-    let layer = Config::builder().add_source(environment).build().map_err(failed("environment"))?;
-    refuse_unknown(&layer, &known, "environment", &PROGRAM_SECTIONS)?;
+    let layer = environment_layer(prefix, environment).map_err(failed("environment"))?;
+    refuse_unknown(&layer, &known, "environment", &SECTIONS)?;
     builder = builder.add_source(own_sections(&layer, &known).map_err(failed("environment"))?);
     for (key, value) in overrides.0 {
         builder = builder.set_override(&key, value).map_err(failed(&origin))?;
     }
     builder.build().and_then(Config::try_deserialize).map_err(failed(&origin))
+}
+
+fn environment_layer(prefix: &str, environment: HashMap<String, String>) -> Result<Config, config::ConfigError> {
+    let environment = Environment::with_prefix(prefix)
+        .prefix_separator("__")
+        .separator("__")
+        .try_parsing(true)
+        .source(Some(environment.into_iter().collect()));
+    Config::builder().add_source(environment).build()
+}
+
+/// What the environment says of a job, `ESPALIER__PATTERN__SPARSITY=0.7`: by section and key. A job's own reader knows its
+/// keys; sections of programs are passed over.
+///
+/// # Errors
+/// `UnknownKey` for a section that nobody knows.
+pub fn job_environment() -> Result<serde_json::Map<String, serde_json::Value>, ConfigError> {
+    let environment = std::env::vars_os()
+        .filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)))
+        .collect();
+    job_sections(environment)
+}
+
+fn job_sections(
+    environment: HashMap<String, String>,
+) -> Result<serde_json::Map<String, serde_json::Value>, ConfigError> {
+    let origin = "environment".to_owned();
+    let table: serde_json::Map<String, serde_json::Value> = environment_layer(ENV_PREFIX, environment)
+        .and_then(Config::try_deserialize)
+        .map_err(|error| ConfigError::Invalid { origin: origin.clone(), reason: error.to_string() })?;
+    if let Some(key) = table.keys().find(|key| !SECTIONS.contains(&key.as_str())) {
+        let nearest = nearest(key, SECTIONS.into_iter()).map(str::to_owned);
+        return Err(ConfigError::UnknownKey { origin, key: key.clone(), nearest });
+    }
+    let of_job = |section: &str| SECTIONS[PROGRAM_SECTIONS..].contains(&section);
+    Ok(table.into_iter().filter(|(section, _)| of_job(section)).collect())
 }
 
 /// The part of a layer whose top-level sections `known` has.
@@ -216,6 +260,28 @@ mod tests {
     use serde::Deserialize;
 
     use super::*;
+
+    fn environment(variables: &[(&str, &str)]) -> HashMap<String, String> {
+        variables.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn a_jobs_sections_are_read_from_the_environment_and_others_passed_over() {
+        let found = job_sections(environment(&[
+            ("ESPALIER__PATTERN__SPARSITY", "0.7"),
+            ("ESPALIER__METHOD__NAME", "wanda"),
+            ("ESPALIER__CALIBRATION__SAMPLES", "16"),
+            ("ESPALIER__WORKER__THREADS", "3"),
+            ("PATH", "/bin"),
+        ]))
+        .unwrap();
+        let expected = serde_json::json!({
+            "pattern": { "sparsity": 0.7 }, "method": { "name": "wanda" }, "calibration": { "samples": 16 }
+        });
+        assert_eq!(serde_json::Value::Object(found), expected);
+        let error = job_sections(environment(&[("ESPALIER__PATERN__SPARSITY", "0.7")])).unwrap_err();
+        assert!(error.to_string().contains("did you mean pattern?"), "{error}");
+    }
 
     #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
     #[serde(deny_unknown_fields, default)]

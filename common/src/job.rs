@@ -94,6 +94,17 @@ pub enum Allocation {
     Uniform,
     /// More in later layers, along a logarithm (SlimGPT's, for methods that remove heads and channels).
     Log,
+    /// Less in layers with many outlying weights (OWL).
+    Owl,
+    /// Where it costs least: equal slopes of measured error curves, weighted by depth as held-out tokens say.
+    Measured,
+}
+
+impl Allocation {
+    /// Whether the dense model has to be looked at before sparsities are known.
+    pub fn needs_survey(self) -> bool {
+        matches!(self, Self::Owl | Self::Measured)
+    }
 }
 
 /// `[pattern]`: exactly one of `sparsity` and `nofm`; 50 % if neither. For methods that remove heads and channels, sparsity
@@ -110,9 +121,19 @@ pub struct PatternSpec {
     /// How sparsity is spread over layers.
     #[serde(default)]
     pub allocation: Allocation,
-    /// How much sparser the last layer is than the first, with `allocation = "log"` and a share of zeros.
+    /// How much sparser one layer may be than another: with `log` the last than the first, with `owl` (2λ) the one with
+    /// fewest outliers than the one with most, with `measured` the bounds, of which two fifths lie above the mean.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocation_spread: Option<f64>,
+    /// `owl`, `measured`: at most this many calibration sequences are looked at beforehand; 32 if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocation_samples: Option<usize>,
+    /// `owl`: a weight whose score is more than this many times its layer's mean is an outlier (the paper's M); 5 if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outliers_above: Option<f64>,
+    /// `measured`: the depth weights γ that are tried; 0, 0.01 … 0.08 if absent. A layer's error counts exp(−γ · its index).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub depth_weights: Option<Vec<f64>>,
     /// Methods that remove channels: as many stay as are a multiple of this; 8 if absent, which kernels are made for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub round_to: Option<usize>,
@@ -122,11 +143,56 @@ pub struct PatternSpec {
 }
 
 impl PatternSpec {
-    /// `allocation_spread`, or what is usual: OWL's 2λ.
+    /// `allocation_spread`, or what is usual: OWL's 2λ; for `measured`, 0.15 below and 0.1 above the mean.
     pub fn spread(&self) -> f64 {
-        self.allocation_spread.unwrap_or(0.16)
+        self.allocation_spread.unwrap_or(if self.allocation == Allocation::Measured { 0.25 } else { 0.16 })
+    }
+
+    /// `outliers_above`, or what is usual.
+    pub fn outlier_multiple(&self) -> f64 {
+        self.outliers_above.unwrap_or(5.0)
+    }
+
+    /// `depth_weights`, or nine that reach from none to one that leaves the last of 30 layers a tenth of the first's.
+    pub fn depth_grid(&self) -> Vec<f64> {
+        self.depth_weights.clone().unwrap_or_else(|| (0..9_u8).map(|step| f64::from(step) / 100.0).collect())
+    }
+
+    fn check_allocation(&self) -> Result<(), JobError> {
+        let Self { nofm, allocation, allocation_spread, allocation_samples, outliers_above, depth_weights, .. } = self;
+        let unused = [
+            ("[pattern] allocation_spread", allocation_spread.is_some() && *allocation == Allocation::Uniform),
+            ("[pattern] allocation_samples", allocation_samples.is_some() && !allocation.needs_survey()),
+            ("[pattern] outliers_above", outliers_above.is_some() && *allocation != Allocation::Owl),
+            ("[pattern] depth_weights", depth_weights.is_some() && *allocation != Allocation::Measured),
+        ];
+        if let Some((key, _)) = unused.into_iter().find(|(_, unused)| *unused) {
+            return Err(JobError::AllocationUnused { key });
+        }
+        if let Some(nofm) = nofm.as_ref().filter(|_| *allocation != Allocation::Uniform) {
+            return Err(JobError::FixedPattern { nofm: nofm.clone() });
+        }
+        if let Some(value) = allocation_spread.filter(|spread| !(0.0..1.0).contains(spread)) {
+            return Err(JobError::ShareOutOfRange { key: "[pattern] allocation_spread", value });
+        }
+        if let Some(value) = outliers_above.filter(|multiple| !(*multiple > 0.0 && multiple.is_finite())) {
+            return Err(JobError::NotPositive { key: "[pattern] outliers_above", value });
+        }
+        let depths = depth_weights.as_deref().unwrap_or_default();
+        if depth_weights.is_some() && !(1..=MOST_DEPTHS).contains(&depths.len()) {
+            return Err(JobError::DepthWeights { count: depths.len(), most: MOST_DEPTHS });
+        }
+        if let Some(value) = depths.iter().copied().find(|depth| !(0.0..=1.0).contains(depth)) {
+            return Err(JobError::ShareOutOfRange { key: "[pattern] depth_weights", value });
+        }
+        Ok(())
     }
 }
+
+/// Depth weights that may be tried: each costs a forward pass.
+const MOST_DEPTHS: usize = 32;
+/// Calibration sequences that a survey looks at unless the job says otherwise.
+const SURVEY_SAMPLES: usize = 32;
 
 /// What the checkpoint of a structured result looks like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -241,9 +307,33 @@ pub enum JobError {
         /// N:M.
         nofm: String,
     },
-    /// A spread of nothing.
-    #[error("[pattern] allocation_spread is set, but allocation is not \"log\"")]
-    SpreadUnused,
+    /// A parameter of another allocation.
+    #[error("{key} is set, but the job's allocation has no use for it")]
+    AllocationUnused {
+        /// The job's key.
+        key: &'static str,
+    },
+    /// A number that must be above 0 is not.
+    #[error("{key} is {value}, but must be above 0")]
+    NotPositive {
+        /// The job's key.
+        key: &'static str,
+        /// What it was.
+        value: f64,
+    },
+    /// Nothing to choose from, or too much.
+    #[error("[pattern] depth_weights has {count} values, but must have between 1 and {most}")]
+    DepthWeights {
+        /// How many there are.
+        count: usize,
+        /// How many there may be.
+        most: usize,
+    },
+    /// Nothing is left to find the depth weight on.
+    #[error(
+        "[calibration] samples is 1, but allocation = \"measured\" needs at least 2: it tries its plans on one of them"
+    )]
+    NothingToTryOn,
     /// Not a size.
     #[error("[output] shard_size `{0}` is not a size such as 5GB or 512MiB")]
     Size(String),
@@ -285,6 +375,33 @@ impl JobSpec {
         asked.clamp(1, self.calibration.samples.saturating_sub(1).max(1))
     }
 
+    /// Number of calibration sequences, the first ones, that a survey of the dense model looks at: none of those that are
+    /// held out, or that [`Self::trial_samples`] keeps apart.
+    pub fn survey_samples(&self) -> usize {
+        let apart = match self.pattern.allocation {
+            Allocation::Measured => self.kept_for_trials(),
+            _ => self.held_out_samples(),
+        };
+        self.calibration.samples.saturating_sub(apart).clamp(1, self.most_surveyed())
+    }
+
+    /// Number of calibration sequences, the last ones, that the plans of `measured` are tried on: those that are held out; if
+    /// none are, an eighth of all.
+    pub fn trial_samples(&self) -> usize {
+        self.kept_for_trials().clamp(1, self.most_surveyed())
+    }
+
+    fn kept_for_trials(&self) -> usize {
+        match self.held_out_samples() {
+            0 => (self.calibration.samples / 8).max(1),
+            held_out => held_out,
+        }
+    }
+
+    fn most_surveyed(&self) -> usize {
+        self.pattern.allocation_samples.unwrap_or(SURVEY_SAMPLES).max(1)
+    }
+
     /// Checks everything that can be checked without reading a file.
     ///
     /// # Errors
@@ -296,6 +413,7 @@ impl JobSpec {
             ("[calibration] samples", self.calibration.samples),
             ("[calibration] sequence_length", self.calibration.sequence_length),
             ("[pattern] round_to", self.pattern.round_to.unwrap_or(1)),
+            ("[pattern] allocation_samples", self.pattern.allocation_samples.unwrap_or(1)),
         ] {
             if value == 0 {
                 return Err(JobError::Zero { key });
@@ -304,14 +422,9 @@ impl JobSpec {
         if self.evaluation.as_ref().is_some_and(|spec| spec.sequence_length < 2) {
             return Err(JobError::ShortWindows);
         }
-        let PatternSpec { nofm, allocation, allocation_spread, .. } = &self.pattern;
-        match (allocation, nofm, allocation_spread) {
-            (Allocation::Uniform, _, Some(_)) => return Err(JobError::SpreadUnused),
-            (Allocation::Log, Some(nofm), _) => return Err(JobError::FixedPattern { nofm: nofm.clone() }),
-            (Allocation::Log, None, Some(spread)) if !(0.0..1.0).contains(spread) => {
-                return Err(JobError::ShareOutOfRange { key: "[pattern] allocation_spread", value: *spread });
-            }
-            _ => {}
+        self.pattern.check_allocation()?;
+        if self.pattern.allocation == Allocation::Measured && self.calibration.samples < 2 {
+            return Err(JobError::NothingToTryOn);
         }
         let held_out = self.calibration.held_out;
         if !(0.0..1.0).contains(&held_out) {
@@ -381,9 +494,37 @@ mod tests {
             ("nofm = \"2:4\"\nallocation = \"log\"", "2:4"),
             ("allocation_spread = 0.1", "allocation_spread"),
             ("allocation = \"log\"\nallocation_spread = 1.5", "1.5"),
+            ("nofm = \"2:4\"\nallocation = \"measured\"", "2:4"),
+            ("nofm = \"2:4\"\nallocation = \"owl\"", "2:4"),
+            ("allocation = \"log\"\nallocation_samples = 4", "allocation_samples"),
+            ("allocation = \"owl\"\nallocation_samples = 0", "allocation_samples"),
+            ("allocation = \"measured\"\noutliers_above = 5.0", "outliers_above"),
+            ("allocation = \"owl\"\noutliers_above = 0.0", "outliers_above is 0"),
+            ("allocation = \"owl\"\ndepth_weights = [0.0]", "depth_weights"),
+            ("allocation = \"measured\"\ndepth_weights = []", "depth_weights has 0"),
+            ("allocation = \"measured\"\ndepth_weights = [0.0, -0.1]", "-0.1"),
         ] {
             assert!(job(pattern).unwrap_err().contains(key), "{pattern}");
         }
+    }
+
+    #[test]
+    fn what_plans_are_tried_on_is_not_surveyed() {
+        let mut job: JobSpec = toml::from_str(&JOB.replace("nofm = \"2:4\"", "allocation = \"measured\"")).unwrap();
+        for (samples, held_out, most, expected) in [
+            (128, 0.0, None, (32, 16)),
+            (128, 0.0, Some(1000), (112, 16)),
+            (128, 0.5, Some(1000), (64, 64)),
+            (128, 0.1, Some(8), (8, 8)),
+            (2, 0.0, None, (1, 1)),
+        ] {
+            (job.calibration.samples, job.calibration.held_out) = (samples, held_out);
+            job.pattern.allocation_samples = most;
+            job.validate().unwrap();
+            assert_eq!((job.survey_samples(), job.trial_samples()), expected, "{samples} {held_out} {most:?}");
+        }
+        job.calibration.samples = 1;
+        assert_eq!(job.validate(), Err(JobError::NothingToTryOn));
     }
 
     #[test]

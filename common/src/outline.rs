@@ -62,6 +62,9 @@ pub struct ModelOutline {
     /// Whether the method compares corrected with dense inputs, which then run side by side in `pruned` propagation.
     #[serde(default)]
     pub needs_dense: bool,
+    /// Whether the method keeps the zeros of another checkpoint, so that the job asks for none.
+    #[serde(default)]
+    pub imports_zeros: bool,
     /// What the job's method may cut, if it is one that removes heads and channels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub structure: Option<Structure>,

@@ -30,6 +30,8 @@ pub enum Pattern {
         /// Feed-forward channels removed.
         channels: usize,
     },
+    /// The zeros that another checkpoint has, matrix by matrix.
+    Imported,
 }
 
 /// Why a pattern cannot be asked of a matrix.
@@ -112,8 +114,8 @@ impl Pattern {
             Self::Unstructured { sparsity } => sparsity,
             Self::NofM { keep, of } => 1.0 - keep as f64 / of as f64,
             Self::Parameters { share } => share,
-            // It depends on the layer.
-            Self::Blocks { .. } => 0.0,
+            // It depends on the layer, or on the matrix.
+            Self::Blocks { .. } | Self::Imported => 0.0,
         }
     }
 
@@ -127,6 +129,8 @@ impl Pattern {
             Self::NofM { keep, of } => rows * (columns / of) * (of - keep),
             // Which matrix loses what is not for one matrix to say.
             Self::Parameters { .. } | Self::Blocks { .. } => 0,
+            // The other checkpoint says which.
+            Self::Imported => 0,
         }
     }
 
@@ -144,6 +148,7 @@ impl std::fmt::Display for Pattern {
             Self::NofM { keep, of } => write!(f, "{keep}:{of}"),
             Self::Parameters { share } => write!(f, "{} % fewer parameters", share * 100.0),
             Self::Blocks { attention, channels } => write!(f, "{attention} KV heads and {channels} channels fewer"),
+            Self::Imported => f.write_str("the zeros of another checkpoint"),
         }
     }
 }

@@ -67,6 +67,29 @@ pub struct PhaseSeconds {
     pub flops: f64,
 }
 
+/// How the error of one sublayer of the dense model grows with its sparsity.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ErrorCurve {
+    /// Full tensor name.
+    pub tensor: String,
+    /// How much of what follows it the sublayer's half of the layer makes up: ‖what the half adds‖² / ‖the residual stream
+    /// after it‖², mean over tokens. An error of the sublayer counts this much.
+    pub share: f64,
+    /// ‖W'X − WX‖² / ‖WX‖² at each sparsity that was asked for.
+    pub errors: Vec<f64>,
+}
+
+/// What a survey found out about one dense layer.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct LayerSurvey {
+    /// `owl`: share of the layer's weights whose score is a multiple of the mean.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outliers: Option<f64>,
+    /// `measured`: one curve a sublayer, in dataflow order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub curves: Vec<ErrorCurve>,
+}
+
 /// How a unit ended well.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -88,6 +111,13 @@ pub enum Outcome {
     },
     /// A dense layer was run.
     Forwarded {
+        /// Where the time went.
+        phases: Vec<PhaseSeconds>,
+    },
+    /// A dense layer was run and looked at.
+    Surveyed {
+        /// What was found.
+        survey: LayerSurvey,
         /// Where the time went.
         phases: Vec<PhaseSeconds>,
     },

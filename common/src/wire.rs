@@ -6,7 +6,7 @@ use crate::digest::Digest;
 use crate::fault::{Fault, FaultClass};
 use crate::ids::{Attempt, Boundary, LayerIndex, Lease, RunId, Unit, WorkerId};
 use crate::outline::{LayerOutline, ModelOutline, SublayerOutline};
-use crate::report::{Artifact, Outcome, PhaseSeconds, Reconstruction, SublayerReport};
+use crate::report::{Artifact, ErrorCurve, LayerSurvey, Outcome, PhaseSeconds, Reconstruction, SublayerReport};
 use crate::structure::Kept;
 
 /// A message that breaks the protocol.
@@ -144,6 +144,7 @@ impl From<ModelOutline> for pb::ModelOutline {
             method_version: outline.method_version,
             method_params_json: outline.method_params.to_string(),
             needs_dense: outline.needs_dense,
+            imports_zeros: outline.imports_zeros,
             structure_json: outline.structure.map_or_else(String::new, |structure| {
                 serde_json::to_string(&structure).expect("a structure is plain data")
             }),
@@ -183,6 +184,7 @@ impl TryFrom<pb::ModelOutline> for ModelOutline {
             method_params: serde_json::from_str(&outline.method_params_json)
                 .map_err(|error| invalid("outline.method_params_json", error))?,
             needs_dense: outline.needs_dense,
+            imports_zeros: outline.imports_zeros,
             structure: match outline.structure_json.as_str() {
                 "" => None,
                 json => Some(serde_json::from_str(json).map_err(|error| invalid("outline.structure_json", error))?),
@@ -254,6 +256,11 @@ impl From<Outcome> for pb::report_request::Outcome {
                 boundary: boundary.map(Into::into),
             }),
             Outcome::Forwarded { phases } => Self::Forwarded(pb::Forwarded { phases: phases_to_wire(phases) }),
+            Outcome::Surveyed { survey: LayerSurvey { outliers, curves }, phases } => {
+                let curve = |ErrorCurve { tensor, share, errors }: ErrorCurve| pb::ErrorCurve { tensor, share, errors };
+                let (curves, phases) = (curves.into_iter().map(curve).collect(), phases_to_wire(phases));
+                Self::Surveyed(pb::Surveyed { outliers, curves, phases })
+            }
             Outcome::Evaluated { window_nll, phases } => {
                 Self::Evaluated(pb::Evaluated { window_nll, phases: phases_to_wire(phases) })
             }
@@ -278,6 +285,11 @@ pub fn outcome_from_wire(outcome: pb::report_request::Outcome) -> Result<Result<
         }),
         pb::report_request::Outcome::Forwarded(forwarded) => {
             Ok(Outcome::Forwarded { phases: phases_from_wire(forwarded.phases) })
+        }
+        pb::report_request::Outcome::Surveyed(pb::Surveyed { outliers, curves, phases }) => {
+            let curve = |pb::ErrorCurve { tensor, share, errors }| ErrorCurve { tensor, share, errors };
+            let survey = LayerSurvey { outliers, curves: curves.into_iter().map(curve).collect() };
+            Ok(Outcome::Surveyed { survey, phases: phases_from_wire(phases) })
         }
         pb::report_request::Outcome::Evaluated(evaluated) => {
             Ok(Outcome::Evaluated { window_nll: evaluated.window_nll, phases: phases_from_wire(evaluated.phases) })

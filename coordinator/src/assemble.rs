@@ -8,6 +8,7 @@ use espalier_common::checkpoint::{Checkpoint, CheckpointWriter, Dtype, TensorHea
 use espalier_common::digest::{Digest, Hasher};
 use espalier_common::ids::LayerIndex;
 use espalier_common::job::JobSpec;
+use espalier_common::pattern::Pattern;
 use espalier_common::report::Artifact;
 use espalier_common::store::BlobStore;
 use safetensors::tensor::Metadata;
@@ -36,6 +37,8 @@ pub struct Parts<'a> {
     pub method_version: &'a str,
     /// The method's parameters, defaults filled in.
     pub method_params: &'a serde_json::Value,
+    /// Whether the zeros are those of another checkpoint.
+    pub imports_zeros: bool,
     /// Where the artifacts are.
     pub store: &'a dyn BlobStore,
     /// The pruned layers.
@@ -252,7 +255,10 @@ fn model_card(parts: &Parts<'_>) -> String {
             )
         }
         None => {
-            let pattern = job.pattern().map_or_else(|_| String::new(), |pattern| pattern.to_string());
+            let pattern = match job.pattern() {
+                _ if parts.imports_zeros => Pattern::Imported.to_string(),
+                pattern => pattern.map_or_else(|_| String::new(), |pattern| pattern.to_string()),
+            };
             format!("The linear layers of the decoder were pruned to {pattern}")
         }
     };

@@ -106,6 +106,16 @@ pub enum Phase {
     Tokenise,
     /// Waiting for workers and asking one of them what the model is.
     Inspect,
+    /// Looking at the dense model, layer by layer.
+    Survey {
+        /// Layers in all.
+        layers: usize,
+    },
+    /// Trying plans on the calibration sequences kept apart for that.
+    Try {
+        /// Plans in all.
+        plans: usize,
+    },
     /// Pruning.
     Prune {
         /// Layers in all.

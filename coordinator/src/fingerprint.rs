@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use espalier_common::checkpoint::Checkpoint;
-use espalier_common::digest::{Digest, Hasher};
+use espalier_common::checkpoint::{Checkpoint, CheckpointError, sampled_digest};
+use espalier_common::digest::Digest;
 use espalier_common::job::JobSpec;
 use serde::{Deserialize, Serialize};
 
@@ -20,30 +20,14 @@ pub struct Fingerprint {
     pub build: String,
 }
 
-/// Bytes of each tensor that are read for the model's digest: enough to tell two trainings apart, without reading 140 GB.
-const SAMPLED_BYTES: usize = 4096;
-
 impl Fingerprint {
     /// Takes the fingerprint of a job on a checkpoint.
     ///
     /// # Errors
     /// What the checkpoint says.
-    pub fn take(
-        job: &JobSpec,
-        checkpoint: &dyn Checkpoint,
-        tokens: Digest,
-    ) -> Result<Self, espalier_common::checkpoint::CheckpointError> {
-        let mut hasher = Hasher::default();
-        hasher.update(checkpoint.config().to_string().as_bytes());
-        for name in checkpoint.names() {
-            let Some(header) = checkpoint.header(name) else { continue };
-            hasher.update(format!("\n{name} {:?} {:?}\n", header.dtype, header.shape).as_bytes());
-            let row_bytes = header.shape.iter().skip(1).product::<usize>() * header.dtype.bytes();
-            let rows = header.shape.first().copied().unwrap_or(1).min(SAMPLED_BYTES.div_ceil(row_bytes.max(1)));
-            let sample = checkpoint.read_rows(name, 0..rows)?;
-            hasher.update(&sample[..sample.len().min(SAMPLED_BYTES)]);
-        }
-        Ok(Self { job: job.clone(), model: hasher.finish(), tokens, build: env!("CARGO_PKG_VERSION").to_owned() })
+    pub fn take(job: &JobSpec, checkpoint: &dyn Checkpoint, tokens: Digest) -> Result<Self, CheckpointError> {
+        let model = sampled_digest(checkpoint)?;
+        Ok(Self { job: job.clone(), model, tokens, build: env!("CARGO_PKG_VERSION").to_owned() })
     }
 
     /// What differs in `other`, one line a difference; empty if nothing does.

@@ -1,5 +1,7 @@
 //! `report.json`: a pure function of the journal.
 
+mod allocation;
+
 use std::collections::BTreeMap;
 
 use espalier_common::digest::Digest;
@@ -7,11 +9,13 @@ use espalier_common::ids::{RunId, Unit, WorkerId};
 use espalier_common::job::{JobSpec, Propagation};
 use espalier_common::outline::ModelOutline;
 use espalier_common::pattern::Pattern;
-use espalier_common::report::{Outcome, PhaseSeconds, SublayerReport};
+use espalier_common::report::{LayerSurvey, Outcome, PhaseSeconds, Reconstruction, SublayerReport};
 use espalier_common::structure::{Kept, Structure};
 use serde::{Deserialize, Serialize};
 
+pub use self::allocation::{AllocatedLayer, AllocationReport, Trial};
 use crate::journal::{EvaluatedModel, JournalRecord, WorkerTotals};
+use crate::run::survey::{candidate_depths, trial_losses};
 use crate::schedule::Record;
 
 /// The report of one run.
@@ -34,6 +38,9 @@ pub struct Report {
     /// What stays of the layers, if heads and channels were removed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub structured: Option<StructuredReport>,
+    /// How sparsity is spread over the layers, if not evenly.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocation: Option<AllocationReport>,
     /// Sums.
     pub totals: Totals,
     /// If it was asked for.
@@ -112,6 +119,9 @@ pub struct SublayerEntry {
     pub dead_channels: u32,
     /// Who solved it.
     pub worker: WorkerId,
+    /// How its half of the layer was tuned afterwards, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reconstruction: Option<Reconstruction>,
 }
 
 /// What a structured method removed.
@@ -200,7 +210,8 @@ pub fn build(records: &[JournalRecord]) -> Result<Report, ReportError> {
     for record in records {
         facts.take(record);
     }
-    facts.into_report()
+    let losses = trial_losses(records, facts.job.map_or(0, |job| candidate_depths(job).len()));
+    facts.into_report(&losses)
 }
 
 #[derive(Default)]
@@ -210,6 +221,8 @@ struct Facts<'a> {
     model_fingerprint: Option<Digest>,
     tokens: Option<Digest>,
     outline: Option<&'a ModelOutline>,
+    patterns: &'a [Pattern],
+    surveys: BTreeMap<u32, &'a LayerSurvey>,
     sublayers: BTreeMap<u32, Vec<SublayerEntry>>,
     kept: BTreeMap<u32, &'a Kept>,
     nll: BTreeMap<EvaluatedModel, BTreeMap<u32, &'a [f64]>>,
@@ -228,7 +241,8 @@ impl<'a> Facts<'a> {
                 self.model_fingerprint = Some(created.model_fingerprint);
                 self.eval_sequence_length = created.job.evaluation.as_ref().map_or(0, |spec| spec.sequence_length);
             }
-            JournalRecord::Planned { outline, .. } => self.outline = Some(outline),
+            JournalRecord::Planned { outline, patterns } => (self.outline, self.patterns) = (Some(outline), patterns),
+            JournalRecord::Survey(record) => self.take_survey(record),
             JournalRecord::Prune(record) => self.take_pruning(record),
             JournalRecord::Evaluate { model, record } => {
                 self.count_lease(record);
@@ -253,6 +267,20 @@ impl<'a> Facts<'a> {
                 self.totals.seconds += seconds;
             }
         }
+    }
+
+    fn take_survey(&mut self, record: &'a Record) {
+        self.count_lease(record);
+        let Record::Committed { lease, outcome } = record else { return };
+        let (Outcome::Surveyed { phases, .. } | Outcome::Evaluated { phases, .. }) = outcome else { return };
+        if let (Unit::Forward(layer), Outcome::Surveyed { survey, .. }) = (lease.unit, outcome) {
+            self.surveys.insert(layer.0, survey);
+        }
+        // All of it is one phase: what allocating cost on top of pruning.
+        *self.totals.seconds_by_phase.entry("survey".to_owned()).or_default() +=
+            phases.iter().map(|phase| phase.seconds).sum::<f64>();
+        *self.totals.flops_by_phase.entry("survey".to_owned()).or_default() +=
+            phases.iter().map(|phase| phase.flops).sum::<f64>();
     }
 
     fn take_pruning(&mut self, record: &'a Record) {
@@ -297,11 +325,12 @@ impl<'a> Facts<'a> {
         Some(Perplexity { dense, pruned, sequence_length: self.eval_sequence_length, windows })
     }
 
-    fn into_report(mut self) -> Result<Report, ReportError> {
+    fn into_report(mut self, losses: &[f64]) -> Result<Report, ReportError> {
         let job = self.job.ok_or(ReportError::Unfinished("created"))?;
         let outline = self.outline.ok_or(ReportError::Unfinished("planned"))?;
         let files = self.files.ok_or(ReportError::Unfinished("assembled"))?.clone();
         let perplexity = self.perplexity();
+        let allocation = allocation::report(job, outline, self.patterns, &self.surveys, losses);
         let sublayers: Vec<SublayerEntry> = std::mem::take(&mut self.sublayers).into_values().flatten().collect();
         let structured = outline.structure.as_ref().map(|structure| structured(structure, &self.kept));
         let sum = |count: fn(&SublayerEntry) -> u64| sublayers.iter().map(count).sum::<u64>() as f64;
@@ -320,6 +349,7 @@ impl<'a> Facts<'a> {
                 version: outline.method_version.clone(),
             },
             pattern: match job.pattern().map_err(|_| ReportError::Unfinished("created from a valid job"))? {
+                _ if outline.imports_zeros => Pattern::Imported,
                 pattern if outline.structure.is_some() => Pattern::Parameters { share: pattern.sparsity() },
                 pattern => pattern,
             },
@@ -332,6 +362,7 @@ impl<'a> Facts<'a> {
             },
             sublayers,
             structured,
+            allocation,
             totals: self.totals,
             perplexity,
             output: job.output.uri.clone(),
@@ -373,6 +404,7 @@ fn entry(layer: u32, worker: WorkerId, sublayer: &SublayerReport) -> SublayerEnt
         damping_raised: sublayer.damping_raised,
         dead_channels: sublayer.dead_channels,
         worker,
+        reconstruction: sublayer.reconstruction,
     }
 }
 

@@ -1,5 +1,7 @@
 //! One run from its job to its report: tokens → outline → plan → pruning → checkpoint → evaluation.
 
+pub(crate) mod survey;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,7 +12,7 @@ use espalier_common::clock::{Clock, Stopwatch, unix_seconds};
 use espalier_common::config;
 use espalier_common::digest::Digest;
 use espalier_common::ids::{Boundary, LayerIndex, Lease, RunId, Unit};
-use espalier_common::job::{Allocation, EvaluationSpec, JobSpec, Layout, Propagation};
+use espalier_common::job::{EvaluationSpec, JobSpec, Layout, Propagation};
 use espalier_common::outline::ModelOutline;
 use espalier_common::pattern::Pattern;
 use espalier_common::report::{Artifact, Outcome};
@@ -27,7 +29,6 @@ use crate::fingerprint::{self, Fingerprint};
 use crate::fleet::{CallError, FleetEvent, Roster, UnitCall};
 use crate::journal::{EvaluatedModel, FileJournal, Journal, JournalRecord, RunCreated, WorkerTotals};
 use crate::layout::StructuredRecord;
-use crate::plan::allocate;
 use crate::plan::widths::{self, Asked, WidthError};
 use crate::report::{self, Report};
 use crate::schedule::{Limits, Record, Scheduler, Shape};
@@ -207,14 +208,16 @@ impl Run {
             return Ok((outline, patterns));
         }
         refuse_structured_keys(&self.job)?;
+        if outline.imports_zeros {
+            let patterns = vec![Pattern::Imported; outline.layers.len()];
+            self.append(JournalRecord::Planned { outline: outline.clone(), patterns: patterns.clone() })?;
+            return Ok((outline, patterns));
+        }
         let pattern = self.job.pattern()?;
         for sublayer in outline.layers.iter().flat_map(|layer| layer.sublayers()) {
             pattern.validate_for(&sublayer.tensor, sublayer.columns).map_err(espalier_common::job::JobError::from)?;
         }
-        let patterns = match self.job.pattern.allocation {
-            Allocation::Uniform => vec![pattern; outline.layers.len()],
-            Allocation::Log => allocate::logarithmic(&outline, pattern.sparsity(), self.job.pattern.spread()),
-        };
+        let patterns = self.allocate(&outline, pattern).await?;
         self.append(JournalRecord::Planned { outline: outline.clone(), patterns: patterns.clone() })?;
         Ok((outline, patterns))
     }
@@ -280,6 +283,7 @@ impl Run {
             tokens: self.tokens.sha256,
             method_version: &outline.method_version,
             method_params: &outline.method_params,
+            imports_zeros: outline.imports_zeros,
             store: self.store.as_ref(),
             layers,
             structured: structured.as_ref(),

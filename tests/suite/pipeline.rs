@@ -155,6 +155,30 @@ fn report_holds_the_perplexities_that_eval_prints() {
 }
 
 #[test]
+fn the_environment_lies_between_a_job_file_and_the_flags() {
+    let mut workplace = Workplace::new();
+    workplace.set("ESPALIER__PATTERN__SPARSITY", "0.25");
+    workplace.set("ESPALIER__METHOD__NAME", "magnitude");
+    let (model, text) = (tiny("llama-tiny"), golden().join("text/wikitext2-valid-head.txt"));
+    fs::write(workplace.path().join("job.toml"), "[method]\nname = \"sparsegpt\"\n[pattern]\nnofm = \"2:4\"\n")
+        .unwrap();
+    let pruned = |output: &str, more: &[&str]| {
+        let arguments = ["prune", utf8(&model), "--job", "job.toml", "--output", output, "--json", "--calibration"];
+        let size = [utf8(&text), "--samples", "4", "--seq-len", "32"];
+        workplace.run([&arguments[..], &size, more].concat()).and_then(|ended| ended.success()?.json()).unwrap()
+    };
+    let report = pruned("environment", &[]);
+    assert_eq!((&report["method"]["name"], &report["totals"]["sparsity"]), (&"magnitude".into(), &0.25.into()));
+    let report = pruned("flags", &["--method", "wanda", "--sparsity", "0.5"]);
+    assert_eq!((&report["method"]["name"], &report["totals"]["sparsity"]), (&"wanda".into(), &0.5.into()));
+    workplace.set("ESPALIER__PATTERN__SPARSTY", "0.25");
+    let arguments = ["prune", "m", "--job", "job.toml", "--output", "out", "--calibration", "c"];
+    let finished = workplace.run(arguments).unwrap();
+    assert_eq!(finished.code(), Some(65), "{}", finished.stderr);
+    assert!(finished.stderr.contains("did you mean sparsity?"), "{}", finished.stderr);
+}
+
+#[test]
 fn interrupt_leaves_neither_output_nor_workers() {
     let workplace = Workplace::new();
     let (model, text) = (tiny("llama-tiny"), golden().join("text/wikitext2-valid-head.txt"));

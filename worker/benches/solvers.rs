@@ -102,7 +102,7 @@ struct Run {
 fn solve(name: &str, params: &Value, weight: &Tensor, stats: &Arc<InputStats>, pattern: Pattern) -> Result<Run> {
     let (solver, _) = prune::build(name, params)?;
     let ctx = SolveCtx::default();
-    let problem = Problem { tensor: "bench.weight", weight, pattern };
+    let problem = Problem { tensor: "bench.weight", weight, pattern, imported: None };
     let mut best: Option<Run> = None;
     for _ in 0..REPEATS {
         let watch = Stopwatch::start();

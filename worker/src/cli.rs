@@ -163,7 +163,7 @@ fn check_job(path: &Path) -> anyhow::Result<()> {
     let place = || path.display().to_string();
     job.validate().map_err(RunError::from).with_context(place)?;
     let method = run::build_method(&job).with_context(place)?;
-    let pattern = job.pattern().map_err(RunError::from)?;
+    let pattern = run::pattern(&job, &*method.solver)?;
     let (name, params) = (&job.method.name, method.params);
     writeln!(std::io::stdout(), "{} is a valid job: {name} to {pattern} with {params}", place())?;
     Ok(())

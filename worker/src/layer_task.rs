@@ -20,6 +20,7 @@ use crate::calibrate::capture::{Lane, capture_group, finish_layer, forward_layer
 use crate::calibrate::gram::GramAccumulator;
 use crate::cut_task::cut_layer;
 use crate::holdings::HiddenStates;
+use crate::mask::MaskError;
 use crate::model::DecoderLayer;
 use crate::prune::verify::verify;
 use crate::prune::{GroupSolver, InputStats, Problem, Solution};
@@ -221,18 +222,24 @@ fn prune_group(
     let watch = Stopwatch::start();
     let solver = place.run.method.solver.prepare(Arc::clone(stats), &ctx).map_err(failed(&members[0].tensor))?;
     let solver: &dyn GroupSolver = &*solver;
+    let imported = |sublayer| place.run.mask.as_ref().map(|mask| mask.weight(sublayer, &place.run.device)).transpose();
+    let imported: Vec<Option<Tensor>> = members.iter().map(imported).collect::<Result<_, MaskError>>()?;
+    let problem = |member: usize| Problem {
+        tensor: &members[member].tensor,
+        weight: layer.weight(group, member),
+        pattern,
+        imported: imported[member].as_ref(),
+    };
     let solve = |(member, sublayer): (usize, &SublayerOutline)| {
         let watch = Stopwatch::start();
-        let problem = Problem { tensor: &sublayer.tensor, weight: layer.weight(group, member), pattern };
-        let solution = solver.solve(&problem, &ctx).map_err(failed(&sublayer.tensor))?;
+        let solution = solver.solve(&problem(member), &ctx).map_err(failed(&sublayer.tensor))?;
         Ok((solution, watch.seconds()))
     };
     let solved: Vec<(Solution, f64)> = members.par_iter().enumerate().map(solve).collect::<Result<_, TaskError>>()?;
     phases.add("solve", watch.seconds(), solved.iter().map(|(solution, _)| solution.flops).sum());
     let watch = Stopwatch::start();
     let check = |((member, sublayer), (solution, seconds)): ((usize, &SublayerOutline), (Solution, f64))| {
-        let problem = Problem { tensor: &sublayer.tensor, weight: layer.weight(group, member), pattern };
-        check(place, &problem, (group, member), sublayer, solution, seconds, stats)
+        check(place, &problem(member), (group, member), sublayer, solution, seconds, stats)
     };
     let pruned = members.par_iter().enumerate().zip(solved).map(check).collect::<Result<_, TaskError>>();
     phases.add("verify", watch.seconds(), 0.0);

@@ -17,6 +17,7 @@ pub mod fleet;
 pub mod holdings;
 pub mod layer_task;
 pub mod linalg;
+pub mod mask;
 pub mod model;
 pub mod prune;
 pub mod reconstruct;
@@ -27,5 +28,7 @@ pub mod session;
 #[cfg(test)]
 mod session_tests;
 pub mod source;
+pub mod survey_task;
 pub mod transport;
+pub mod trial_task;
 pub mod unit;

@@ -8,7 +8,7 @@ use espalier_common::checkpoint::{self, Checkpoint, CheckpointError};
 use espalier_common::config;
 use espalier_common::fault::FaultClass;
 use espalier_common::ids::{LayerIndex, RunId};
-use espalier_common::job::{JobError, JobSpec};
+use espalier_common::job::{Allocation, JobError, JobSpec, PatternSpec};
 use espalier_common::outline::{LayerOutline, ModelOutline};
 use espalier_common::pattern::{Pattern, PatternError};
 use espalier_common::report::Artifact;
@@ -16,6 +16,7 @@ use espalier_common::store::{self, BlobStore, StoreError};
 use espalier_common::structure::Structure;
 
 use crate::artifact::{self, ArtifactError};
+use crate::mask::{Mask, MaskError};
 use crate::model::{self, Decoder, ModelError};
 use crate::prune::{self, MethodError, SolveError, Solver, Statistics};
 use crate::reconstruct;
@@ -53,6 +54,9 @@ pub enum RunError {
     /// See the artifact.
     #[error(transparent)]
     Artifact(#[from] ArtifactError),
+    /// See the mask.
+    #[error(transparent)]
+    Mask(#[from] MaskError),
     /// The token block cannot be read.
     #[error("{name}")]
     Tokens {
@@ -93,6 +97,7 @@ impl RunError {
             Self::Model(error) => error.class(),
             Self::Store(error) => error.class(),
             Self::Artifact(error) => error.class(),
+            Self::Mask(error) => error.class(),
             Self::Tokens { .. } => FaultClass::Bug,
         }
     }
@@ -123,7 +128,7 @@ pub fn parse_job(json: &str) -> Result<JobSpec, RunError> {
 /// Builds the job's method and asks whether it covers the job's pattern.
 ///
 /// # Errors
-/// `Method`, `Unsupported`.
+/// `Method`, `Unsupported`, `Mask`.
 pub fn build_method(job: &JobSpec) -> Result<Method, RunError> {
     let name = job.method.name.as_str();
     let mut own = job.method.params.clone();
@@ -131,12 +136,34 @@ pub fn build_method(job: &JobSpec) -> Result<Method, RunError> {
     let (solver, mut params) = prune::build(name, &serde_json::Value::Object(own))?;
     let mut version =
         prune::METHODS.iter().find(|method| method.name == name).expect("it was just built").version.to_owned();
-    solver.supports(job.pattern()?)?;
+    solver.supports(pattern(job, &*solver)?)?;
     if let (Some(options), serde_json::Value::Object(params)) = (&reconstruct, &mut params) {
         params.extend(options.filled());
         version = format!("{version}+{}", reconstruct::VERSION);
     }
     Ok(Method { solver, reconstruct, version, params })
+}
+
+/// The pattern that the job asks for: the mask's zeros if the method takes those.
+///
+/// # Errors
+/// `Job`; `Mask` if the method takes the zeros of a mask and there is none, or another pattern beside it.
+pub fn pattern(job: &JobSpec, solver: &dyn Solver) -> Result<Pattern, RunError> {
+    let Some(mask) = solver.imports() else { return Ok(job.pattern()?) };
+    let method = job.method.name.clone();
+    let PatternSpec { sparsity, nofm, allocation, .. } = &job.pattern;
+    let given = [
+        ("sparsity", sparsity.is_some()),
+        ("nofm", nofm.is_some()),
+        ("allocation", *allocation != Allocation::Uniform),
+    ];
+    if let Some((key, _)) = given.into_iter().find(|(_, given)| *given) {
+        return Err(MaskError::PatternGiven { key, method }.into());
+    }
+    if mask.is_empty() {
+        return Err(MaskError::Unnamed { method }.into());
+    }
+    Ok(Pattern::Imported)
 }
 
 /// A model that is open: headers read, no weights.
@@ -172,13 +199,19 @@ pub fn read_tokens(store: &dyn BlobStore, artifact: &Artifact) -> Result<TokenBl
 /// See [`RunError`].
 pub fn inspect(job_json: &str) -> Result<ModelOutline, RunError> {
     let job = parse_job(job_json)?;
-    let (method, pattern) = (build_method(&job)?, job.pattern()?);
+    let mut method = build_method(&job)?;
+    let pattern = pattern(&job, &*method.solver)?;
     let Model { checkpoint, decoder } = open_model(&job.model.source, &Device::Cpu)?;
     let layers: Vec<LayerOutline> = (0..decoder.layers())
         .map(|layer| decoder.outline(LayerIndex(layer as u32)))
         .collect::<Result<_, ModelError>>()?;
     for sublayer in layers.iter().flat_map(LayerOutline::sublayers) {
         pattern.validate_for(&sublayer.tensor, sublayer.columns)?;
+    }
+    if let Some(mask) = open_mask(&*method.solver)? {
+        mask.check(&layers)?;
+        method.version = format!("{}+{}", method.version, mask.version()?);
+        name_mask(&mut method.params);
     }
     let all_bytes: usize =
         checkpoint.names().iter().filter_map(|name| checkpoint.header(name)).map(|h| h.bytes()).sum();
@@ -190,11 +223,27 @@ pub fn inspect(job_json: &str) -> Result<ModelOutline, RunError> {
         max_sequence_length: decoder.max_sequence_length(),
         other_bytes: (all_bytes as u64).saturating_sub(layer_bytes),
         structure: structure_for(&*method.solver, &*decoder),
+        imports_zeros: method.solver.imports().is_some(),
         needs_dense: method.solver.needs() >= Statistics::GramAndCross || method.reconstruct.is_some(),
         method_version: method.version,
         method_params: method.params,
         layers,
     })
+}
+
+/// The mask that a method names, if it takes one.
+fn open_mask(solver: &dyn Solver) -> Result<Option<Mask>, MaskError> {
+    solver.imports().map(Mask::open).transpose()
+}
+
+/// Reports tell which mask it was by its digest; where it lay on this machine is nobody's business.
+fn name_mask(params: &mut serde_json::Value) {
+    if let Some(mask) = params.get_mut("mask")
+        && let Some(path) = mask.as_str().filter(|path| !path.contains("://"))
+    {
+        let name = path.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_owned();
+        *mask = name.into();
+    }
 }
 
 /// What a method may cut of a model: nothing unless it is a structured one.
@@ -223,6 +272,8 @@ pub struct Run {
     pub model: Model,
     /// The solver.
     pub method: Method,
+    /// The checkpoint whose zeros it keeps, if it is a method that does.
+    pub mask: Option<Mask>,
     /// What it may cut, if it removes heads and channels.
     pub structure: Option<Structure>,
     /// What computes.
@@ -248,7 +299,8 @@ impl Run {
         let device = Device::Cpu;
         let model = open_model(&job.model.source, &device)?;
         let structure = structure_for(&*method.solver, &*model.decoder);
-        Ok(Self { id, job, job_json, store, tokens, model, method, structure, device })
+        let mask = open_mask(&*method.solver)?;
+        Ok(Self { id, job, job_json, store, tokens, model, method, mask, structure, device })
     }
 
     /// The pattern that a layer is to get.

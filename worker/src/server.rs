@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use espalier_common::fault::Fault;
 use espalier_common::ids::{Boundary, Unit};
+use espalier_common::pattern::Pattern;
 use espalier_common::tasks::TaskGroup;
 use espalier_common::wire::{WireError, lease_from_wire, run_from_wire};
 use espalier_proto::v1 as pb;
@@ -17,7 +18,7 @@ use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 
 use crate::evaluation::Evaluation;
-use crate::run::{self, Run};
+use crate::run::{self, Run, RunError};
 use crate::session::{Session, SessionError, Work};
 use crate::transport::grpc::{ActivationService, HTTP2_WINDOW_BYTES, MESSAGE_LIMIT_BYTES};
 
@@ -166,6 +167,31 @@ impl Worker for WorkerService {
         };
         self.start(request.lease, |unit| match unit {
             Unit::Prune(layer) => Ok(Work::Prune(layer, source, pattern, keeps_output)),
+            other => Err(wrong_kind(other)),
+        })
+    }
+
+    async fn survey_layer(&self, request: Request<pb::SurveyLayerRequest>) -> Result<Response<pb::Started>, Status> {
+        let request = request.into_inner();
+        let (source, sparsities) = (source(request.source)?, request.sparsities);
+        let patterns = sparsities.iter().map(|&sparsity| Pattern::Unstructured { sparsity }.validate());
+        if let Err(error) = patterns.collect::<Result<(), _>>() {
+            return Ok(started(Err(RunError::from(error).into())));
+        }
+        self.start(request.lease, |unit| match unit {
+            Unit::Forward(layer) => Ok(Work::Survey(layer, source, sparsities)),
+            other => Err(wrong_kind(other)),
+        })
+    }
+
+    async fn r#try(&self, request: Request<pb::TryRequest>) -> Result<Response<pb::Started>, Status> {
+        let request = request.into_inner();
+        let patterns = match request.pattern_json.iter().map(|json| Run::layer_pattern(json)).collect() {
+            Ok(patterns) => patterns,
+            Err(error) => return Ok(started(Err(RunError::into(error)))),
+        };
+        self.start(request.lease, |unit| match unit {
+            Unit::Evaluate(_) => Ok(Work::Try(patterns)),
             other => Err(wrong_kind(other)),
         })
     }

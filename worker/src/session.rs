@@ -21,6 +21,8 @@ use crate::holdings::Holdings;
 use crate::layer_task::{prune_layer, run_dense_layer};
 use crate::run::{Run, RunError};
 use crate::source::Workplace;
+use crate::survey_task::survey_layer;
+use crate::trial_task::try_patterns;
 use crate::unit::{Progress, TaskError, UnitControl};
 
 /// What a unit asks for.
@@ -30,6 +32,10 @@ pub enum Work {
     Forward(LayerIndex, Source),
     /// Prune a layer; if the last is true, its output is also left in the store.
     Prune(LayerIndex, Source, Pattern, bool),
+    /// Run a dense layer and look at it, with error curves at these sparsities.
+    Survey(LayerIndex, Source, Vec<f64>),
+    /// Prune roughly to these patterns, one a layer, and evaluate.
+    Try(Vec<Pattern>),
     /// Evaluate windows.
     Evaluate(Evaluation),
 }
@@ -270,11 +276,14 @@ impl Session {
             holdings: &self.holdings,
             runtime: &self.runtime,
             bytes_received: &self.bytes_received,
+            is_survey: matches!(work, Work::Survey(..) | Work::Try(_)),
         });
         let place = place.ok_or(TaskError::Cancelled);
         match work {
             Work::Evaluate(evaluation) => evaluate(evaluation, device, control),
             Work::Forward(layer, source) => run_dense_layer(&place?, *layer, source),
+            Work::Survey(layer, source, sparsities) => survey_layer(&place?, *layer, source, sparsities),
+            Work::Try(patterns) => try_patterns(&place?, patterns),
             Work::Prune(layer, source, pattern, keeps_output) => {
                 prune_layer(&place?, *layer, source, *pattern, *keeps_output)
             }

@@ -192,6 +192,73 @@ async fn reconstruction_brings_halves_nearer_to_the_dense_model_and_keeps_every_
     }
 }
 
+/// A run whose job surveys the dense model.
+fn surveyed(name: &str, allocation: &str) -> TestRun {
+    let run = TestRun::new(name, "sparsegpt", "pruned");
+    let pattern = format!("\"pattern\":{{\"sparsity\":0.5,\"allocation\":\"{allocation}\"}},\"output\"");
+    TestRun { job: run.job.replace("\"output\"", &pattern), ..run }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_survey_looks_at_dense_layers_wherever_their_inputs_come_from() {
+    for (name, allocation) in [("llama-tiny", "measured"), ("opt-tiny", "measured"), ("qwen2-tiny", "owl")] {
+        let run = surveyed(name, allocation);
+        let (mut walker, mut jumper) = (TestWorker::prepared(&run, u64::MAX), TestWorker::prepared(&run, 0));
+        let sparsities = if allocation == "owl" { vec![] } else { vec![0.3, 0.5, 0.7] };
+        let mut last = None;
+        for layer in 0..LAYERS {
+            let source = if layer == 0 { embedded(&[]) } else { held(layer) };
+            let work = Work::Survey(LayerIndex(layer), source, sparsities.clone());
+            let Outcome::Surveyed { survey, .. } = walker.outcome(&run, Unit::Forward(LayerIndex(layer)), work).await
+            else {
+                panic!("a survey is surveyed")
+            };
+            let shares = survey.curves.iter().map(|curve| curve.share);
+            assert!(shares.clone().all(|share| share > 0.0 && share.is_finite()), "{name}: {survey:?}");
+            for curve in &survey.curves {
+                assert!(curve.errors.windows(2).all(|pair| pair[0] < pair[1]), "{name}: {curve:?}");
+            }
+            let outlying = survey.outliers.is_some_and(|share| share > 0.0 && share < 0.1);
+            assert_eq!((survey.curves.is_empty(), outlying), (allocation == "owl", allocation == "owl"), "{survey:?}");
+            last = Some(survey);
+        }
+        // Nobody needs what comes out of the last layer.
+        assert_eq!(walker.session.holdings().boundaries(&run.id).last(), Some(&Boundary(LAYERS - 1)));
+        let layer = LayerIndex(LAYERS - 1);
+        let work = Work::Survey(layer, embedded(&[]), sparsities);
+        let Outcome::Surveyed { survey, .. } = jumper.outcome(&run, Unit::Forward(layer), work).await else {
+            panic!("a survey is surveyed")
+        };
+        assert_eq!(Some(survey), last, "{name}: from the tokens, through dense layers");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trial_without_zeros_loses_what_the_dense_model_does() {
+    let run = surveyed("llama-tiny", "measured");
+    let mut worker = TestWorker::prepared(&run, 0);
+    let losses = async |worker: &mut TestWorker, share: u32, work: Work| match worker
+        .outcome(&run, Unit::Evaluate(share), work)
+        .await
+    {
+        Outcome::Evaluated { window_nll, .. } => window_nll,
+        other => panic!("{other:?}"),
+    };
+    let patterns = |sparsity| Work::Try(vec![Pattern::Unstructured { sparsity }; LAYERS as usize]);
+    let none = losses(&mut worker, 0, patterns(0.0)).await;
+    let evaluation =
+        Evaluation { model: run.model.clone(), tokens: run.tokens.clone(), run_url: run.url(), windows: vec![4] };
+    // The last of five sequences is held out.
+    let dense = losses(&mut worker, 1, Work::Evaluate(evaluation)).await;
+    assert!(none.len() == 1 && (none[0] / dense[0] - 1.0).abs() < 1e-6, "{none:?} {dense:?}");
+    let most = losses(&mut worker, 2, patterns(0.95)).await;
+    // These tokens are no text, so pruning may lose less on them; but not nothing.
+    assert!((most[0] / dense[0] - 1.0).abs() > 0.01, "{most:?} {dense:?}");
+    let lease = worker.lease(Unit::Evaluate(3));
+    worker.session.start(&run.id, lease, Work::Try(vec![HALF])).unwrap();
+    assert!(worker.report().await.result.unwrap_err().message.contains("1 patterns"));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn dense_layers_are_independent_of_each_other() {
     let run = TestRun::new("llama-tiny", "sparsegpt", "dense");

@@ -37,12 +37,21 @@ pub struct Workplace<'a> {
     pub runtime: &'a Handle,
     /// Bytes received from peers so far.
     pub bytes_received: &'a AtomicU64,
+    /// Whether the unit looks at the dense model before anything is pruned: on fewer sequences, and on dense inputs whatever
+    /// the job's propagation.
+    pub is_survey: bool,
 }
 
 impl Workplace<'_> {
     /// Whether layers are calibrated on what their pruned predecessors give.
     pub fn is_chain(&self) -> bool {
-        self.run.job.propagation.mode == Propagation::Pruned
+        !self.is_survey && self.run.job.propagation.mode == Propagation::Pruned
+    }
+
+    /// Calibration sequences whose hidden states are carried along: the first ones.
+    pub fn sequences(&self) -> usize {
+        let all = self.run.tokens.sequences();
+        if self.is_survey { self.run.job.survey_samples().min(all) } else { all }
     }
 
     /// Whether the solver compares corrected with dense inputs.
@@ -100,7 +109,7 @@ impl Workplace<'_> {
             let hidden = self.run.model.decoder.embed(tokens.sequence(sequence))?;
             Ok(self.cache.put(hidden)?)
         };
-        let sequences = (0..tokens.sequences()).collect();
+        let sequences = (0..self.sequences()).collect();
         let stream: Vec<Entry> = phases.time("load", || map_batches(sequences, self.control, "embed", embed))?;
         // Before the first layer nothing is pruned, so the streams are the same; they share their tensors.
         Ok(HiddenStates { streams: vec![stream; self.streams()] })
@@ -110,7 +119,7 @@ impl Workplace<'_> {
     fn expected(&self) -> Expected {
         Expected {
             streams: self.streams(),
-            sequences: self.run.tokens.sequences(),
+            sequences: self.sequences(),
             tokens: self.run.tokens.sequence_length(),
             hidden: self.run.model.decoder.hidden_size(),
         }
@@ -167,7 +176,8 @@ impl Workplace<'_> {
     /// Operations of the weight products of one stream through one layer.
     pub fn forward_flops(&self, outline: &LayerOutline) -> f64 {
         let weights: usize = outline.sublayers().map(SublayerOutline::elements).sum();
-        2.0 * self.run.tokens.tokens().len() as f64 * weights as f64
+        let tokens = self.sequences() * self.run.tokens.sequence_length();
+        2.0 * tokens as f64 * weights as f64
     }
 
     /// Name, element type and shape of a sublayer in the checkpoint.

@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::artifact::ArtifactError;
 use crate::calibrate::cache::CacheError;
 use crate::calibrate::gram::GramError;
+use crate::mask::MaskError;
 use crate::model::ModelError;
 use crate::prune::verify::VerifyError;
 use crate::prune::{SolveCtx, SolveError};
@@ -159,6 +160,14 @@ pub enum TaskError {
         /// The layer.
         layer: LayerIndex,
     },
+    /// A plan for another model.
+    #[error("a plan of {patterns} patterns is for a model of as many layers, but this one has {layers}")]
+    PlanLength {
+        /// Patterns there are.
+        patterns: usize,
+        /// Layers of the model.
+        layers: usize,
+    },
     /// A pattern that does not say what to cut.
     #[error("a structured method was told to prune to {0}, which names no heads and channels")]
     NoBlocks(Pattern),
@@ -175,6 +184,9 @@ pub enum TaskError {
         /// The token block.
         name: String,
     },
+    /// A tensor of the mask that says nothing.
+    #[error(transparent)]
+    Mask(#[from] MaskError),
     /// The tensor library failed.
     #[error("tensor backend failed")]
     Backend(#[from] candle_core::Error),
@@ -213,10 +225,13 @@ impl TaskError {
             Self::Gram { source, .. } => source.class(),
             Self::Verify { source, .. } => source.class(),
             Self::Open(error) => error.class(),
+            Self::Mask(error) => error.class(),
             Self::NotHeld { .. } | Self::Backend(_) | Self::Cancelled => FaultClass::RetryElsewhere,
-            Self::NoStructure { .. } | Self::NoBlocks(_) | Self::WrongSource { .. } | Self::WindowOutOfRange { .. } => {
-                FaultClass::Bug
-            }
+            Self::NoStructure { .. }
+            | Self::NoBlocks(_)
+            | Self::PlanLength { .. }
+            | Self::WrongSource { .. }
+            | Self::WindowOutOfRange { .. } => FaultClass::Bug,
         }
     }
 

@@ -15,6 +15,7 @@ mod json;
 mod reader;
 #[cfg(test)]
 mod reader_tests;
+mod sample;
 mod writer;
 #[cfg(test)]
 mod writer_tests;
@@ -27,6 +28,7 @@ use serde::{Deserialize, Serialize};
 pub use error::CheckpointError;
 pub use gguf::GgufCheckpoint;
 pub use reader::SafetensorsCheckpoint;
+pub use sample::sampled_digest;
 pub use writer::{CheckpointWriter, WrittenFile, check_target};
 
 /// Opens a checkpoint: a directory of safetensors, or a `.gguf` file. Reads headers, no tensor.

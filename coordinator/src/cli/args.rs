@@ -98,6 +98,10 @@ pub(crate) enum AllocationArg {
     Uniform,
     /// More in later layers, by SlimGPT's logarithm.
     Log,
+    /// Less in layers with many outlying weights (OWL).
+    Owl,
+    /// Where measured error curves say that it costs least.
+    Measured,
 }
 
 impl From<AllocationArg> for Allocation {
@@ -105,6 +109,8 @@ impl From<AllocationArg> for Allocation {
         match argument {
             AllocationArg::Uniform => Self::Uniform,
             AllocationArg::Log => Self::Log,
+            AllocationArg::Owl => Self::Owl,
+            AllocationArg::Measured => Self::Measured,
         }
     }
 }
@@ -120,6 +126,9 @@ pub(crate) struct PruneArgs {
     /// The method; `espalier-worker methods` lists them.
     #[arg(long)]
     pub(crate) method: Option<String>,
+    /// Methods that keep the zeros of another checkpoint (refit): that checkpoint, named like MODEL.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) mask: Option<String>,
     /// Share of zeros, in [0, 1); for structured methods, share of the layers' parameters that goes.
     #[arg(long, conflicts_with = "pattern", allow_negative_numbers = true)]
     pub(crate) sparsity: Option<f64>,
@@ -135,7 +144,7 @@ pub(crate) struct PruneArgs {
     /// Structured methods: KV heads that every layer loses, with their query heads [default: by the share].
     #[arg(long)]
     pub(crate) kv_heads: Option<usize>,
-    /// How sparsity is spread over layers; log is for structured methods [default: uniform].
+    /// How sparsity is spread over layers [default: uniform].
     #[arg(long)]
     pub(crate) allocation: Option<AllocationArg>,
     /// A text file, or a .jsonl with `text` or `input_ids`.

@@ -14,6 +14,8 @@ pub(crate) fn job(args: &PruneArgs) -> Result<JobSpec, CliError> {
         Some(path) => read(path)?,
         None => Map::new(),
     };
+    let environment = espalier_common::config::job_environment().map_err(|error| CliError::rejected(&error))?;
+    layer(&mut job, environment);
     let mut set = |section: &str, key: &str, value: Option<Value>| {
         if let Some(value) = value {
             let section = job.entry(section).or_insert_with(|| json!({}));
@@ -29,6 +31,7 @@ pub(crate) fn job(args: &PruneArgs) -> Result<JobSpec, CliError> {
     set("calibration", "seed", args.seed.map(Value::from));
     set("calibration", "held_out", args.held_out.map(Value::from));
     set("method", "name", args.method.clone().map(Value::from));
+    set("method", "mask", args.mask.as_deref().map(|mask| json!(absolute(mask))));
     // A flag replaces the file's pattern, whichever kind that was.
     if args.sparsity.is_some() {
         set("pattern", "nofm", Some(Value::Null));
@@ -77,6 +80,19 @@ pub(crate) fn job(args: &PruneArgs) -> Result<JobSpec, CliError> {
     })
 }
 
+/// Puts the environment's keys over those of the job file. A pattern replaces the file's, whichever kind that was.
+fn layer(job: &mut Map<String, Value>, environment: Map<String, Value>) {
+    for (name, keys) in environment {
+        let section = job.entry(name.clone()).or_insert_with(|| json!({}));
+        let (Some(section), Some(keys)) = (section.as_object_mut(), keys.as_object()) else { continue };
+        if name == "pattern" && (keys.contains_key("sparsity") || keys.contains_key("nofm")) {
+            section.remove("sparsity");
+            section.remove("nofm");
+        }
+        section.extend(keys.clone());
+    }
+}
+
 fn has_evaluation(args: &PruneArgs) -> Result<bool, CliError> {
     args.job.as_deref().map_or(Ok(false), |path| Ok(read(path)?.contains_key("evaluation")))
 }
@@ -117,6 +133,20 @@ fn parse_set(assignment: &str, method: Option<&str>) -> Result<(String, Value), 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_environment_lies_over_the_file() {
+        let object = |value: Value| value.as_object().cloned().unwrap_or_default();
+        let mut job =
+            object(json!({ "model": { "source": "m" }, "pattern": { "nofm": "2:4", "allocation": "uniform" } }));
+        layer(&mut job, object(json!({ "pattern": { "sparsity": 0.7 }, "method": { "name": "wanda" } })));
+        let expected = json!({
+            "model": { "source": "m" },
+            "pattern": { "allocation": "uniform", "sparsity": 0.7 },
+            "method": { "name": "wanda" },
+        });
+        assert_eq!(Value::Object(job), expected);
+    }
 
     #[test]
     fn assignments_are_typed_by_their_look() {

@@ -38,6 +38,9 @@ pub(crate) async fn run(mut args: PlanArgs, json: bool) -> Result<(), CliError> 
         let code = if error == PlanError::Endless { exit::BUG } else { exit::REJECTED };
         CliError { code, ..CliError::rejected(&error) }
     })?;
+    if job.pattern.allocation.needs_survey() {
+        tracing::warn!("the survey that the job's allocation needs beforehand is not part of the prediction");
+    }
     if json {
         screen::out(&serde_json::to_string_pretty(&prediction).expect("a prediction is plain data"));
     } else {

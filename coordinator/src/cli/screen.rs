@@ -37,6 +37,9 @@ struct Bars {
     all: MultiProgress,
     overall: ProgressBar,
     workers: BTreeMap<WorkerId, ProgressBar>,
+    /// Layers committed in an earlier life: where the bar of the pruning begins.
+    committed: u64,
+    phase: Option<Phase>,
 }
 
 impl Screen {
@@ -49,7 +52,7 @@ impl Screen {
             let overall = all.add(ProgressBar::new(0));
             overall.set_style(style("{msg:18} [{bar:32}] {pos}/{len}  {elapsed_precise} eta {eta}"));
             overall.enable_steady_tick(Duration::from_millis(250));
-            Kind::Bars(Box::new(Bars { all, overall, workers: BTreeMap::new() }))
+            Kind::Bars(Box::new(Bars { all, overall, workers: BTreeMap::new(), committed: 0, phase: None }))
         } else {
             Kind::Lines { layers: 0, committed: 0 }
         };
@@ -86,6 +89,8 @@ fn phase_title(phase: Phase) -> (String, usize) {
     match phase {
         Phase::Tokenise => ("reading texts".to_owned(), 0),
         Phase::Inspect => ("reading the model".to_owned(), 0),
+        Phase::Survey { layers } => ("surveying".to_owned(), layers),
+        Phase::Try { plans } => ("trying plans".to_owned(), plans),
         Phase::Prune { layers } => ("pruning".to_owned(), layers),
         Phase::Assemble => ("writing".to_owned(), 0),
         Phase::Evaluate { model: EvaluatedModel::Dense, windows } => ("evaluating dense".to_owned(), windows),
@@ -123,19 +128,27 @@ fn lines(event: &RunEvent, names: &BTreeMap<WorkerId, String>, layers: &mut usiz
 }
 
 impl Bars {
+    /// Whether a unit is one of those that the bar counts: a forward pass is only a means while layers are pruned.
+    fn counts(&self, unit: Unit) -> bool {
+        match unit {
+            Unit::Prune(_) => true,
+            Unit::Forward(_) => matches!(self.phase, Some(Phase::Survey { .. })),
+            Unit::Evaluate(_) => matches!(self.phase, Some(Phase::Try { .. })),
+        }
+    }
+
     fn show(&mut self, event: &RunEvent, names: &BTreeMap<WorkerId, String>) {
         match event {
-            RunEvent::Opened { committed, .. } => self.overall.set_position(*committed as u64),
+            RunEvent::Opened { committed, .. } => self.committed = *committed as u64,
             RunEvent::Phase { phase } => {
                 let (title, total) = phase_title(*phase);
-                if !matches!(phase, Phase::Prune { .. }) {
-                    self.overall.set_position(0);
-                }
+                self.phase = Some(*phase);
+                self.overall.set_position(if matches!(phase, Phase::Prune { .. }) { self.committed } else { 0 });
                 self.overall.set_message(title);
                 self.overall.set_length(total as u64);
                 self.overall.reset_eta();
             }
-            RunEvent::Committed { unit: Unit::Prune(_), .. } => self.overall.inc(1),
+            RunEvent::Committed { unit, .. } if self.counts(*unit) => self.overall.inc(1),
             RunEvent::Progress { unit, worker, phase, done, total } => {
                 let bar = self.workers.entry(*worker).or_insert_with(|| {
                     let bar = self.all.add(ProgressBar::new(0));

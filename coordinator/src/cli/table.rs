@@ -61,6 +61,16 @@ pub(crate) fn summary(report: &Report, run_folder: &str) -> String {
         .collect();
     let method = format!("{} to {}", report.method.name, report.pattern);
     text.push_str(&format!("{method} in {:.1} s  (worker seconds: {})\n", report.totals.seconds, phases.join(", ")));
+    if let Some(allocation) = &report.allocation {
+        let sparsities = allocation.layers.iter().map(|layer| 100.0 * layer.sparsity);
+        let (least, most) = (sparsities.clone().fold(f64::INFINITY, f64::min), sparsities.fold(0.0, f64::max));
+        let chosen = match allocation.trials.iter().find(|trial| trial.chosen).map(|trial| trial.depth_weight) {
+            Some(Some(depth_weight)) => format!(", depth weight {depth_weight}"),
+            Some(None) => ", no plan being better than the even one".to_owned(),
+            None => String::new(),
+        };
+        text.push_str(&format!("layers have between {least:.1} and {most:.1} % zeros{chosen}\n"));
+    }
     let damped = report.sublayers.iter().filter(|entry| entry.damping_raised > 0).count();
     if damped > 0 {
         text.push_str(&format!("damping had to be raised for {damped} sublayers, see report.json\n"));

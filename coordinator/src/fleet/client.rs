@@ -63,6 +63,18 @@ pub enum UnitCall {
         /// Whether its output is also left in the run's store.
         keeps_output: bool,
     },
+    /// Run a dense layer and look at it.
+    Survey {
+        /// Its input.
+        source: Source,
+        /// Where its error curves are wanted.
+        sparsities: Vec<f64>,
+    },
+    /// Prune roughly and evaluate.
+    Try {
+        /// One pattern a layer.
+        patterns: Vec<Pattern>,
+    },
     /// Evaluate windows.
     Evaluate {
         /// The model's source.
@@ -173,6 +185,15 @@ impl WorkerClient for GrpcWorkerClient {
                 let message =
                     pb::PruneLayerRequest { lease: wire_lease, source, pattern_json, keep_output: keeps_output };
                 self.answer("PruneLayer", stub.prune_layer(Self::request(message, SHORT)).await)?
+            }
+            UnitCall::Survey { source, sparsities } => {
+                let message = pb::SurveyLayerRequest { lease: wire_lease, source: Some(source.into()), sparsities };
+                self.answer("SurveyLayer", stub.survey_layer(Self::request(message, SHORT)).await)?
+            }
+            UnitCall::Try { patterns } => {
+                let json = |pattern| serde_json::to_string(pattern).expect("a pattern is plain data");
+                let message = pb::TryRequest { lease: wire_lease, pattern_json: patterns.iter().map(json).collect() };
+                self.answer("Try", stub.r#try(Self::request(message, SHORT)).await)?
             }
             UnitCall::Evaluate { model, tokens, run_url, windows } => {
                 let message =

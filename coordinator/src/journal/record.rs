@@ -40,6 +40,8 @@ pub enum JournalRecord {
         /// One pattern a layer.
         patterns: Vec<Pattern>,
     },
+    /// The survey of the dense model, or a trial of a plan, moved on: what sparsities are allocated by.
+    Survey(Record),
     /// Pruning moved on.
     Prune(Record),
     /// Evaluation of `dense` or `pruned` moved on.

@@ -6,7 +6,7 @@ use espalier_common::outline::{LayerOutline, ModelOutline};
 use espalier_common::pattern::Pattern;
 
 /// No layer gets sparser than this, and none denser than 0.
-const SPARSEST: f64 = 0.95;
+pub(super) const SPARSEST: f64 = 0.95;
 /// How many zeros of each tensor may be moved to meet the budget to the weight.
 const MOST_MOVED: i64 = 3;
 /// A layer's sparsity lies this far above a whole number of zeros (as a share of one), so that no product with a tensor's
@@ -31,7 +31,7 @@ fn rise(layer: usize, layers: usize) -> f64 {
     if layers < 2 { 0.0 } else { ((layer + 1) as f64).ln() / (layers as f64).ln() }
 }
 
-fn size(layer: &LayerOutline) -> usize {
+pub(super) fn size(layer: &LayerOutline) -> usize {
     layer.sublayers().map(|sublayer| sublayer.elements()).sum()
 }
 
@@ -40,7 +40,7 @@ fn bounded(sparsity: f64, target: f64) -> f64 {
 }
 
 /// `shape` moved up or down as a whole, within bounds, until its mean, weighted by `sizes`, is `target`.
-fn balance(shape: &[f64], sizes: &[f64], target: f64) -> Vec<f64> {
+pub(super) fn balance(shape: &[f64], sizes: &[f64], target: f64) -> Vec<f64> {
     let total: f64 = sizes.iter().sum();
     let at = |offset: f64| shape.iter().map(move |share| bounded(share + offset, target));
     let mean = |offset: f64| at(offset).zip(sizes).map(|(sparsity, size)| sparsity * size).sum::<f64>() / total;
@@ -54,7 +54,7 @@ fn balance(shape: &[f64], sizes: &[f64], target: f64) -> Vec<f64> {
 }
 
 /// Zeros of a layer whose tensors all have this sparsity.
-fn zeros(layer: &LayerOutline, sparsity: f64) -> i64 {
+pub(super) fn zeros(layer: &LayerOutline, sparsity: f64) -> i64 {
     let pattern = Pattern::Unstructured { sparsity };
     layer.sublayers().map(|sublayer| pattern.zeros(sublayer.rows, sublayer.columns) as i64).sum()
 }
@@ -77,7 +77,7 @@ fn neighbours(layer: &LayerOutline, sparsity: f64, target: f64) -> BTreeMap<i64,
 
 /// Moves a few zeros between layers so that the model has as many as with `target` everywhere. Tensors of one layer that are
 /// of one size change together, so where all have the same sizes the nearest count is what can be had.
-fn exact(layers: &[LayerOutline], level: &[f64], target: f64) -> Vec<Pattern> {
+pub(super) fn exact(layers: &[LayerOutline], level: &[f64], target: f64) -> Vec<Pattern> {
     let budget: i64 = layers.iter().map(|layer| zeros(layer, target)).sum();
     let have: i64 = layers.iter().zip(level).map(|(layer, &sparsity)| zeros(layer, sparsity)).sum();
     let gap = budget - have;
@@ -109,20 +109,20 @@ fn exact(layers: &[LayerOutline], level: &[f64], target: f64) -> Vec<Pattern> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use espalier_common::outline::SublayerOutline;
     use proptest::prelude::*;
 
     use super::*;
 
-    fn layer(shapes: &[(usize, usize)]) -> LayerOutline {
+    pub(in crate::plan) fn layer(shapes: &[(usize, usize)]) -> LayerOutline {
         let sublayer = |&(rows, columns): &(usize, usize)| {
             vec![SublayerOutline { tensor: "t".into(), rows, columns, dtype: "F32".into() }]
         };
         LayerOutline { groups: shapes.iter().map(sublayer).collect(), bytes: 0 }
     }
 
-    fn model(layers: Vec<LayerOutline>) -> ModelOutline {
+    pub(in crate::plan) fn model(layers: Vec<LayerOutline>) -> ModelOutline {
         ModelOutline {
             family: "llama".into(),
             layers,
@@ -133,16 +133,17 @@ mod tests {
             method_version: "1".into(),
             method_params: serde_json::Value::Null,
             needs_dense: false,
+            imports_zeros: false,
             structure: None,
         }
     }
 
-    fn total(outline: &ModelOutline, patterns: &[Pattern]) -> i64 {
+    pub(in crate::plan) fn total(outline: &ModelOutline, patterns: &[Pattern]) -> i64 {
         outline.layers.iter().zip(patterns).map(|(layer, pattern)| zeros(layer, pattern.sparsity())).sum()
     }
 
     /// The seven matrices of a layer of SmolLM2-135M.
-    const SMOL: [(usize, usize); 7] =
+    pub(in crate::plan) const SMOL: [(usize, usize); 7] =
         [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)];
 
     #[test]

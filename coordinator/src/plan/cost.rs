@@ -157,6 +157,7 @@ pub(super) mod tests {
             method_params: serde_json::Value::Null,
             structure: None,
             needs_dense: false,
+            imports_zeros: false,
         }
     }
 

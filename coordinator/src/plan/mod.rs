@@ -3,6 +3,8 @@
 pub mod allocate;
 pub mod cluster;
 pub mod cost;
+pub mod measured;
+pub mod owl;
 pub mod partition;
 pub mod predict;
 pub mod widths;

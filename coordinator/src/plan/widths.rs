@@ -78,6 +78,11 @@ pub enum WidthError {
         "[pattern] allocation = \"log\" gives layers different widths, which layout = \"uniform\" cannot hold: use \"padded\""
     )]
     Uneven,
+    /// What is measured of weights says nothing of heads and channels.
+    #[error(
+        "[pattern] allocation = \"owl\" and \"measured\" are for methods that place zeros: use \"uniform\" or \"log\""
+    )]
+    Surveyed,
     /// A job that asks for what its method does not do.
     #[error("{key} is for methods that remove heads and channels, which this one does not")]
     NotStructured {
@@ -95,11 +100,14 @@ pub enum WidthError {
 /// # Errors
 /// See [`WidthError`].
 pub fn widths(structure: &Structure, asked: &Asked) -> Result<Vec<Pattern>, WidthError> {
+    if asked.allocation.needs_survey() {
+        return Err(WidthError::Surveyed);
+    }
     if asked.layout == Layout::Uniform && asked.allocation != Allocation::Uniform {
         return Err(WidthError::Uneven);
     }
     let shares = match asked.allocation {
-        Allocation::Uniform => vec![asked.share; structure.layers.len()],
+        Allocation::Uniform | Allocation::Owl | Allocation::Measured => vec![asked.share; structure.layers.len()],
         Allocation::Log => log_shares(structure.layers.len(), asked.share, 0.0),
     };
     let mut carried = 0.0;

@@ -196,7 +196,12 @@ pub enum Shape {
         /// Bytes of each layer.
         layer_bytes: Vec<u64>,
     },
-    /// Independent shares of the evaluation windows.
+    /// A chain of dense layers, each looked at as it is run; what is found is all that stays.
+    Survey {
+        /// Bytes of each layer.
+        layer_bytes: Vec<u64>,
+    },
+    /// Independent shares of the evaluation windows, or independent trials.
     Evaluate {
         /// Index of the first one: two evaluations of one run must not share leases.
         first: u32,
@@ -222,6 +227,9 @@ impl Shape {
                 let prunes = layers(layer_bytes).map(|layer| (Unit::Prune(layer), before(layer).map(Unit::Forward)));
                 forwards.chain(prunes).collect()
             }
+            Self::Survey { layer_bytes } => {
+                layers(layer_bytes).map(|layer| (Unit::Forward(layer), before(layer).map(Unit::Forward))).collect()
+            }
             Self::Evaluate { first, shares } => {
                 (*first..first + shares).map(|share| (Unit::Evaluate(share), None)).collect()
             }
@@ -231,8 +239,18 @@ impl Shape {
     /// Bytes of each layer; empty for an evaluation.
     pub(super) fn layer_bytes(&self) -> &[u64] {
         match self {
-            Self::PruneChain { layer_bytes } | Self::PruneApart { layer_bytes } => layer_bytes,
+            Self::PruneChain { layer_bytes } | Self::PruneApart { layer_bytes } | Self::Survey { layer_bytes } => {
+                layer_bytes
+            }
             Self::Evaluate { .. } => &[],
+        }
+    }
+
+    /// The unit that a layer is done with.
+    pub(super) fn last_unit(&self, layer: LayerIndex) -> Unit {
+        match self {
+            Self::Survey { .. } => Unit::Forward(layer),
+            _ => Unit::Prune(layer),
         }
     }
 }

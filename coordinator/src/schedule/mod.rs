@@ -231,7 +231,7 @@ impl Scheduler {
     fn assign_owners(&mut self) {
         let pending: Vec<LayerIndex> = (0..self.shape.layer_bytes().len() as u32)
             .map(LayerIndex)
-            .filter(|layer| self.units.get(&Unit::Prune(*layer)) != Some(&UnitState::Committed))
+            .filter(|layer| self.units.get(&self.shape.last_unit(*layer)) != Some(&UnitState::Committed))
             .collect();
         let workers: Vec<WorkerId> = self.workers.keys().copied().collect();
         self.owners.clear();

@@ -55,7 +55,7 @@ fn run_layer(layer: &dyn DecoderLayer, hidden: &mut [Tensor], steps: &Steps<'_>)
 }
 
 /// The loss of one window whose last hidden states are `hidden` `[tokens, hidden]`.
-fn nll(head: &dyn Head, window: &[u32], hidden: &Tensor) -> Result<f64, ModelError> {
+pub(crate) fn nll(head: &dyn Head, window: &[u32], hidden: &Tensor) -> Result<f64, ModelError> {
     let targets = window.get(1..).unwrap_or_default();
     let mut sum = 0.0;
     for (chunk, targets) in targets.chunks(HEAD_CHUNK).enumerate() {

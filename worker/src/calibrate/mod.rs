@@ -4,3 +4,4 @@ pub mod cache;
 pub mod capture;
 pub mod evaluate;
 pub mod gram;
+pub mod squares;

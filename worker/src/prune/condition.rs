@@ -207,12 +207,13 @@ pub(crate) fn admit(method: &'static str, problem: &Problem<'_>, width: usize) -
 /// # Errors
 /// `Unsupported`.
 pub(crate) fn supports_valid(method: &'static str, pattern: Pattern) -> Result<(), SolveError> {
-    if let Pattern::Parameters { .. } | Pattern::Blocks { .. } = pattern {
-        return Err(SolveError::Unsupported {
-            method,
-            pattern,
-            reason: "it places zeros and removes no heads or channels",
-        });
+    let unsupported = |reason| Err(SolveError::Unsupported { method, pattern, reason });
+    match pattern {
+        Pattern::Parameters { .. } | Pattern::Blocks { .. } => {
+            return unsupported("it places zeros and removes no heads or channels");
+        }
+        Pattern::Imported => return unsupported("it chooses its zeros itself"),
+        Pattern::Unstructured { .. } | Pattern::NofM { .. } => {}
     }
     pattern.validate().map_err(|_| SolveError::Unsupported { method, pattern, reason: "it is out of range" })
 }

@@ -74,7 +74,7 @@ pub(crate) fn solution(method: &str, params: &Value, problem: &LayerProblem, pat
     solver.supports(pattern).unwrap();
     let ctx = SolveCtx::default();
     let group = solver.prepare(Arc::clone(&problem.stats), &ctx).unwrap();
-    group.solve(&Problem { tensor: "a.weight", weight: &problem.tensor(), pattern }, &ctx).unwrap()
+    group.solve(&Problem { tensor: "a.weight", weight: &problem.tensor(), pattern, imported: None }, &ctx).unwrap()
 }
 
 /// The values of [`solution`].

@@ -45,6 +45,10 @@ pub trait Solver: Send + Sync {
     fn structured(&self) -> Option<&dyn StructuredSolver> {
         None
     }
+    /// The checkpoint whose zeros and weights the method starts from, if it is one that does; empty if the job names none.
+    fn imports(&self) -> Option<&str> {
+        None
+    }
 }
 
 /// A solver made ready for the inputs of one group.
@@ -66,6 +70,7 @@ pub const METHODS: &[Method] = &[
     fista::METHOD,
     alps::METHOD,
     espalier::METHOD,
+    refit::METHOD,
     structured::fasp::WANDA_COLUMNS,
     structured::fasp::METHOD,
     structured::spap::METHOD,

@@ -55,6 +55,8 @@ pub struct Problem<'a> {
     pub weight: &'a Tensor,
     /// The zeros it must get.
     pub pattern: Pattern,
+    /// With [`Pattern::Imported`]: the matrix `[out, in]`, f32, that has them.
+    pub imported: Option<&'a Tensor>,
 }
 
 /// A pruned sublayer.

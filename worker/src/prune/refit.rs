@@ -1,21 +1,42 @@
-//! The best weights on a support that someone else chose.
+//! The best weights on a support that someone else chose: the zeros of another checkpoint stay, its other weights move.
 //!
 //! Source: ALGORITHMS.md §9.4 stage D.
+//! Each row starts from whichever is better, the imported weights or the dense ones on the support. A mask of Wanda's comes
+//! with dense weights, where the two are one; SparseGPT's and ALPS' weights already make up for what went and are many steps
+//! ahead of the dense ones; weights that were trained on, or pruned for other inputs, may be worse than the dense ones.
 
-use candle_core::Tensor;
+use std::sync::Arc;
+
+use espalier_common::pattern::Pattern;
 use serde::{Deserialize, Serialize};
 
-use super::condition::Conditioned;
-use super::{InputStats, Solution, SolveError};
-use crate::linalg::factor;
+use super::condition::{Conditioned, admit};
+use super::{
+    Built, GroupSolver, InputStats, Method, ParamsError, Problem, Solution, SolveCtx, SolveError, Solver, Statistics,
+    read_params,
+};
 use crate::linalg::pcg::{self, Limits, Quadratic};
-use crate::linalg::quadratic::Correction;
+use crate::linalg::quadratic::{self, Correction};
 use crate::linalg::{gemm, values};
 
+/// This method's row in the table.
+pub const METHOD: Method = Method {
+    name: NAME,
+    version: "1",
+    summary: "keeps the zeros of another checkpoint (mask) and refits its weights to the dense model",
+    build,
+};
+
+const NAME: &str = "refit";
+/// A row has converged when its squared residual has fallen to this share of the first one.
+const TOLERANCE: f64 = 1e-8;
+
 /// Parameters of a refit.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Params {
+    /// The checkpoint whose zeros are kept, named like a model.
+    pub mask: String,
     /// Most steps of conjugate gradients.
     pub steps: usize,
     /// Target blend, as Espalier's α.
@@ -26,63 +47,169 @@ pub struct Params {
 
 impl Default for Params {
     fn default() -> Self {
-        Self { steps: 20, alpha: 0.0, damping: 0.01 }
+        Self { mask: String::new(), steps: 20, alpha: 0.0, damping: 0.01 }
     }
 }
 
-/// Keeps the zeros of `pruned [out, in]`, a matrix of any origin, and moves its other weights to the least-squares optimum towards
-/// the dense weight `dense [out, in]`. A row whose error does not fall stays as it is.
-///
-/// # Errors
-/// `NotFinite`, `NotPositiveDefinite`, or what the tensor backend says.
-pub fn refit(dense: &Tensor, pruned: &Tensor, stats: &InputStats, params: Params) -> Result<Solution, SolveError> {
-    let n = stats.gram.dim(0)?;
-    let (weight, start) = (values(dense)?, values(pruned)?);
-    for (what, values) in [("weight", &weight), ("imported weight", &start)] {
-        if values.iter().any(|value| !value.is_finite()) {
-            return Err(SolveError::NotFinite { what });
+fn build(params: &serde_json::Value) -> Result<Built, ParamsError> {
+    let (params, filled) = read_params(NAME, params, |params: &Params| {
+        if params.steps == 0 {
+            return Err("steps must be at least 1");
+        }
+        if !(0.0..=1.0).contains(&params.alpha) {
+            return Err("alpha must be between 0 and 1");
+        }
+        if !(params.damping >= 0.0 && params.damping.is_finite()) {
+            return Err("damping must be at least 0");
+        }
+        Ok(())
+    })?;
+    Ok((Box::new(Refit(params)), filled))
+}
+
+struct Refit(Params);
+
+impl Solver for Refit {
+    fn needs(&self) -> Statistics {
+        if self.0.alpha > 0.0 { Statistics::GramAndCross } else { Statistics::Gram }
+    }
+
+    fn supports(&self, pattern: Pattern) -> Result<(), SolveError> {
+        match pattern {
+            Pattern::Imported => Ok(()),
+            _ => Err(SolveError::Unsupported { method: NAME, pattern, reason: "it keeps the zeros that its mask has" }),
         }
     }
-    if dense.dims() != pruned.dims() || dense.dim(1)? != n {
-        return Err(candle_core::Error::ShapeMismatchBinaryOp {
-            lhs: dense.shape().clone(),
-            rhs: pruned.shape().clone(),
-            op: "refit",
-        }
-        .into());
-    }
-    let (conditioned, _) =
-        Conditioned::factored(&stats.gram, params.damping, |c| factor::upper_of_inverse(&c.gram, n))?;
-    let shift = match &stats.dense {
-        Some(statistics) if params.alpha > 0.0 => {
-            let gram = values(&stats.gram)?;
-            let correction = Correction::new(&gram, &values(&statistics.cross)?, &values(&statistics.gram)?, n);
-            let mut shift = gemm::product(&weight, &correction.towards_dense, n, n);
-            for row in shift.chunks_mut(n) {
-                for ((value, scale), dead) in row.iter_mut().zip(&conditioned.scale).zip(&conditioned.dead) {
-                    *value = if *dead { 0.0 } else { (params.alpha * f64::from(*value) / f64::from(*scale)) as f32 };
-                }
+
+    fn prepare(&self, stats: Arc<InputStats>, ctx: &SolveCtx) -> Result<Box<dyn GroupSolver>, SolveError> {
+        ctx.check_cancelled()?;
+        let (conditioned, ()) = Conditioned::factored(&stats.gram, self.0.damping, |_| Ok(()))?;
+        let gram = values(&stats.gram)?;
+        let towards_dense = match &stats.dense {
+            Some(dense) if self.0.alpha > 0.0 => {
+                let correction = Correction::new(&gram, &values(&dense.cross)?, &values(&dense.gram)?, conditioned.n);
+                Some(correction.towards_dense)
             }
-            Some(shift)
+            _ => None,
+        };
+        Ok(Box::new(Group { conditioned, gram, towards_dense, params: self.0.clone() }))
+    }
+
+    fn imports(&self) -> Option<&str> {
+        Some(&self.0.mask)
+    }
+}
+
+struct Group {
+    conditioned: Conditioned,
+    /// G as it is, `[n, n]`: what errors are measured with.
+    gram: Vec<f32>,
+    /// `(K − G)ᵀ`, `[n, n]`.
+    towards_dense: Option<Vec<f32>>,
+    params: Params,
+}
+
+impl GroupSolver for Group {
+    /// Keeps the zeros of `problem.imported`, and moves its other weights to the least-squares optimum towards the dense
+    /// weight. A row whose error on the inputs does not fall stays as it was imported.
+    fn solve(&self, problem: &Problem<'_>, ctx: &SolveCtx) -> Result<Solution, SolveError> {
+        ctx.check_cancelled()?;
+        let conditioned = &self.conditioned;
+        let n = conditioned.n;
+        let unsupported = |reason| SolveError::Unsupported { method: NAME, pattern: problem.pattern, reason };
+        let weight = admit(NAME, problem, n)?.weight;
+        let imported = problem.imported.ok_or_else(|| unsupported("there is no mask to take zeros from"))?;
+        if imported.dims() != problem.weight.dims() {
+            return Err(unsupported("the mask is of another shape than the weight"));
         }
-        _ => None,
-    };
-    let keep: Vec<u8> = start.iter().map(|v| u8::from(v.abs() > 0.0)).collect();
-    let (anchor, scaled) = (conditioned.scaled_alive(&weight), conditioned.scaled_alive(&start));
-    let quadratic = Quadratic { anchor: &anchor, shift: shift.as_deref(), gram: &conditioned.gram, n };
-    let refit = pcg::refit(quadratic, &scaled, &keep, Limits { steps: params.steps, tolerance: 1e-8 });
-    let restored = conditioned.restored(&refit.values, &keep, &start);
-    let weight = crate::linalg::matrix(restored, n, dense.device())?;
-    let (damping, damping_raised) = (conditioned.damping, conditioned.raised);
-    let flops = refit.flops + 2.0 / 3.0 * (n as f64).powi(3);
-    Ok(Solution {
-        weight,
-        iterations: refit.steps,
-        damping,
-        damping_raised,
-        dead_channels: conditioned.dead_channels(),
-        flops,
-    })
+        let imported = values(imported)?;
+        if imported.iter().any(|value| !value.is_finite()) {
+            return Err(SolveError::NotFinite { what: "imported weight" });
+        }
+        let keep: Vec<u8> = imported.iter().map(|value| u8::from(value.abs() > 0.0)).collect();
+        let shift = self.towards_dense.as_ref().map(|towards| {
+            let mut shift = gemm::product(&weight, towards, n, n);
+            shift.iter_mut().for_each(|value| *value = (self.params.alpha * f64::from(*value)) as f32);
+            shift
+        });
+        let errors = |solution: &[f32]| self.errors(solution, &weight, shift.as_deref());
+
+        let before = errors(&imported);
+        let masked: Vec<f32> = weight.iter().zip(&keep).map(|(w, keep)| w * f32::from(*keep)).collect();
+        let mut start = imported.clone();
+        for (row, (masked, imported)) in errors(&masked).into_iter().zip(&before).enumerate() {
+            // A dense weight that is zero on the support would be one zero more than the mask has.
+            let range = row * n..(row + 1) * n;
+            let covers = masked_covers(&weight[range.clone()], &keep[range.clone()]);
+            if masked < *imported && covers {
+                start[range.clone()].copy_from_slice(&weight[range.clone()]);
+                start[range.clone()].iter_mut().zip(&keep[range]).for_each(|(v, keep)| *v *= f32::from(*keep));
+            }
+        }
+        let scaled_shift = shift.as_deref().map(|shift| self.unscaled(shift));
+        let (anchor, scaled) = (conditioned.scaled_alive(&weight), conditioned.scaled_alive(&start));
+        let quadratic = Quadratic { anchor: &anchor, shift: scaled_shift.as_deref(), gram: &conditioned.gram, n };
+        let refit = pcg::refit(quadratic, &scaled, &keep, Limits { steps: self.params.steps, tolerance: TOLERANCE });
+        let mut solved = conditioned.restored(&refit.values, &keep, &start);
+        for (row, (after, before)) in errors(&solved).into_iter().zip(&before).enumerate() {
+            let fell = after < *before;
+            // Not so for NaN either.
+            if !fell {
+                solved[row * n..][..n].copy_from_slice(&imported[row * n..][..n]);
+            }
+        }
+        keep_kept(&mut solved, &imported);
+        let rows = weight.len() / n.max(1);
+        let flops = refit.flops + 3.0 * 2.0 * (rows * n * n) as f64;
+        conditioned.solution(problem, solved, refit.steps, flops)
+    }
+
+    fn row_block(&self) -> Option<usize> {
+        Some(1)
+    }
+}
+
+impl Group {
+    /// What each row of `solution [rows, n]` adds to the error, up to a constant of the row: `ΔGΔᵀ − 2Δ·T`, undamped.
+    fn errors(&self, solution: &[f32], weight: &[f32], shift: Option<&[f32]>) -> Vec<f64> {
+        let n = self.conditioned.n;
+        let delta: Vec<f32> = solution.iter().zip(weight).map(|(v, w)| v - w).collect();
+        let mut errors = quadratic::row_forms(&delta, &self.gram, &delta, n);
+        if let Some(shift) = shift {
+            let rows = delta.chunks(n).zip(shift.chunks(n));
+            errors
+                .iter_mut()
+                .zip(rows)
+                .for_each(|(error, (delta, shift))| *error -= 2.0 * quadratic::dot(delta, shift));
+        }
+        errors
+    }
+
+    /// T·D⁻¹, zero for dead channels.
+    fn unscaled(&self, shift: &[f32]) -> Vec<f32> {
+        let Conditioned { scale, dead, n, .. } = &self.conditioned;
+        let mut out = shift.to_vec();
+        for row in out.chunks_mut(*n) {
+            for ((value, scale), dead) in row.iter_mut().zip(scale).zip(dead) {
+                *value = if *dead { 0.0 } else { *value / scale };
+            }
+        }
+        out
+    }
+}
+
+/// Whether a dense row has a weight wherever the mask keeps one.
+fn masked_covers(weight: &[f32], keep: &[u8]) -> bool {
+    weight.iter().zip(keep).all(|(w, keep)| *keep == 0 || w.abs() > 0.0)
+}
+
+/// Where a step of the refit ended at exactly zero, the imported weight comes back: the zeros are the mask's.
+fn keep_kept(solved: &mut [f32], imported: &[f32]) {
+    for (value, imported) in solved.iter_mut().zip(imported) {
+        if value.to_bits() & 0x7fff_ffff == 0 && imported.abs() > 0.0 {
+            *value = *imported;
+        }
+    }
 }
 
 #[cfg(test)]
@@ -92,16 +219,31 @@ mod tests {
 
     use super::*;
     use crate::linalg::matrix;
-    use crate::prune::fixture;
+    use crate::prune::fixture::{self, LayerProblem};
+
+    fn refit(problem: &LayerProblem, imported: &[f32], params: serde_json::Value) -> Vec<f32> {
+        let ctx = SolveCtx::default();
+        let (solver, _) = build(&params).unwrap();
+        let imported = matrix(imported.to_vec(), problem.columns, &Device::Cpu).unwrap();
+        let group = solver.prepare(Arc::clone(&problem.stats), &ctx).unwrap();
+        let (weight, pattern) = (problem.tensor(), Pattern::Imported);
+        let asked = Problem { tensor: "a.weight", weight: &weight, pattern, imported: Some(&imported) };
+        values(&group.solve(&asked, &ctx).unwrap().weight).unwrap()
+    }
+
+    fn row_error(problem: &LayerProblem, solved: &[f32], row: usize) -> f64 {
+        let (n, gram) = (problem.columns, values(&problem.stats.gram).unwrap());
+        let delta: Vec<f64> =
+            (0..n).map(|j| f64::from(solved[row * n + j]) - f64::from(problem.weight[row * n + j])).collect();
+        (0..n * n).map(|at| delta[at / n] * f64::from(gram[at]) * delta[at % n]).sum()
+    }
 
     #[test]
     fn a_refit_keeps_the_support_and_reaches_the_published_error() {
         let (problem, references) = fixture::golden("smollm2_layer2_v_proj", "sparsegpt");
         for (reference, published) in references.iter().zip([0.01811, 0.06690, 0.03559]) {
             let pruned = fixture::solve("sparsegpt", json!({}), &problem, reference.pattern);
-            let imported = matrix(pruned.clone(), problem.columns, &Device::Cpu).unwrap();
-            let solved = refit(&problem.tensor(), &imported, &problem.stats, Params::default()).unwrap();
-            let solved = values(&solved.weight).unwrap();
+            let solved = refit(&problem, &pruned, json!({}));
             assert!(solved.iter().zip(&pruned).all(|(a, b)| (a.to_bits() == 0) == (b.to_bits() == 0)));
             let error = problem.rel_error(&solved);
             assert!(error <= published * 1.01, "{}: {error}", reference.pattern);
@@ -109,11 +251,41 @@ mod tests {
     }
 
     #[test]
+    fn no_row_gets_worse_than_it_was_imported() {
+        let problem = fixture::random(5, 9, 24, 96);
+        for method in ["magnitude", "wanda", "sparsegpt"] {
+            let pruned = fixture::solve(method, json!({}), &problem, Pattern::Unstructured { sparsity: 0.6 });
+            // One row is spoilt: there the dense weights are the better start.
+            let mut pruned = pruned;
+            pruned[..24].iter_mut().for_each(|value| *value *= -30.0);
+            let solved = refit(&problem, &pruned, json!({}));
+            for row in 0..9 {
+                let (before, after) = (row_error(&problem, &pruned, row), row_error(&problem, &solved, row));
+                assert!(after <= before * (1.0 + 1e-5), "{method}, row {row}: {before} to {after}");
+            }
+            assert!(problem.rel_error(&solved) < problem.rel_error(&pruned));
+        }
+    }
+
+    #[test]
     fn nothing_pruned_is_nothing_changed() {
         let problem = fixture::random(1, 4, 12, 40);
-        let solved = refit(&problem.tensor(), &problem.tensor(), &problem.stats, Params::default()).unwrap();
-        for (v, w) in values(&solved.weight).unwrap().iter().zip(&problem.weight) {
+        for (v, w) in refit(&problem, &problem.weight, json!({})).iter().zip(&problem.weight) {
             assert!((v - w).abs() <= 1e-6 * w.abs());
         }
+    }
+
+    #[test]
+    fn without_a_mask_or_with_another_shape_nothing_is_solved() {
+        let problem = fixture::random(2, 4, 12, 40);
+        let ctx = SolveCtx::default();
+        let (solver, _) = build(&json!({})).unwrap();
+        let group = solver.prepare(Arc::clone(&problem.stats), &ctx).unwrap();
+        let (weight, narrow) = (problem.tensor(), matrix(vec![1.0; 24], 6, &Device::Cpu).unwrap());
+        for imported in [None, Some(&narrow)] {
+            let asked = Problem { tensor: "a.weight", weight: &weight, pattern: Pattern::Imported, imported };
+            assert!(matches!(group.solve(&asked, &ctx), Err(SolveError::Unsupported { .. })));
+        }
+        assert!(solver.supports(Pattern::Unstructured { sparsity: 0.5 }).is_err());
     }
 }

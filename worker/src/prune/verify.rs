@@ -55,6 +55,16 @@ pub enum VerifyError {
         /// First input channel of the group.
         column: usize,
     },
+    /// A zero of the mask is none of the solution.
+    #[error("solution of {tensor} is not zero at row {row}, column {column}, where its mask is")]
+    Revived {
+        /// The sublayer.
+        tensor: String,
+        /// Output channel.
+        row: usize,
+        /// Input channel.
+        column: usize,
+    },
     /// A column that was to go is not zero.
     #[error("solution of {tensor} is not zero in column {column}, which was removed")]
     Column {
@@ -112,7 +122,13 @@ pub fn verify(problem: &Problem<'_>, stats: &InputStats, solution: &Tensor) -> R
     let pattern = problem.pattern;
     let zeros = count_zeros(&solved);
     let explained = solved.iter().zip(&dense).filter(|(v, w)| is_zero(**v) && is_zero(**w)).count();
-    let expected = pattern.zeros(rows, columns);
+    let mask = problem.imported.map(values).transpose()?;
+    let expected = mask.as_ref().map_or_else(|| pattern.zeros(rows, columns), |mask| count_zeros(mask));
+    if let Some(mask) = &mask
+        && let Some(index) = solved.iter().zip(mask).position(|(v, mask)| is_zero(*mask) && !is_zero(*v))
+    {
+        return Err(VerifyError::Revived { tensor: tensor(), row: index / columns, column: index % columns });
+    }
     if zeros < expected || zeros > expected + explained {
         return Err(VerifyError::Zeros { tensor: tensor(), pattern, found: zeros, expected });
     }
@@ -189,8 +205,8 @@ pub fn cast(solution: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
     if lost { Tensor::from_vec(rounded, solution.shape(), solution.device())?.to_dtype(dtype) } else { Ok(narrow) }
 }
 
-/// ‖V·X̂ᵀ − W·Xᵀ‖² / ‖W·Xᵀ‖².
-fn rel_error(solved: &[f32], dense: &[f32], stats: &InputStats) -> Result<f64, VerifyError> {
+/// ‖V·X̂ᵀ − W·Xᵀ‖² / ‖W·Xᵀ‖² of matrices `[rows, n]`, whichever rows they are.
+pub(crate) fn rel_error(solved: &[f32], dense: &[f32], stats: &InputStats) -> Result<f64, VerifyError> {
     let n = stats.gram.dim(0)?;
     let gram = values(&stats.gram)?;
     let (error, total) = match &stats.dense {
@@ -230,7 +246,22 @@ mod tests {
         let mut gram = vec![0.0; 16];
         (0..4).for_each(|j| gram[j * 5] = 1.0);
         let stats = fixture::LayerProblem::new(dense.to_vec(), gram, columns, 10).stats;
-        verify(&Problem { tensor: "a.weight", weight: &weight, pattern }, &stats, &solution)
+        let problem = Problem { tensor: "a.weight", weight: &weight, pattern, imported: None };
+        verify(&problem, &stats, &solution)
+    }
+
+    #[test]
+    fn the_zeros_of_a_mask_must_be_met_one_by_one() {
+        let tensor = |values: &[f32]| matrix(values.to_vec(), 4, &Device::Cpu).unwrap();
+        let (weight, mask) = (tensor(&[1.0, 2.0, 3.0, 4.0]), tensor(&[0.0, 5.0, 0.0, 6.0]));
+        let stats = fixture::random(1, 1, 4, 9).stats;
+        let pattern = Pattern::Imported;
+        let problem = Problem { tensor: "a.weight", weight: &weight, pattern, imported: Some(&mask) };
+        assert_eq!(verify(&problem, &stats, &tensor(&[0.0, 2.5, 0.0, 4.5])).unwrap().zeros, 2);
+        let moved = verify(&problem, &stats, &tensor(&[0.0, 0.0, 3.0, 4.0]));
+        assert!(matches!(moved, Err(VerifyError::Revived { row: 0, column: 2, .. })));
+        let more = verify(&problem, &stats, &tensor(&[0.0, 0.0, 0.0, 4.0]));
+        assert!(matches!(more, Err(VerifyError::Zeros { found: 3, expected: 2, .. })));
     }
 
     #[test]

@@ -175,7 +175,10 @@ impl Draft {
             part.stored.bytes = cast::bytes_from_f32(part.stored.dtype, &weight.values);
             let weight = as_loaded(part.stored, &place.run.device)?;
             let tensor = part.outline.tensor.as_str();
-            let problem = Problem { tensor, weight: lanes[1].layer().weight(group, member), pattern };
+            // With the zeros of a mask, those that the solver left are the ones to keep.
+            let solved = (pattern == Pattern::Imported).then(|| lanes[0].layer().weight(group, member).clone());
+            let dense = lanes[1].layer().weight(group, member);
+            let problem = Problem { tensor, weight: dense, pattern, imported: solved.as_ref() };
             let verified = verify(&problem, &part.stats, &weight)
                 .map_err(|source| TaskError::Verify { tensor: tensor.to_owned(), source })?;
             part.report.rel_error = verified.rel_error;

@@ -34,6 +34,14 @@ enum Planted {
     ForgottenReplay,
 }
 
+/// What is scheduled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Chain,
+    Apart,
+    Survey,
+}
+
 /// What an artifact was made from, and under which lease.
 #[derive(Debug, Clone)]
 struct Provenance {
@@ -44,7 +52,7 @@ struct Provenance {
 struct World {
     rng: ChaCha8Rng,
     planted: Planted,
-    is_chain: bool,
+    kind: Kind,
     layers: u32,
     scheduler: Scheduler,
     journal: Vec<Record>,
@@ -78,12 +86,13 @@ fn limits() -> Limits {
 impl World {
     fn new(seed: u64, planted: Planted) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let (layers, is_chain) = (rng.random_range(1..7u32), rng.random_bool(0.6));
+        let layers = rng.random_range(1..7u32);
+        let kind = *[Kind::Chain, Kind::Chain, Kind::Chain, Kind::Apart, Kind::Survey].choose(&mut rng).expect("five");
         Self {
             planted,
-            is_chain,
+            kind,
             layers,
-            scheduler: Scheduler::new(Self::shape(layers, is_chain), limits()),
+            scheduler: Scheduler::new(Self::shape(layers, kind), limits()),
             rng,
             journal: Vec::new(),
             started: BTreeSet::new(),
@@ -100,9 +109,17 @@ impl World {
         }
     }
 
-    fn shape(layers: u32, is_chain: bool) -> Shape {
+    fn shape(layers: u32, kind: Kind) -> Shape {
         let layer_bytes = (0..layers).map(|layer| 1 + u64::from(layer % 3)).collect();
-        if is_chain { Shape::PruneChain { layer_bytes } } else { Shape::PruneApart { layer_bytes } }
+        match kind {
+            Kind::Chain => Shape::PruneChain { layer_bytes },
+            Kind::Apart => Shape::PruneApart { layer_bytes },
+            Kind::Survey => Shape::Survey { layer_bytes },
+        }
+    }
+
+    fn is_chain(&self) -> bool {
+        self.kind == Kind::Chain
     }
 
     fn fault(&mut self, name: &'static str) {
@@ -159,13 +176,19 @@ impl World {
                 if committed.contains_key(&lease.unit) {
                     return Err(format!("{} is committed twice", lease.unit));
                 }
+                if let (Unit::Forward(layer), Outcome::Surveyed { survey, .. }) = (lease.unit, outcome) {
+                    // What it looked at: as many dense layers as lie before it, whoever ran them.
+                    if survey.outliers != Some(f64::from(layer.0)) {
+                        return Err(format!("{lease} has looked at {:?}", survey.outliers));
+                    }
+                }
                 if let (Unit::Prune(layer), Outcome::Pruned { artifact, .. }) = (lease.unit, outcome) {
                     let made = &self.provenance[&artifact.sha256];
                     if made.lease != *lease {
                         return Err(format!("{lease} is committed with what {} made", made.lease));
                     }
                     let wanted: Option<Vec<Option<Digest>>> = (0..layer.0)
-                        .map(|before| match self.is_chain {
+                        .map(|before| match self.is_chain() {
                             true => committed.get(&Unit::Prune(LayerIndex(before))).cloned(),
                             false => Some(None),
                         })
@@ -213,7 +236,7 @@ impl World {
         let committed = self.committed();
         let mut replay: Vec<Digest> = (origin.boundary().0..layer.0)
             .filter_map(|layer| committed.get(&Unit::Prune(LayerIndex(layer))).copied().flatten())
-            .filter(|_| self.is_chain)
+            .filter(|_| self.is_chain())
             .collect();
         if self.planted == Planted::ForgottenReplay {
             replay.clear();
@@ -242,7 +265,7 @@ impl World {
         if self.planted == Planted::LateSync {
             self.journal.pop();
         }
-        self.scheduler = Scheduler::replay(Self::shape(self.layers, self.is_chain), limits(), &self.journal)
+        self.scheduler = Scheduler::replay(Self::shape(self.layers, self.kind), limits(), &self.journal)
             .starting_at(Millis(self.now));
         self.numbers.clear();
         for process in &mut self.processes {
@@ -252,7 +275,7 @@ impl World {
     }
 
     fn replay_is_faithful(&self) -> Result<(), String> {
-        let rebuilt = Scheduler::replay(Self::shape(self.layers, self.is_chain), limits(), &self.journal);
+        let rebuilt = Scheduler::replay(Self::shape(self.layers, self.kind), limits(), &self.journal);
         let committed = |scheduler: &Scheduler| -> Vec<Unit> {
             let committed = scheduler.units().filter(|(_, state)| **state == UnitState::Committed);
             committed.map(|(unit, _)| unit).collect()
@@ -411,8 +434,11 @@ impl World {
         self.is_finished = false;
         self.restart()?;
         self.calm()?;
-        let all = Self::shape(self.layers, self.is_chain).units().len();
+        let all = Self::shape(self.layers, self.kind).units().len();
         let committed = self.committed().len();
+        if let Some(held) = self.scheduler.held.keys().next().filter(|_| self.kind == Kind::Survey) {
+            return Err(format!("boundary {held} is still held after the survey"));
+        }
         if committed == all { Ok(()) } else { Err(format!("finished with {committed} of {all} units")) }
     }
 }

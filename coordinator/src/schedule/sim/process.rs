@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use espalier_common::digest::Digest;
-use espalier_common::report::Artifact;
+use espalier_common::report::{Artifact, LayerSurvey};
 
 use super::super::*;
-use super::{Provenance, World};
+use super::{Kind, Provenance, World};
 
 /// Hidden states at a boundary: the layers that made them, first to last; `None` for a layer that was run dense.
 pub(super) type States = Rc<Vec<Option<Digest>>>;
@@ -109,7 +109,7 @@ impl World {
             }
             From::Stored { boundary, artifact } => (boundary.0, self.store.get(&(boundary, artifact))?.to_vec()),
         };
-        if self.is_chain {
+        if self.is_chain() {
             self.processes[index].holdings.retain(|boundary, _| boundary.0 >= start);
         }
         states.extend((start..layer.0).enumerate().map(|(step, _)| replay.get(step).copied()));
@@ -126,7 +126,7 @@ impl World {
         };
         let artifact = |sha256| Artifact { name: String::new(), sha256, bytes: 1 };
         let mut kept = None;
-        if layer.0 + 1 < self.layers && self.is_chain == made.is_some() {
+        if layer.0 + 1 < self.layers && self.is_chain() == made.is_some() {
             let mut output = input.to_vec();
             output.push(made);
             let (output, boundary) = (Rc::new(output), Boundary(layer.0 + 1));
@@ -145,6 +145,10 @@ impl World {
                 phases: Vec::new(),
                 boundary: kept,
             },
+            None if self.kind == Kind::Survey => {
+                let survey = LayerSurvey { outliers: Some(input.len() as f64), curves: Vec::new() };
+                Outcome::Surveyed { survey, phases: Vec::new() }
+            }
             None => Outcome::Forwarded { phases: Vec::new() },
         })
     }

@@ -93,6 +93,7 @@ pub(super) fn keep_best(scores: &[f64], remove: usize) -> Vec<usize> {
 pub(super) fn supports_shares(method: &'static str, pattern: Pattern) -> Result<(), SolveError> {
     let reason = match pattern {
         Pattern::NofM { .. } => "it removes whole heads and channels",
+        Pattern::Imported => "it chooses what goes itself",
         pattern if pattern.validate().is_err() => "it is out of range",
         _ => return Ok(()),
     };
