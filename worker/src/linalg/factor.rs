@@ -63,13 +63,22 @@ pub fn upper_of_inverse(matrix: &[f32], n: usize) -> Result<Vec<f32>, NotPositiv
     let lower = inverse_of_cholesky(flipped, n, all_threads())
         .map_err(|NotPositiveDefinite { pivot }| NotPositiveDefinite { pivot: n - 1 - pivot })?;
     let mut upper = vec![0.0; n * n];
-    for (i, row) in upper.chunks_mut(n.max(1)).enumerate() {
-        for (j, value) in row.iter_mut().enumerate().skip(i) {
-            *value = lower[n * n - 1 - (j * n + i)];
+    upper.par_chunks_mut((TILE * n).max(1)).enumerate().for_each(|(band, rows)| {
+        let top = band * TILE;
+        let height = rows.len() / n;
+        for left in (top..n).step_by(TILE) {
+            for j in left..(left + TILE).min(n) {
+                // Row i of the tile lies at the end of what column j of the factor, turned round, begins with.
+                let column = &lower[n * n - (j * n + top + height)..][..height];
+                column.iter().rev().enumerate().for_each(|(i, value)| rows[i * n + j] = *value);
+            }
         }
-    }
+    });
     Ok(upper)
 }
+
+/// Side of the square tiles in which matrices are transposed: one side of the copy walks down columns.
+const TILE: usize = 32;
 
 /// `L⁻¹` of `matrix = LLᵀ`, column-major; what lies above the diagonal is zero.
 fn inverse_of_cholesky(mut matrix: Vec<f32>, n: usize, par: Par) -> Result<Vec<f32>, NotPositiveDefinite> {
@@ -97,8 +106,6 @@ fn inverse_of_cholesky(mut matrix: Vec<f32>, n: usize, par: Par) -> Result<Vec<f
 
 /// Copies what lies above the diagonal below it.
 pub fn mirror_upper(matrix: &mut [f32], n: usize) {
-    // Square tiles: one side of the copy walks down columns.
-    const TILE: usize = 32;
     for top in (0..n).step_by(TILE) {
         for left in (0..=top).step_by(TILE) {
             for i in top..(top + TILE).min(n) {
