@@ -4,10 +4,11 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 TEXT := tests/golden/text
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint bench docs real real-methods
+.PHONY: help build demo test lint bench bench-peers docs real real-methods
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s
+", $$1, $$2 }' Makefile
 
 build: ## Build the two binaries
 	$(CARGO) build --release --bins
@@ -36,6 +37,10 @@ lint: ## Check formatting, clippy, documentation, licences and sources; any warn
 
 bench: ## Measure the solvers and the tensor transfer
 	$(CARGO) bench --workspace
+
+bench-peers: build ## Compare with llm-compressor and, given ALPS=DIR SPARSEGPT=DIR, with the authors' code (needs PyPI once)
+	$(CARGO) build --release --workspace --example solve
+	tests/reference/peers/run.sh "$(TARGET)" "$(ALPS)" "$(SPARSEGPT)"
 
 docs: ## Build the API documentation
 	$(CARGO) doc --release --workspace --no-deps

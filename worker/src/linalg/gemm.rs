@@ -2,9 +2,16 @@
 
 use rayon::prelude::*;
 
-/// Rows of a block that one thread multiplies at a time: enough to amortise packing the right-hand side, few enough that
-/// small layers still feed every core.
+/// The fewest rows of a block that one thread multiplies at a time: few enough that small layers still feed every core.
 pub const ROW_TILE: usize = 96;
+/// The most rows of a block: what is done to its product afterwards should still find it in the cache.
+const LARGEST_ROW_TILE: usize = 384;
+
+/// Rows of a block that one thread multiplies at a time: a quarter of them all, within bounds. Each block packs the
+/// right-hand side anew, so that larger ones waste less; the number of threads has no say, so that bits do not depend on it.
+pub fn row_tile(rows: usize) -> usize {
+    rows.div_ceil(4).next_multiple_of(48).clamp(ROW_TILE, LARGEST_ROW_TILE)
+}
 
 /// A rectangular part of a row-major matrix, or of its transpose.
 #[derive(Debug, Clone, Copy)]
@@ -98,11 +105,10 @@ pub fn product(a: &[f32], b: &[f32], inner: usize, columns: usize) -> Vec<f32> {
     let rows = a.len() / inner.max(1);
     let mut out = vec![0.0; rows * columns];
     let right = View::new(b, inner, columns, columns);
-    out.par_chunks_mut((ROW_TILE * columns).max(1)).zip(a.par_chunks((ROW_TILE * inner).max(1))).for_each(
-        |(out, a)| {
-            gemm(out, columns, 0.0, View::new(a, a.len() / inner, inner, inner), right, 1.0);
-        },
-    );
+    let tile = row_tile(rows);
+    out.par_chunks_mut((tile * columns).max(1)).zip(a.par_chunks((tile * inner).max(1))).for_each(|(out, a)| {
+        gemm(out, columns, 0.0, View::new(a, a.len() / inner, inner, inner), right, 1.0);
+    });
     out
 }
 

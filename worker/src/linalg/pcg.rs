@@ -4,10 +4,11 @@
 //! Deviation: α and β per row, one product a step, Jacobi preconditioner, row dots in f64, and a row is taken only if its
 //! error fell.
 
+use pulp::Arch;
 use rayon::prelude::*;
 
-use super::gemm::{ROW_TILE, View, gemm};
-use super::quadratic::dot;
+use super::gemm::{View, gemm, row_tile};
+use super::quadratic::{dot, inlined_dot};
 
 /// The quadratic `(V − W)G(V − W)ᵀ − 2·(V − W)Tᵀ` that rows V minimise, each for itself.
 #[derive(Debug, Clone, Copy)]
@@ -49,7 +50,7 @@ pub fn refit(quadratic: Quadratic<'_>, start: &[f32], keep: &[u8], limits: Limit
     let n = quadratic.n;
     let inverse_diagonal: Vec<f32> = (0..n).map(|j| 1.0 / quadratic.gram[j * n + j]).collect();
     let mut values = start.to_vec();
-    let tile = (ROW_TILE * n).max(1);
+    let tile = (row_tile(start.len() / n.max(1)) * n).max(1);
     let outcomes: Vec<(u32, usize, usize)> = values
         .par_chunks_mut(tile)
         .enumerate()
@@ -100,16 +101,18 @@ impl Tile<'_> {
         let start = values.to_vec();
         let mut residual = self.residual(values);
         let before = self.errors(values, &residual);
-        residual.iter_mut().zip(self.keep).for_each(|(r, keep)| *r *= f32::from(*keep));
-
-        let mut direction: Vec<f32> = residual.chunks(n).flat_map(|row| self.precondition(row)).collect();
+        let mut direction = vec![0.0; values.len()];
+        Arch::new().dispatch(|| {
+            residual.iter_mut().zip(self.keep).for_each(|(r, keep)| *r *= f32::from(*keep));
+            direction.chunks_mut(n).zip(residual.chunks(n)).for_each(|(p, r)| self.precondition(r, p));
+        });
         let mut active: Vec<Active> = (0..rows)
             .map(|row| {
                 let energy = dot(&residual[row * n..][..n], &direction[row * n..][..n]);
                 Active { row, energy, goal: energy * limits.tolerance }
             })
             .collect();
-        let mut image = vec![0.0; values.len()];
+        let (mut image, mut preconditioned) = (vec![0.0; values.len()], vec![0.0; n]);
         let (mut steps, mut products) = (0, 2 * rows);
         for _ in 0..limits.steps {
             compact(&mut active, &mut residual, &mut direction, n);
@@ -126,14 +129,18 @@ impl Tile<'_> {
                 // P is zero off the support, so this is ⟨P, Q⊙S⟩.
                 let curvature = dot(p, q);
                 let alpha = if curvature > 0.0 { (state.energy / curvature) as f32 } else { 0.0 };
-                values[state.row * n..][..n].iter_mut().zip(&*p).for_each(|(v, p)| *v += alpha * p);
-                for ((r, q), keep) in r.iter_mut().zip(q).zip(keep) {
-                    *r = (*r - alpha * q) * f32::from(*keep);
-                }
-                let z: Vec<f32> = self.precondition(r).collect();
-                let energy = dot(r, &z);
-                let beta = (energy / state.energy) as f32;
-                p.iter_mut().zip(&z).for_each(|(p, z)| *p = z + beta * *p);
+                let (v, z) = (&mut values[state.row * n..][..n], &mut preconditioned[..]);
+                let energy = Arch::new().dispatch(|| {
+                    v.iter_mut().zip(&*p).for_each(|(v, p)| *v += alpha * p);
+                    for ((r, q), keep) in r.iter_mut().zip(q).zip(keep) {
+                        *r = (*r - alpha * q) * f32::from(*keep);
+                    }
+                    self.precondition(r, z);
+                    let energy = inlined_dot(r, z);
+                    let beta = (energy / state.energy) as f32;
+                    p.iter_mut().zip(&*z).for_each(|(p, z)| *p = z + beta * *p);
+                    energy
+                });
                 // A row without curvature cannot move any more.
                 state.energy = if alpha > 0.0 { energy } else { 0.0 };
             }
@@ -176,8 +183,10 @@ impl Tile<'_> {
             .collect()
     }
 
-    fn precondition<'r>(&'r self, residual: &'r [f32]) -> impl Iterator<Item = f32> + 'r {
-        residual.iter().zip(self.inverse_diagonal).map(|(r, d)| r * d)
+    /// `M⁻¹R` of a row.
+    #[inline(always)]
+    fn precondition(&self, residual: &[f32], out: &mut [f32]) {
+        out.iter_mut().zip(residual).zip(self.inverse_diagonal).for_each(|((z, r), d)| *z = r * d);
     }
 }
 

@@ -4,17 +4,26 @@
 //! `E = ΔGΔᵀ − 2·Δ(K − G)Wᵀ + W(G − K − Kᵀ + Y)Wᵀ`, summed over rows. The differences are formed first: the textbook form
 //! `VGVᵀ − 2VKWᵀ + WYWᵀ` loses every digit where V is close to W.
 
+use pulp::Arch;
 use rayon::prelude::*;
 
-use super::gemm::{ROW_TILE, View, gemm};
+use super::gemm::{View, gemm, row_tile};
 
-/// `Σ_j a_j·b_j` in f64, in eight lanes that are summed in order.
+/// Partial sums of a dot product: enough of them to hide the latency of an addition.
+const LANES: usize = 32;
+
+/// `Σ_j a_j·b_j` in f64, in lanes that are summed in order.
 pub fn dot(a: &[f32], b: &[f32]) -> f64 {
-    let mut lanes = [0.0f64; 8];
-    let (a8, a_rest) = a.as_chunks::<8>();
-    let (b8, b_rest) = b.as_chunks::<8>();
-    for (x, y) in a8.iter().zip(b8) {
-        for lane in 0..8 {
+    Arch::new().dispatch(|| inlined_dot(a, b))
+}
+
+/// [`dot`], for code that is itself compiled for wide vectors.
+#[inline(always)]
+pub(super) fn inlined_dot(a: &[f32], b: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; LANES];
+    let ((a_lanes, a_rest), (b_lanes, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (x, y) in a_lanes.iter().zip(b_lanes) {
+        for lane in 0..LANES {
             lanes[lane] += f64::from(x[lane]) * f64::from(y[lane]);
         }
     }
@@ -23,7 +32,7 @@ pub fn dot(a: &[f32], b: &[f32]) -> f64 {
 
 /// `⟨a_i M, b_i⟩` for each row i of `a` and `b` `[rows, n]` and a matrix M `[n, n]`.
 pub fn row_forms(a: &[f32], matrix: &[f32], b: &[f32], n: usize) -> Vec<f64> {
-    let tile = (ROW_TILE * n).max(1);
+    let tile = (row_tile(a.len() / n.max(1)) * n).max(1);
     a.par_chunks(tile)
         .zip(b.par_chunks(tile))
         .flat_map_iter(|(a, b)| {

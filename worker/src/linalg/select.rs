@@ -3,6 +3,7 @@
 //! The smallest magnitudes are dropped; among equal ones the lower index goes first, so the number of zeros is exact and
 //! independent of how the work was cut. A keep mask has one byte a weight, 1 for kept.
 
+use pulp::Arch;
 use rayon::prelude::*;
 
 /// Elements that one thread scans at a time.
@@ -38,11 +39,6 @@ impl Cut {
     /// values in the bin where the cut falls.
     pub fn smallest(values: &[f32], drop: usize) -> Self {
         let histogram = values.par_chunks(CHUNK).map(Histogram::of).reduce(Histogram::default, |a, b| a.merged(&b));
-        Self::from_histogram(&histogram, values, drop)
-    }
-
-    /// As [`Self::smallest`], from a histogram that was taken on the way.
-    pub fn from_histogram(histogram: &Histogram, values: &[f32], drop: usize) -> Self {
         if drop == 0 {
             return Self { key: 0, tie: 0 };
         }
@@ -63,7 +59,72 @@ impl Cut {
             .collect();
         // The first kept value is the one of rank `drop`, by key and then by index.
         let (_, first, _) = inside.select_nth_unstable(drop - below);
-        Self { key: (*first >> 32) as u32, tie: (*first & u64::from(u32::MAX)) as usize }
+        Self::at(*first)
+    }
+
+    /// The cut whose first kept value has the key and the index packed into `ranked`.
+    fn at(ranked: u64) -> Self {
+        Self { key: (ranked >> 32) as u32, tie: (ranked & u64::from(u32::MAX)) as usize }
+    }
+}
+
+/// A range of keys in which a cut is expected.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Window {
+    /// The first key inside.
+    low: u32,
+    /// The first key above.
+    high: u32,
+}
+
+impl Window {
+    /// Keys no further than `reach` from that of a cut; 2²³ is an octave.
+    pub fn around(cut: Cut, reach: u32) -> Self {
+        Self { low: cut.key.saturating_sub(reach), high: cut.key.saturating_add(reach) }
+    }
+}
+
+/// What a window shows of some values: enough to find a cut inside it without a further look at the others.
+#[derive(Debug, Clone, Default)]
+pub struct Census {
+    /// Values below the window.
+    below: usize,
+    /// Key and index of each value inside.
+    inside: Vec<u64>,
+}
+
+impl Census {
+    /// Looks at `values`, the first of which has the index `first`.
+    pub fn of(values: &[f32], first: usize, window: Window) -> Self {
+        const GROUP: usize = 64;
+        Arch::new().dispatch(|| {
+            let mut census = Self::default();
+            for (group, values) in values.chunks(GROUP).enumerate() {
+                let (mut below, mut up_to) = (0u32, 0u32);
+                for value in values {
+                    below += u32::from(key(*value) < window.low);
+                    up_to += u32::from(key(*value) < window.high);
+                }
+                census.below += below as usize;
+                if up_to > below {
+                    let ranked = values.iter().enumerate().map(|(offset, value)| (key(*value), offset));
+                    let ranked = ranked.filter(|(key, _)| (window.low..window.high).contains(key));
+                    census.inside.extend(
+                        ranked.map(|(key, offset)| u64::from(key) << 32 | (first + group * GROUP + offset) as u64),
+                    );
+                }
+            }
+            census
+        })
+    }
+
+    /// The cut that drops exactly `drop` values, if it lies inside the window; `parts` are all there is, in any order.
+    pub fn cut(parts: &[Self], drop: usize) -> Option<Cut> {
+        let below: usize = parts.iter().map(|part| part.below).sum();
+        let mut inside: Vec<u64> = parts.iter().flat_map(|part| &part.inside).copied().collect();
+        let rank = drop.checked_sub(below).filter(|&rank| drop > 0 && rank < inside.len())?;
+        let (_, first, _) = inside.select_nth_unstable(rank);
+        Some(Cut::at(*first))
     }
 }
 
@@ -123,8 +184,10 @@ pub fn mark(values: &[f32], cut: Cut, keep: &mut [u8]) {
         let tie = cut.tie.saturating_sub(chunk * CHUNK);
         let (before, after) = values.split_at(tie.min(values.len()));
         let (keep_before, keep_after) = keep.split_at_mut(before.len());
-        keep_before.iter_mut().zip(before).for_each(|(keep, value)| *keep = u8::from(key(*value) > cut.key));
-        keep_after.iter_mut().zip(after).for_each(|(keep, value)| *keep = u8::from(key(*value) >= cut.key));
+        Arch::new().dispatch(|| {
+            keep_before.iter_mut().zip(before).for_each(|(keep, value)| *keep = u8::from(key(*value) > cut.key));
+            keep_after.iter_mut().zip(after).for_each(|(keep, value)| *keep = u8::from(key(*value) >= cut.key));
+        });
     });
 }
 
@@ -173,7 +236,14 @@ fn keep_largest_of_row(values: &[f32], drop: usize, ranked: &mut Vec<u64>, keep:
 pub fn keep_n_of_m(values: &[f32], n: usize, m: usize, keep: &mut [u8]) {
     // Whole groups to a chunk.
     let chunk = (CHUNK / m).max(1) * m;
-    keep.par_chunks_mut(chunk).zip(values.par_chunks(chunk)).for_each(|(keep, values)| match m {
+    keep.par_chunks_mut(chunk)
+        .zip(values.par_chunks(chunk))
+        .for_each(|(keep, values)| keep_n_of_groups(values, n, m, keep));
+}
+
+/// What [`keep_n_of_m`] does, on the calling thread.
+pub fn keep_n_of_groups(values: &[f32], n: usize, m: usize, keep: &mut [u8]) {
+    match m {
         4 => keep_groups::<4>(values, n, keep),
         8 => keep_groups::<8>(values, n, keep),
         16 => keep_groups::<16>(values, n, keep),
@@ -183,20 +253,16 @@ pub fn keep_n_of_m(values: &[f32], n: usize, m: usize, keep: &mut [u8]) {
                 keep_largest_of_row(values, m - n, &mut ranked, keep);
             }
         }
-    });
-}
-
-/// Marks the `n` largest of one group.
-pub fn keep_n_of_group(values: &[f32], n: usize, keep: &mut [u8]) {
-    match values.len() {
-        4 => keep_groups::<4>(values, n, keep),
-        8 => keep_groups::<8>(values, n, keep),
-        m => keep_largest_of_row(values, m - n, &mut Vec::new(), keep),
     }
 }
 
 /// Ranks each value of a group by counting those ahead of it: no branches, so the compiler vectorises across the group.
 fn keep_groups<const M: usize>(values: &[f32], n: usize, keep: &mut [u8]) {
+    Arch::new().dispatch(|| inlined_keep_groups::<M>(values, n, keep));
+}
+
+#[inline(always)]
+fn inlined_keep_groups<const M: usize>(values: &[f32], n: usize, keep: &mut [u8]) {
     for (keep, values) in keep.as_chunks_mut::<M>().0.iter_mut().zip(values.as_chunks::<M>().0) {
         let keys = values.map(key);
         for i in 0..M {
@@ -212,8 +278,10 @@ fn keep_groups<const M: usize>(values: &[f32], n: usize, keep: &mut [u8]) {
 /// Sets what does not stay to exactly `+0.0`.
 pub fn zero_dropped(values: &mut [f32], keep: &[u8]) {
     values.par_chunks_mut(CHUNK).zip(keep.par_chunks(CHUNK)).for_each(|(values, keep)| {
-        values.iter_mut().zip(keep).for_each(|(value, keep)| {
-            *value = if *keep == 0 { 0.0 } else { *value };
+        Arch::new().dispatch(|| {
+            values.iter_mut().zip(keep).for_each(|(value, keep)| {
+                *value = if *keep == 0 { 0.0 } else { *value };
+            });
         });
     });
 }
@@ -248,6 +316,23 @@ mod tests {
             prop_assert_eq!(&keep, &sorted_keep(&values, drop));
             let cut = Cut::smallest(&values, drop);
             prop_assert!(values.iter().enumerate().all(|(i, v)| u8::from(cut.keeps(*v, i)) == keep[i]));
+        }
+
+        #[test]
+        fn a_census_finds_the_cut_of_a_stable_sort_or_says_that_it_is_elsewhere(
+            values in tied(), share in 0.0..=1.0f64, near in 0usize..300, reach in prop::sample::select(vec![1u32, 1 << 20, 1 << 30]),
+        ) {
+            let drop = (values.len() as f64 * share) as usize;
+            let window = Window::around(Cut { key: key(values[near % values.len()]), tie: 0 }, reach);
+            let half = values.len() / 2;
+            let parts = [Census::of(&values[half..], half, window), Census::of(&values[..half], 0, window)];
+            let exact = Cut::smallest(&values, drop);
+            match Census::cut(&parts, drop) {
+                Some(cut) => prop_assert_eq!(cut, exact),
+                None => prop_assert!(
+                    drop == 0 || drop == values.len() || !(window.low..window.high).contains(&exact.key)
+                ),
+            }
         }
 
         #[test]

@@ -11,13 +11,14 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use espalier_common::pattern::Pattern;
+use pulp::Arch;
 use rayon::prelude::*;
 
 use super::SolveError;
 use super::condition::Conditioned;
 use crate::linalg::factor::{self, NotPositiveDefinite};
-use crate::linalg::gemm::{ROW_TILE, View, gemm};
-use crate::linalg::select::{self, Cut, Histogram};
+use crate::linalg::gemm::{View, gemm, row_tile};
+use crate::linalg::select::{self, Census, Cut, Window};
 
 /// Inverses are remembered for the other sublayers of a group up to this many bytes; beyond it they are made anew.
 const CACHE_BYTES: usize = 512 << 20;
@@ -135,6 +136,11 @@ pub(crate) struct Search<'a> {
     keep: Vec<u8>,
     /// B.
     primal: Vec<f32>,
+    /// What is multiplied to get there.
+    right: Vec<f32>,
+    /// Where the last cut was, if one budget is shared by the whole matrix, and where the next one is looked for first.
+    cut: Cut,
+    window: Window,
     /// The ρ that U is scaled by.
     rho: f32,
     checked: Vec<u8>,
@@ -147,65 +153,91 @@ impl<'a> Search<'a> {
         budget.project(&start, n, &mut keep);
         let mut merged = start;
         select::zero_dropped(&mut merged, &keep);
-        Self { n, budget, anchor, shift, primal: merged.clone(), merged, checked: keep.clone(), keep, rho: 1.0 }
+        let right = vec![0.0; merged.len()];
+        let (primal, checked) = (merged.clone(), keep.clone());
+        // No cut is known yet: nothing lies in an empty window.
+        let (cut, window) = (Cut { key: 0, tie: 0 }, Window::default());
+        Self { n, budget, anchor, shift, merged, keep, primal, right, cut, window, rho: 1.0, checked }
     }
 
     /// One iteration with `inverse` = (Ĝ + ρI)⁻¹ and over-relaxation σ.
     pub(crate) fn step(&mut self, inverse: &[f32], rho: f32, sigma: f32) {
         let n = self.n;
-        let tile = ROW_TILE * n;
+        let rows = self.merged.len() / n;
+        let tile = row_tile(rows) * n;
         let (before, dual_ratio) = (self.rho, self.rho / rho);
-        let (pattern, anchor, shift) = (self.budget.pattern, self.anchor, self.shift);
-        let histograms: Vec<Histogram> = self
+        let (pattern, window, anchor, shift) = (self.budget.pattern, self.window, self.anchor, self.shift);
+        let inverse = View::new(inverse, n, n, n);
+        let censuses: Vec<Census> = self
             .merged
             .par_chunks_mut(tile)
             .zip(self.keep.par_chunks_mut(tile))
             .zip(self.primal.par_chunks_mut(tile))
+            .zip(self.right.par_chunks_mut(tile))
             .enumerate()
-            .map_init(Vec::new, |right, (index, ((merged, keep), primal))| {
-                let range = index * tile..index * tile + merged.len();
-                let anchor = &anchor[range.clone()];
-                let (kept, dropped) = (rho, -before);
-                right.clear();
-                right.extend(merged.iter().zip(&*keep).zip(anchor).map(|((a, keep), w)| {
-                    let factor = if *keep == 1 { kept } else { dropped };
-                    a * factor - rho * w
-                }));
-                if let Some(shift) = shift {
-                    right.iter_mut().zip(&shift[range]).for_each(|(r, t)| *r += t);
-                }
-                primal.copy_from_slice(anchor);
-                gemm(primal, n, 1.0, View::new(right, merged.len() / n, n, n), View::new(inverse, n, n, n), 1.0);
-                for ((a, keep), b) in merged.iter_mut().zip(&*keep).zip(&*primal) {
-                    let factor = if *keep == 1 { 1.0 - sigma } else { dual_ratio };
-                    *a = sigma * b + *a * factor;
-                }
+            .map(|(index, (((merged, keep), primal), right))| {
+                let first = index * tile;
+                let anchor = &anchor[first..first + merged.len()];
+                let shift = shift.map(|shift| &shift[first..first + merged.len()]);
+                Arch::new().dispatch(|| {
+                    for (((r, a), keep), w) in right.iter_mut().zip(&*merged).zip(&*keep).zip(anchor) {
+                        *r = a * if *keep == 1 { rho } else { -before } - rho * w;
+                    }
+                    if let Some(shift) = shift {
+                        right.iter_mut().zip(shift).for_each(|(r, t)| *r += t);
+                    }
+                });
+                gemm(primal, n, 0.0, View::new(right, merged.len() / n, n, n), inverse, 1.0);
+                Arch::new().dispatch(|| {
+                    for (((a, keep), b), w) in merged.iter_mut().zip(&*keep).zip(&mut *primal).zip(anchor) {
+                        *b += w;
+                        *a = sigma * *b + *a * if *keep == 1 { 1.0 - sigma } else { dual_ratio };
+                    }
+                });
                 match pattern {
                     Pattern::NofM { keep: kept, of } => {
                         select::keep_n_of_m(merged, kept, of, keep);
-                        Histogram::default()
+                        Census::default()
                     }
-                    _ => Histogram::of(merged),
+                    _ => Census::of(merged, first, window),
                 }
             })
             .collect();
         self.rho = rho;
-        match (self.budget.pattern, self.budget.row_block) {
+        match (pattern, self.budget.row_block) {
             (Pattern::NofM { .. }, _) => {}
             (_, Some(_)) => self.budget.project(&self.merged, n, &mut self.keep),
-            (_, None) => {
-                let histogram = histograms.iter().fold(Histogram::default(), |sum, part| sum.merged(part));
-                let drop = self.budget.pattern.zeros(self.merged.len() / n, n);
-                select::mark(&self.merged, Cut::from_histogram(&histogram, &self.merged, drop), &mut self.keep);
-            }
+            (_, None) => self.cut_at(&censuses, pattern.zeros(rows, n)),
         }
+    }
+
+    /// Marks what stays when `drop` values go, given what the window showed of them.
+    fn cut_at(&mut self, censuses: &[Census], drop: usize) {
+        /// A 256th of an octave: the cut drifts by less from one iteration to the next once the search is under way.
+        const LEAST_REACH: u32 = 1 << 15;
+        let cut = Census::cut(censuses, drop).unwrap_or_else(|| Cut::smallest(&self.merged, drop));
+        select::mark(&self.merged, cut, &mut self.keep);
+        let reach = cut.key.abs_diff(self.cut.key).saturating_mul(2).clamp(LEAST_REACH, 1 << 20);
+        (self.cut, self.window) = (cut, Window::around(cut, reach));
+    }
+
+    /// Begins anew, but goes on comparing with the support that was last looked at.
+    pub(crate) fn restart(&mut self, start: Self) {
+        let checked = std::mem::take(&mut self.checked);
+        *self = Self { checked, ..start };
     }
 
     /// How many positions entered or left the support since this was last asked, and as a share of the kept ones.
     pub(crate) fn support_change(&mut self) -> (usize, f64) {
-        let changed = self.keep.iter().zip(&self.checked).filter(|(now, then)| now != then).count();
+        let (now, then) = (&self.keep, &self.checked);
+        let (changed, kept) = Arch::new().dispatch(|| {
+            let counts = now.chunks(1 << 16).zip(then.chunks(1 << 16)).map(|(now, then)| {
+                let changed: u32 = now.iter().zip(then).map(|(now, then)| u32::from(now != then)).sum();
+                (changed as usize, now.iter().map(|&keep| u32::from(keep)).sum::<u32>() as usize)
+            });
+            counts.fold((0, 0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
+        });
         self.checked.copy_from_slice(&self.keep);
-        let kept = self.keep.iter().map(|&keep| usize::from(keep)).sum::<usize>();
         (changed, changed as f64 / kept.max(1) as f64)
     }
 

@@ -21,7 +21,7 @@ use crate::linalg::select;
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "1",
+    version: "2",
     summary: "ADMM finds the support, conjugate gradients the weights on it",
     build,
 };
@@ -29,14 +29,15 @@ pub const METHOD: Method = Method {
 const NAME: &str = "alps";
 /// Iterations between two looks at the support.
 const CHECK_EVERY: u32 = 3;
-const LARGEST_RHO: f32 = 1e6;
+const LARGEST_RHO: f64 = 1e6;
+const SMALLEST_RHO: f64 = 1e-6;
 
 /// Parameters of ALPS.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Params {
     /// First penalty ρ, relative to the unit diagonal of the scaled gram.
-    pub rho: f32,
+    pub rho: f64,
     /// Most iterations of ADMM.
     pub max_iters: u32,
     /// From this iteration on, a support change below 0.03 % ends the search.
@@ -95,9 +96,9 @@ struct Group {
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Verdict {
     /// Go on with this penalty.
-    Continue(f32),
+    Continue(f64),
     /// The penalty was too large from the start: begin anew with a smaller one.
-    Restart(f32),
+    Restart(f64),
     Stop,
 }
 
@@ -109,8 +110,8 @@ struct Schedule {
 }
 
 impl Schedule {
-    fn judge(&mut self, rho: f32, changed: usize, share: f64) -> Verdict {
-        let grown = |factor: f32| Verdict::Continue((rho * factor).min(LARGEST_RHO));
+    fn judge(&mut self, rho: f64, changed: usize, share: f64) -> Verdict {
+        let grown = |factor: f64| Verdict::Continue((rho * factor).min(LARGEST_RHO));
         if share > 0.005 {
             self.started = true;
             return grown(if share > 0.1 { 1.3 } else { 1.2 });
@@ -118,6 +119,7 @@ impl Schedule {
         match (changed, self.started) {
             (0, true) => Verdict::Stop,
             (_, true) => grown(1.1),
+            (0, false) => Verdict::Continue(rho / 5.0),
             (_, false) => Verdict::Restart(rho / 5.0),
         }
     }
@@ -136,11 +138,11 @@ impl GroupSolver for Group {
         let mut search = begin();
         let mut schedule = Schedule::default();
         let mut rho = self.params.rho;
-        let (mut inverse, mut flops) = self.inverses.at(rho)?;
+        let (mut inverse, mut flops) = self.inverses.at(rho as f32)?;
         let mut iterations = 0;
         while iterations < self.params.max_iters {
             ctx.check_cancelled()?;
-            search.step(&inverse, rho, 1.0);
+            search.step(&inverse, rho as f32, 1.0);
             iterations += 1;
             if !iterations.is_multiple_of(CHECK_EVERY) {
                 continue;
@@ -148,23 +150,24 @@ impl GroupSolver for Group {
             let (changed, share) = search.support_change();
             match schedule.judge(rho, changed, share) {
                 Verdict::Stop => break,
+                // A support that no penalty gets moving has nothing left to move.
+                Verdict::Continue(next) | Verdict::Restart(next) if next < SMALLEST_RHO => break,
                 Verdict::Continue(next) => rho = next,
-                // A penalty that no restart gets moving has nothing left to move.
-                Verdict::Restart(next) if next < 1e-6 => break,
                 Verdict::Restart(next) => {
                     rho = next;
-                    search = begin();
+                    search.restart(begin());
                 }
             }
             if iterations > self.params.switch_iter && share < 3e-4 {
                 break;
             }
             let spent;
-            (inverse, spent) = self.inverses.at(rho)?;
+            (inverse, spent) = self.inverses.at(rho as f32)?;
             flops += spent;
         }
         let (primal, keep) = search.primal();
         let mut start = primal.to_vec();
+        drop(search);
         select::zero_dropped(&mut start, &keep);
         let quadratic = Quadratic { anchor: &anchor, shift: None, gram: &self.conditioned.gram, n };
         // The authors' code runs all its steps; rows leave here once they are at the bottom in f32.
@@ -185,13 +188,14 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::linalg::wide;
     use crate::prune::fixture::{self, patterns};
 
     #[test]
     fn the_schedule_is_the_authors() {
         let mut schedule = Schedule::default();
         assert_eq!(schedule.judge(1.0, 3, 0.001), Verdict::Restart(0.2));
-        assert_eq!(schedule.judge(1.0, 0, 0.0), Verdict::Restart(0.2));
+        assert_eq!(schedule.judge(1.0, 0, 0.0), Verdict::Continue(0.2));
         assert_eq!(schedule.judge(1.0, 300, 0.2), Verdict::Continue(1.3));
         assert_eq!(schedule.judge(1.0, 30, 0.01), Verdict::Continue(1.2));
         assert_eq!(schedule.judge(1.0, 3, 0.001), Verdict::Continue(1.1));
@@ -206,12 +210,89 @@ mod tests {
         }
     }
 
+    /// The support that algorithm 1 finds, as printed and in f64: no merged state, no shared inverse.
+    fn support_in_f64(problem: &fixture::LayerProblem, pattern: Pattern) -> Vec<bool> {
+        let n = problem.columns;
+        let mut gram: Vec<f64> = problem.gram.iter().map(|&g| f64::from(g) * fixture::GOLDEN_TOKENS).collect();
+        let ridge = 0.01 * (0..n).map(|j| gram[j * (n + 1)]).sum::<f64>() / n as f64;
+        (0..n).for_each(|j| gram[j * (n + 1)] += ridge);
+        let scale: Vec<f64> = (0..n).map(|j| gram[j * (n + 1)].sqrt() + 1e-8).collect();
+        gram.iter_mut().enumerate().for_each(|(index, g)| *g /= scale[index / n] * scale[index % n]);
+        let anchor: Vec<f64> =
+            problem.weight.iter().zip(scale.iter().cycle()).map(|(w, s)| f64::from(*w) * s).collect();
+        let target = wide::product(&anchor, &gram, n, n);
+        let dropped = pattern.zeros(anchor.len() / n, n);
+        let project = |values: &[f64]| {
+            let mut keep = vec![true; values.len()];
+            let (part, drop) = match pattern {
+                Pattern::NofM { keep, of } => (of, of - keep),
+                _ => (values.len(), dropped),
+            };
+            for (keep, values) in keep.chunks_mut(part).zip(values.chunks(part)) {
+                let mut order: Vec<usize> = (0..part).collect();
+                order.select_nth_unstable_by(drop, |&a, &b| values[a].abs().total_cmp(&values[b].abs()));
+                order[..drop].iter().for_each(|&index| keep[index] = false);
+            }
+            keep
+        };
+        let masked = |values: &[f64], keep: &[bool]| -> Vec<f64> {
+            values.iter().zip(keep).map(|(value, &keep)| if keep { *value } else { 0.0 }).collect()
+        };
+        let first = project(&anchor);
+        let (mut d, mut dual, mut checked) = (masked(&anchor, &first), vec![0.0; anchor.len()], first.clone());
+        let (mut schedule, mut rho, mut iterations) = (Schedule::default(), 0.1, 0);
+        loop {
+            let mut shifted = gram.clone();
+            (0..n).for_each(|j| shifted[j * (n + 1)] += rho);
+            let inverse = wide::Cholesky::new(shifted, n).unwrap().inverse();
+            for _ in 0..CHECK_EVERY {
+                let right: Vec<f64> = (0..d.len()).map(|i| target[i] - dual[i] + rho * d[i]).collect();
+                let b = wide::product(&right, &inverse, n, n);
+                let sum: Vec<f64> = b.iter().zip(&dual).map(|(b, l)| b + l / rho).collect();
+                let keep = project(&sum);
+                d = masked(&sum, &keep);
+                (0..d.len()).for_each(|i| dual[i] += rho * (b[i] - d[i]));
+                iterations += 1;
+                if iterations % CHECK_EVERY == 0 {
+                    let changed = keep.iter().zip(&checked).filter(|(now, then)| now != then).count();
+                    checked = keep;
+                    let share = changed as f64 / (d.len() - dropped) as f64;
+                    let verdict = schedule.judge(rho, changed, share);
+                    if verdict == Verdict::Stop || iterations > 30 && share < 3e-4 || iterations >= 300 {
+                        return project(&b);
+                    }
+                    match verdict {
+                        Verdict::Restart(next) => {
+                            (rho, d, dual) = (next, masked(&anchor, &first), vec![0.0; anchor.len()]);
+                        }
+                        Verdict::Continue(next) => rho = next,
+                        Verdict::Stop => {}
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn in_f64_the_steps_are_those_of_the_authors_code_in_f64() {
+        let (problem, _) = fixture::golden("smollm2_layer2_v_proj", "alps");
+        for reference in fixture::references("smollm2_layer2_v_proj_alps_f64", "alps", &problem) {
+            let found = support_in_f64(&problem, reference.pattern);
+            let differing = found.iter().zip(&reference.support).filter(|(a, b)| a != b).count();
+            assert!(differing * 1000 <= found.len(), "{}: {differing} positions differ", reference.pattern);
+        }
+    }
+
     #[test]
     fn agrees_with_the_authors_code_on_the_golden_problems() {
-        // Unstructured, the trajectory on the real problem is chaotic: multiplying all weights by 1.1 (which changes rounding
-        // and nothing else) moves 1.6 % of our own support at 50 %, and 4.2 % at 70 %, at the same error to 0.03 %.
+        // In f32 the trajectory is chaotic on the real problem, and the golden support is one of many. The authors' own code
+        // shares 98.3 % and 98.6 % of it at 50 % and 70 % when it runs in f64, and 98.4 % and 96.4 % when it runs in f32 on 1.1
+        // times the weights: tests/reference/results/alps-precision.json. Ours depends on how sums are cut just as much. That the
+        // steps are right is for the test above.
         fixture::assert_agrees_with_reference(NAME, json!({}), "alps", |file, pattern| match pattern {
-            Pattern::Unstructured { .. } if file.starts_with("smollm2") => (0.95, 1.005),
+            Pattern::Unstructured { sparsity } if file.starts_with("smollm2") => {
+                (if sparsity < 0.6 { 0.98 } else { 0.95 }, 1.005)
+            }
             _ => (0.99, 1.005),
         });
     }

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::Tensor;
 use espalier_common::pattern::Pattern;
+use pulp::Arch;
 use rayon::prelude::*;
 
 use super::{Problem, Solution, SolveError};
@@ -45,7 +46,7 @@ impl Conditioned {
         factor: impl Fn(&Self) -> Result<T, NotPositiveDefinite>,
     ) -> Result<(Self, T), SolveError> {
         let raw = values(gram)?;
-        if raw.iter().any(|value| !value.is_finite()) {
+        if !all_finite(&raw) {
             return Err(SolveError::NotFinite { what: "gram" });
         }
         let mut damping = damping;
@@ -77,17 +78,17 @@ impl Conditioned {
             // A dead channel without damping has no scale of its own.
             .map(|(&g, dead)| if *dead && ridge <= 0.0 { 1.0 } else { (f64::from(g) + ridge).sqrt() as f32 })
             .collect();
+        // Zero for dead channels, which leaves them nothing but the diagonal.
+        let inverse: Vec<f64> =
+            scale.iter().zip(&dead).map(|(&s, dead)| if *dead { 0.0 } else { 1.0 / f64::from(s) }).collect();
         let mut gram = raw.to_vec();
         gram.par_chunks_mut(n.max(1)).enumerate().for_each(|(i, row)| {
-            for (j, value) in row.iter_mut().enumerate() {
-                *value = if i == j {
-                    1.0
-                } else if dead[i] || dead[j] {
-                    0.0
-                } else {
-                    (f64::from(*value) / (f64::from(scale[i]) * f64::from(scale[j]))) as f32
-                };
-            }
+            Arch::new().dispatch(|| {
+                row.iter_mut().zip(&inverse).for_each(|(value, &factor)| {
+                    *value = (f64::from(*value) * (inverse[i] * factor)) as f32;
+                });
+            });
+            row[i] = 1.0;
         });
         Self { n, gram, scale, dead, damping, raised }
     }
@@ -96,7 +97,7 @@ impl Conditioned {
     pub(crate) fn scaled(&self, weight: &[f32]) -> Vec<f32> {
         let mut out = weight.to_vec();
         out.par_chunks_mut(self.n.max(1)).for_each(|row| {
-            row.iter_mut().zip(&self.scale).for_each(|(value, scale)| *value *= scale);
+            Arch::new().dispatch(|| row.iter_mut().zip(&self.scale).for_each(|(value, scale)| *value *= scale));
         });
         out
     }
@@ -117,13 +118,16 @@ impl Conditioned {
         let n = self.n;
         let mut out = vec![0.0; scaled.len()];
         out.par_chunks_mut(n.max(1)).enumerate().for_each(|(i, row)| {
-            for (j, value) in row.iter_mut().enumerate() {
-                let index = i * n + j;
-                *value = match (keep[index], self.dead[j]) {
-                    (0, _) => 0.0,
-                    (_, true) => weight[index],
-                    (_, false) => scaled[index] / self.scale[j],
-                };
+            let span = i * n..(i + 1) * n;
+            let (keep, dense) = (&keep[span.clone()], &weight[span.clone()]);
+            Arch::new().dispatch(|| {
+                let found = row.iter_mut().zip(&scaled[span]).zip(keep).zip(&self.scale);
+                found.for_each(|(((value, found), keep), scale)| {
+                    *value = if *keep == 0 { 0.0 } else { found / scale };
+                });
+            });
+            for (j, value) in row.iter_mut().enumerate().filter(|(j, _)| self.dead[*j] && keep[*j] == 1) {
+                *value = dense[j];
             }
         });
         out
@@ -196,10 +200,14 @@ pub(crate) fn admit(method: &'static str, problem: &Problem<'_>, width: usize) -
         return unsupported("the weight's width is not a multiple of the group's, or the pattern is out of range");
     }
     let weight = values(problem.weight)?;
-    if weight.iter().any(|value| !value.is_finite()) {
+    if !all_finite(&weight) {
         return Err(SolveError::NotFinite { what: "weight" });
     }
     Ok(Admitted { weight, rows, columns })
+}
+
+fn all_finite(values: &[f32]) -> bool {
+    Arch::new().dispatch(|| values.iter().fold(true, |finite, value| finite & value.is_finite()))
 }
 
 /// Accepts every pattern that is in range.

@@ -23,7 +23,7 @@ use crate::linalg::{factor, values};
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "1",
+    version: "2",
     summary: "the default: ADMM on a continuation ramp, then a refit on its support",
     build,
 };

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use espalier_common::pattern::Pattern;
+use pulp::Arch;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -17,7 +18,7 @@ use super::{
     Built, GroupSolver, InputStats, Method, ParamsError, Problem, Solution, SolveCtx, SolveError, Solver, Statistics,
     read_params, wanda,
 };
-use crate::linalg::gemm::{ROW_TILE, View, gemm, product};
+use crate::linalg::gemm::{View, gemm, product, row_tile};
 use crate::linalg::prox::soft_threshold;
 use crate::linalg::quadratic::{Correction, dot, energy, row_forms};
 use crate::linalg::{matrix, select, spectral, values};
@@ -25,7 +26,7 @@ use crate::linalg::{matrix, select, spectral, values};
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "1",
+    version: "2",
     summary: "an l1 problem by FISTA, rounded; its weight by bisection on the rounding's share of the error",
     build,
 };
@@ -173,7 +174,7 @@ impl Lasso<'_> {
         ctx: &SolveCtx,
     ) -> Result<(Vec<f32>, u32), SolveError> {
         let n = self.n;
-        let tile = ROW_TILE * n;
+        let tile = row_tile(start.len() / n) * n;
         let step = (1.0 / self.lipschitz.max(f64::MIN_POSITIVE)) as f32;
         let threshold = lambda as f32 * step;
         let mut v = start.to_vec();
@@ -192,21 +193,21 @@ impl Lasso<'_> {
                     let range = index * tile..index * tile + v.len();
                     let weight = &self.weight[range.clone()];
                     // Z − (ZG − C)/L = Z + ((W − Z)G + T)/L
-                    let ahead: Vec<f32> = weight.iter().zip(&*z).map(|(w, z)| w - z).collect();
+                    let mut ahead: Vec<f32> = weight.iter().zip(&*z).map(|(w, z)| w - z).collect();
                     gemm(z, n, 1.0, View::new(&ahead, v.len() / n, n, n), View::new(self.gram, n, n, n), step);
                     if let Some(shift) = self.shift {
                         z.iter_mut().zip(&shift[range]).for_each(|(z, t)| *z += step * t);
                     }
-                    let (mut change, mut size) = (0.0, 0.0);
-                    for (v, z) in v.iter_mut().zip(z) {
-                        let next = soft_threshold(*z, threshold);
-                        let moved = next - *v;
-                        change += f64::from(moved).powi(2);
-                        size += f64::from(next).powi(2);
-                        *z = next + momentum * moved;
-                        *v = next;
-                    }
-                    (change, size)
+                    let moves = &mut ahead;
+                    Arch::new().dispatch(|| {
+                        for ((v, z), moved) in v.iter_mut().zip(z).zip(&mut *moves) {
+                            let next = soft_threshold(*z, threshold);
+                            *moved = next - *v;
+                            *z = next + momentum * *moved;
+                            *v = next;
+                        }
+                    });
+                    (dot(moves, moves), dot(v, v))
                 })
                 .collect();
             let (change, size) = norms.iter().fold((0.0, 0.0), |(a, b), (c, d)| (a + c, b + d));

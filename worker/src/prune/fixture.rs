@@ -140,15 +140,28 @@ pub(crate) struct Reference {
     pub(crate) error: f64,
 }
 
+/// Golden grams are sums; this many stand for the tokens, and only scale.
+pub(crate) const GOLDEN_TOKENS: f64 = 8192.0;
+
 /// A golden problem, and `method`'s reference solutions at 50 %, 70 % and 2:4.
 pub(crate) fn golden(file: &str, method: &str) -> (LayerProblem, Vec<Reference>) {
-    let path = format!("{}/../tests/golden/problems/{file}.safetensors", env!("CARGO_MANIFEST_DIR"));
-    let tensors: HashMap<String, Tensor> = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    let tensors = golden_tensors(file);
     let columns = tensors["gram"].dim(0).unwrap();
-    // The files hold sums; 8192 stands for the tokens, and only scales.
-    let gram = values(&tensors["gram"]).unwrap().iter().map(|g| g / 8192.0).collect();
-    let problem = LayerProblem::new(values(&tensors["weight"]).unwrap(), gram, columns, 8192);
-    let references = [
+    let gram = values(&tensors["gram"]).unwrap().iter().map(|g| g / GOLDEN_TOKENS as f32).collect();
+    let problem = LayerProblem::new(values(&tensors["weight"]).unwrap(), gram, columns, GOLDEN_TOKENS as usize);
+    let references = references(file, method, &problem);
+    (problem, references)
+}
+
+fn golden_tensors(file: &str) -> HashMap<String, Tensor> {
+    let path = format!("{}/../tests/golden/problems/{file}.safetensors", env!("CARGO_MANIFEST_DIR"));
+    candle_core::safetensors::load(path, &Device::Cpu).unwrap()
+}
+
+/// `method`'s solutions of a golden problem at 50 %, 70 % and 2:4 that `file` holds.
+pub(crate) fn references(file: &str, method: &str, problem: &LayerProblem) -> Vec<Reference> {
+    let tensors = golden_tensors(file);
+    [
         ("50", Pattern::Unstructured { sparsity: 0.5 }),
         ("70", Pattern::Unstructured { sparsity: 0.7 }),
         ("2of4", Pattern::NofM { keep: 2, of: 4 }),
@@ -164,8 +177,8 @@ pub(crate) fn golden(file: &str, method: &str) -> (LayerProblem, Vec<Reference>)
         let error =
             tensors[&format!("{method}_{case}.error")].to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap()[0];
         Reference { pattern, support, error }
-    });
-    (problem, references.into())
+    })
+    .into()
 }
 
 /// Share of the weights kept by both among those the reference keeps in live channels: the reference may spend budget on dead

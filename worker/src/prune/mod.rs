@@ -12,6 +12,7 @@ pub mod problem;
 pub mod refit;
 pub mod sparsegpt;
 pub mod structured;
+mod sweep;
 pub mod verify;
 pub mod wanda;
 

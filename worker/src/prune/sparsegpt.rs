@@ -6,31 +6,35 @@
 //! gram is scaled to a unit diagonal for the factorisation, which changes rounding only. For N:M the block is a multiple
 //! of M.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use espalier_common::pattern::Pattern;
+use pulp::Arch;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::condition::{Conditioned, SharedFlops, admit, supports_valid};
+use super::sweep::Span;
 use super::{
     Built, GroupSolver, InputStats, Method, ParamsError, Problem, Solution, SolveCtx, SolveError, Solver, Statistics,
     read_params,
 };
 use crate::linalg::gemm::{View, gemm};
+use crate::linalg::quadratic::dot;
 use crate::linalg::{factor, select};
 
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "1",
+    version: "2",
     summary: "prunes columns left to right and compensates in the columns to come",
     build,
 };
 
 const NAME: &str = "sparsegpt";
-/// Rows that one thread carries through a block of columns: their part of the block stays in its cache.
-const ROWS: usize = 48;
+/// Rows that one thread carries through a block of columns before it updates what comes after the block.
+const ROWS: usize = 96;
 
 /// Parameters of SparseGPT.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
@@ -119,29 +123,32 @@ impl Compensation {
     ) -> Result<(Vec<u8>, f64), SolveError> {
         let n = self.conditioned.n;
         let rows = weight.len() / n.max(1);
-        let block = match pattern {
-            Pattern::NofM { of, .. } => (self.params.block / of).max(1) * of,
-            _ => self.params.block,
+        let (block, group) = match pattern {
+            Pattern::NofM { keep, of } => ((self.params.block / of).max(1) * of, Some((keep, of))),
+            _ => (self.params.block, None),
         };
         let mut keep = vec![1u8; weight.len()];
         let mut loss = 0.0;
         for start in (0..n).step_by(block) {
             ctx.check_cancelled()?;
             let end = (start + block).min(n);
-            let span = Span { start, end, upper: &self.upper, n };
+            let costs = self.costs(start..end);
             if let Pattern::Unstructured { .. } = pattern {
-                self.choose(weight, &mut keep, start..end, pattern.zeros_in_part(start, end, rows));
+                choose(weight, &mut keep, (start..end, n), &costs, pattern.zeros_in_part(start, end, rows));
             }
+            let span = Span::new(&self.upper, n, start..end, costs, group);
+            let later = View::new(&self.upper[(start * n + end).min(n * n)..], end - start, n - end, n);
             // Collected in order, so that the sum's order is fixed.
             let losses: Vec<f64> = weight
                 .par_chunks_mut(ROWS * n)
                 .zip(keep.par_chunks_mut(ROWS * n))
                 .map(|(weight, keep)| {
-                    let group = match pattern {
-                        Pattern::NofM { keep, of } => Some((keep, of)),
-                        _ => None,
-                    };
-                    self.sweep(&span, weight, keep, group)
+                    let errors = span.sweep(weight, keep);
+                    let errors_view = View::new(&errors, weight.len() / n, end - start, end - start);
+                    if end < n {
+                        gemm(&mut weight[end..], n, 1.0, errors_view, later, -1.0);
+                    }
+                    dot(&errors, &errors)
                 })
                 .collect();
             loss += losses.iter().sum::<f64>();
@@ -149,67 +156,29 @@ impl Compensation {
         Ok((keep, loss))
     }
 
-    /// Marks what stays of a block of columns, all rows together.
-    fn choose(&self, weight: &[f32], keep: &mut [u8], columns: std::ops::Range<usize>, drop: usize) {
-        let (n, width) = (self.conditioned.n, columns.len());
-        let mut scores = vec![0.0; weight.len() / n * width];
-        scores.par_chunks_mut(width).zip(weight.par_chunks(n)).for_each(|(scores, row)| {
-            for (score, j) in scores.iter_mut().zip(columns.clone()) {
-                *score = self.saliency(row[j], j);
-            }
-        });
-        let mut chosen = vec![1; scores.len()];
-        select::keep_largest(&scores, drop, &mut chosen);
-        for (row, chosen) in keep.chunks_mut(n).zip(chosen.chunks(width)) {
-            row[columns.clone()].copy_from_slice(chosen);
-        }
-    }
-
-    /// The root of what it costs to drop a weight of column j: `|w|/U_jj`.
-    fn saliency(&self, weight: f32, j: usize) -> f32 {
-        if self.conditioned.dead[j] { 0.0 } else { weight.abs() / self.upper[j * (self.conditioned.n + 1)] }
-    }
-
-    /// Carries some rows through a block of columns and updates what comes after it. Returns their loss.
-    fn sweep(&self, span: &Span<'_>, weight: &mut [f32], keep: &mut [u8], group: Option<(usize, usize)>) -> f64 {
-        let Span { start, end, upper, n } = *span;
-        let width = end - start;
-        let rows = weight.len() / n;
-        let mut errors = vec![0.0f32; rows * width];
-        let mut scores = Vec::new();
-        for ((row, keep), errors) in weight.chunks_mut(n).zip(keep.chunks_mut(n)).zip(errors.chunks_mut(width)) {
-            for j in start..end {
-                if let Some((kept, of)) = group
-                    && (j - start).is_multiple_of(of)
-                {
-                    scores.clear();
-                    scores.extend((j..j + of).map(|c| self.saliency(row[c], c)));
-                    select::keep_n_of_group(&scores, kept, &mut keep[j..j + of]);
-                }
-                if keep[j] == 1 {
-                    continue;
-                }
-                let error = row[j] / upper[j * n + j];
-                errors[j - start] = error;
-                let factors = &upper[j * n + j..j * n + end];
-                row[j..end].iter_mut().zip(factors).for_each(|(w, u)| *w -= error * u);
-                row[j] = 0.0;
-            }
-        }
-        if end < n {
-            let later = View::new(&upper[start * n + end..], width, n - end, n);
-            gemm(&mut weight[end..], n, 1.0, View::new(&errors, rows, width, width), later, -1.0);
-        }
-        errors.iter().map(|&e| f64::from(e).powi(2)).sum()
+    /// What the size of a weight is divided by to give the root of what it costs to drop it: `U_jj`, or infinity in a dead
+    /// channel.
+    fn costs(&self, columns: Range<usize>) -> Vec<f32> {
+        let n = self.conditioned.n;
+        columns.map(|j| if self.conditioned.dead[j] { f32::INFINITY } else { self.upper[j * (n + 1)] }).collect()
     }
 }
 
-/// A block of columns.
-struct Span<'a> {
-    start: usize,
-    end: usize,
-    upper: &'a [f32],
-    n: usize,
+/// Marks what stays of a block of columns of `weight [rows, n]`, all rows together.
+fn choose(weight: &[f32], keep: &mut [u8], (columns, n): (Range<usize>, usize), costs: &[f32], drop: usize) {
+    let width = columns.len();
+    let mut scores = vec![0.0; weight.len() / n * width];
+    scores.par_chunks_mut(width).zip(weight.par_chunks(n)).for_each(|(scores, row)| {
+        Arch::new().dispatch(|| {
+            let row = row[columns.clone()].iter().zip(costs);
+            scores.iter_mut().zip(row).for_each(|(score, (w, cost))| *score = w.abs() / cost);
+        });
+    });
+    let mut chosen = vec![1; scores.len()];
+    select::keep_largest(&scores, drop, &mut chosen);
+    for (row, chosen) in keep.chunks_mut(n).zip(chosen.chunks(width)) {
+        row[columns.clone()].copy_from_slice(chosen);
+    }
 }
 
 impl GroupSolver for Compensation {

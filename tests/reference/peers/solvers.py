@@ -1,0 +1,135 @@
+"""Our solvers against the authors' code, on the same layer problems, the same number of threads, taking turns.
+
+    python solvers.py --alps ALPS --sparsegpt SPARSEGPT --solve target/release/examples/solve PROBLEM... [--pattern 0.5 ...]
+
+ALPS and SPARSEGPT are checkouts of github.com/mazumder-lab/ALPS and github.com/IST-DASLab/sparsegpt. A problem holds `weight`
+and `gram`: see problems.py. A round runs every program once on a problem; what counts is the ratio of the medians over rounds
+and its spread, since the machine may be busy with other work. Prints one JSON document. Needs torch, transformers, numpy and
+safetensors.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+from safetensors.torch import load_file
+
+import authors
+
+# Who is timed, and against whom a ratio is taken.
+OURS = [
+    ("espalier fast", "espalier", {"profile": "fast"}, "alps (authors)"),
+    ("espalier balanced", "espalier", {"profile": "balanced"}, "alps (authors)"),
+    ("alps", "alps", {}, "alps (authors)"),
+    ("sparsegpt", "sparsegpt", {}, "sparsegpt (authors)"),
+]
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--alps", type=pathlib.Path, required=True)
+    parser.add_argument("--sparsegpt", type=pathlib.Path, required=True)
+    parser.add_argument("--solve", type=pathlib.Path, required=True)
+    parser.add_argument("--pattern", action="append")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("problems", type=pathlib.Path, nargs="+")
+    return parser.parse_args()
+
+
+class Espalier:
+    """The `solve` example, kept running: a start is not part of a solve."""
+
+    def __init__(self, program, problem, threads, folder):
+        environment = {**os.environ, "RAYON_NUM_THREADS": str(threads)}
+        command = [str(program), str(problem)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+        )
+        self.output = pathlib.Path(folder) / "solution.safetensors"
+
+    def solve(self, method, params, pattern):
+        request = {"method": method, "params": params, "pattern": pattern, "output": str(self.output)}
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit("the solve example ended")
+        return json.loads(answer)["seconds"], load_file(self.output)["weight"]
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def timed(solver, weight, gram, pattern):
+    before = time.perf_counter()
+    pruned = solver.solve(weight, gram, pattern)
+    return time.perf_counter() - before, pruned
+
+
+def measure(options, path, pattern, peers):
+    problem = load_file(path)
+    weight, gram = problem["weight"].float(), problem["gram"].float()
+    theirs = float(pattern) if ":" not in pattern else tuple(int(part) for part in pattern.split(":"))
+    seconds, errors = {}, {}
+
+    def note(name, result):
+        seconds.setdefault(name, []).append(result[0])
+        errors[name] = authors.relative_error(result[1], weight, gram)
+
+    with tempfile.TemporaryDirectory() as folder:
+        ours = Espalier(options.solve, path, options.threads, folder)
+        # One round to warm up, not counted.
+        for round_ in range(options.rounds + 1):
+            if round_ == 1:
+                seconds.clear()
+            for name, solver in peers.items():
+                note(name, timed(solver, weight, gram, theirs))
+            for name, method, params, _ in OURS:
+                note(name, ours.solve(method, params, pattern))
+        ours.close()
+    rows = {
+        name: {"seconds": statistics.median(runs), "fastest": min(runs), "slowest": max(runs), "error": errors[name]}
+        for name, runs in seconds.items()
+    }
+    for name, _, _, peer in OURS:
+        ratios = [theirs / ours for theirs, ours in zip(seconds[peer], seconds[name])]
+        rows[name] |= {
+            "times_faster": statistics.median(ratios),
+            "least": min(ratios),
+            "error_against_peer": errors[name] / errors[peer],
+        }
+    return rows
+
+
+def main():
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    peers = {
+        "alps (authors)": authors.Alps(options.alps),
+        "sparsegpt (authors)": authors.SparseGpt(options.sparsegpt),
+    }
+    results = []
+    for path in options.problems:
+        for pattern in options.pattern or ["0.5"]:
+            rows = measure(options, path, pattern, peers)
+            shape = list(load_file(path)["weight"].shape)
+            results.append({"problem": path.stem, "shape": shape, "pattern": pattern, "runs": rows})
+            for name, row in rows.items():
+                more = ""
+                if "times_faster" in row:
+                    more = "x{times_faster:.2f} (least {least:.2f}), error x{error_against_peer:.4f}".format(**row)
+                print(f"{path.stem:10} {pattern:4} {name:20} {row['seconds']:8.4f} s {row['error']:.6f} {more}", file=sys.stderr, flush=True)
+    document = {"torch": torch.__version__, "threads": options.threads, "rounds": options.rounds, "results": results}
+    print(json.dumps(document, indent=2))
+
+
+if __name__ == "__main__":
+    main()
