@@ -48,7 +48,7 @@ fn answer(request: &Request, weight: &Tensor, stats: &Arc<InputStats>) -> Result
         Ok(sparsity) => Pattern::Unstructured { sparsity },
         Err(_) => Pattern::parse_nofm(&request.pattern)?,
     };
-    let problem = Problem { tensor: "weight", weight, pattern };
+    let problem = Problem { tensor: "weight", weight, pattern, imported: None };
     let (solver, _) = prune::build(&request.method, &request.params)?;
     let ctx = SolveCtx::default();
     let watch = Stopwatch::start();
