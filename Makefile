@@ -52,4 +52,4 @@ real: build ## Prune SmolLM2-135M three ways and hold the perplexities against t
 
 real-methods: build ## Prune SmolLM2-135M with every method, 50 %, 70 % and 2:4: the table of the README (more than an hour)
 	tests/reference/real.sh "$(TARGET)"
-	$(CARGO) test --release -p espalier-tests --test suite -- --ignored --exact --nocapture real::every_method_reaches_its_target_on_smollm2
+	$(CARGO) test --release -p espalier-tests --test suite -- --ignored --nocapture --test-threads 1 real::methods_

@@ -71,7 +71,7 @@ mod tests {
     #[test]
     fn norms_are_the_roots_of_the_grams_diagonal() {
         let sequence = |seed| {
-            let x: Vec<f32> = oracle::inputs(seed, 9, 6).iter().map(|&x| x as f32).collect();
+            let x = oracle::inputs(seed, 9, 6);
             Tensor::from_vec(x, (9, 6), &Device::Cpu).unwrap()
         };
         let sequences: Vec<Tensor> = (0..4).map(sequence).collect();
