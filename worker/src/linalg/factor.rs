@@ -95,7 +95,10 @@ fn by_halves(
 ) -> Result<(), NotPositiveDefinite> {
     let (first, size) = (block.start, block.len());
     if size <= BASE {
-        return Arch::new().dispatch(|| in_loops(a, m, n, block));
+        return Arch::new().dispatch(
+            #[inline(always)]
+            || in_loops(a, m, n, block),
+        );
     }
     let (head, tail) = (half(size), size - half(size));
     let middle = first + head;

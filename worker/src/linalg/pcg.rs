@@ -102,10 +102,13 @@ impl Tile<'_> {
         let mut residual = self.residual(values);
         let before = self.errors(values, &residual);
         let mut direction = vec![0.0; values.len()];
-        Arch::new().dispatch(|| {
-            residual.iter_mut().zip(self.keep).for_each(|(r, keep)| *r *= f32::from(*keep));
-            direction.chunks_mut(n).zip(residual.chunks(n)).for_each(|(p, r)| self.precondition(r, p));
-        });
+        Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                residual.iter_mut().zip(self.keep).for_each(|(r, keep)| *r *= f32::from(*keep));
+                direction.chunks_mut(n).zip(residual.chunks(n)).for_each(|(p, r)| self.precondition(r, p));
+            },
+        );
         let mut active: Vec<Active> = (0..rows)
             .map(|row| {
                 let energy = dot(&residual[row * n..][..n], &direction[row * n..][..n]);
@@ -130,17 +133,20 @@ impl Tile<'_> {
                 let curvature = dot(p, q);
                 let alpha = if curvature > 0.0 { (state.energy / curvature) as f32 } else { 0.0 };
                 let (v, z) = (&mut values[state.row * n..][..n], &mut preconditioned[..]);
-                let energy = Arch::new().dispatch(|| {
-                    v.iter_mut().zip(&*p).for_each(|(v, p)| *v += alpha * p);
-                    for ((r, q), keep) in r.iter_mut().zip(q).zip(keep) {
-                        *r = (*r - alpha * q) * f32::from(*keep);
-                    }
-                    self.precondition(r, z);
-                    let energy = inlined_dot(r, z);
-                    let beta = (energy / state.energy) as f32;
-                    p.iter_mut().zip(&*z).for_each(|(p, z)| *p = z + beta * *p);
-                    energy
-                });
+                let energy = Arch::new().dispatch(
+                    #[inline(always)]
+                    || {
+                        v.iter_mut().zip(&*p).for_each(|(v, p)| *v += alpha * p);
+                        for ((r, q), keep) in r.iter_mut().zip(q).zip(keep) {
+                            *r = (*r - alpha * q) * f32::from(*keep);
+                        }
+                        self.precondition(r, z);
+                        let energy = inlined_dot(r, z);
+                        let beta = (energy / state.energy) as f32;
+                        p.iter_mut().zip(&*z).for_each(|(p, z)| *p = z + beta * *p);
+                        energy
+                    },
+                );
                 // A row without curvature cannot move any more.
                 state.energy = if alpha > 0.0 { energy } else { 0.0 };
             }

@@ -14,7 +14,10 @@ const LANES: usize = 32;
 
 /// `Σ_j a_j·b_j` in f64, in lanes that are summed in order.
 pub fn dot(a: &[f32], b: &[f32]) -> f64 {
-    Arch::new().dispatch(|| inlined_dot(a, b))
+    Arch::new().dispatch(
+        #[inline(always)]
+        || inlined_dot(a, b),
+    )
 }
 
 /// [`dot`], for code that is itself compiled for wide vectors.

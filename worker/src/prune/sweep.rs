@@ -52,7 +52,10 @@ impl Span {
         let rows = weight.chunks_mut(self.n * LANES).zip(keep.chunks_mut(self.n * LANES));
         for ((weight, keep), errors) in rows.zip(errors.chunks_mut(width * LANES)) {
             strip.load(weight, keep, self);
-            Arch::new().dispatch(|| strip.run(self));
+            Arch::new().dispatch(
+                #[inline(always)]
+                || strip.run(self),
+            );
             strip.store(weight, keep, errors, self);
         }
         errors
