@@ -6,6 +6,8 @@
 use pulp::Arch;
 use rayon::prelude::*;
 
+use super::lanes::{Lanes, in_lanes};
+
 /// Elements that one thread scans at a time.
 const CHUNK: usize = 1 << 16;
 /// Bits of the sort key that the histogram resolves: the exponent and four bits of the mantissa.
@@ -96,42 +98,7 @@ pub struct Census {
 impl Census {
     /// Looks at `values`, the first of which has the index `first`.
     pub fn of(values: &[f32], first: usize, window: Window) -> Self {
-        const GROUP: usize = 32;
-        let inside = |key: u32| (window.low..window.high).contains(&key);
-        let (groups, rest) = values.as_chunks::<GROUP>();
-        Arch::new().dispatch(
-            #[inline(always)]
-            || {
-                let mut census = Self::default();
-                let mut note = |key: u32, offset: usize| {
-                    census.inside.push(u64::from(key) << 32 | (first + offset) as u64);
-                };
-                let mut below = [0u32; GROUP];
-                for (group, values) in groups.iter().enumerate() {
-                    let mut hits = 0u32;
-                    for lane in 0..GROUP {
-                        let key = key(values[lane]);
-                        below[lane] += u32::from(key < window.low);
-                        hits |= u32::from(key >= window.low && key < window.high) << lane;
-                    }
-                    while hits != 0 {
-                        let lane = hits.trailing_zeros() as usize;
-                        note(key(values[lane]), group * GROUP + lane);
-                        hits &= hits - 1;
-                    }
-                }
-                let mut less = below.iter().map(|&count| count as usize).sum::<usize>();
-                for (offset, value) in rest.iter().enumerate() {
-                    let key = key(*value);
-                    less += usize::from(key < window.low);
-                    if inside(key) {
-                        note(key, groups.len() * GROUP + offset);
-                    }
-                }
-                census.below = less;
-                census
-            },
-        )
+        in_lanes(Look { values, first, window })
     }
 
     /// The cut that drops exactly `drop` values, if it lies inside the window; `parts` are all there is, in any order.
@@ -141,6 +108,50 @@ impl Census {
         let rank = drop.checked_sub(below).filter(|&rank| drop > 0 && rank < inside.len())?;
         let (_, first, _) = inside.select_nth_unstable(rank);
         Some(Cut::at(*first))
+    }
+}
+
+/// [`Census::of`].
+struct Look<'a> {
+    values: &'a [f32],
+    first: usize,
+    window: Window,
+}
+
+impl Lanes for Look<'_> {
+    type Output = Census;
+
+    #[inline(always)]
+    fn run(self) -> Census {
+        /// Values that are looked at together: as many as a mask has bits.
+        const GROUP: usize = 32;
+        let Window { low, high } = self.window;
+        let mut inside = Vec::new();
+        let mut note = |key: u32, offset: usize| inside.push(u64::from(key) << 32 | (self.first + offset) as u64);
+        let (groups, rest) = self.values.as_chunks::<GROUP>();
+        let mut below = [0u32; GROUP];
+        for (group, values) in groups.iter().enumerate() {
+            let mut hits = 0u32;
+            for lane in 0..GROUP {
+                let key = key(values[lane]);
+                below[lane] += u32::from(key < low);
+                hits |= u32::from((key >= low) & (key < high)) << lane;
+            }
+            while hits != 0 {
+                let lane = hits.trailing_zeros() as usize;
+                note(key(values[lane]), group * GROUP + lane);
+                hits &= hits - 1;
+            }
+        }
+        let mut below = below.iter().map(|&count| count as usize).sum::<usize>();
+        for (offset, value) in rest.iter().enumerate() {
+            let key = key(*value);
+            below += usize::from(key < low);
+            if (low..high).contains(&key) {
+                note(key, groups.len() * GROUP + offset);
+            }
+        }
+        Census { below, inside }
     }
 }
 
