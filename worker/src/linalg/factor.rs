@@ -7,10 +7,10 @@
 
 use std::ops::Range;
 
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::gemm::{View, gemm};
+use super::lanes::{Lanes, in_lanes};
 
 /// The widest block that is factored in loops.
 const BASE: usize = 72;
@@ -95,7 +95,7 @@ fn by_halves(
 ) -> Result<(), NotPositiveDefinite> {
     let (first, size) = (block.start, block.len());
     if size <= BASE {
-        return Arch::new().dispatch(|| in_loops(a, m, n, block));
+        return in_lanes(InLoops { a, m, n, block });
     }
     let (head, tail) = (half(size), size - half(size));
     let middle = first + head;
@@ -156,6 +156,22 @@ fn in_strips(out: &mut [f32], stride: usize, work: impl Fn(usize, usize, &mut [f
     out.par_chunks_mut((height * stride).max(1))
         .enumerate()
         .for_each(|(index, rows)| work(index * height, rows.len() / stride, rows));
+}
+
+struct InLoops<'a> {
+    a: &'a mut [f32],
+    m: &'a mut [f32],
+    n: usize,
+    block: Range<usize>,
+}
+
+impl Lanes for InLoops<'_> {
+    type Output = Result<(), NotPositiveDefinite>;
+
+    #[inline(always)]
+    fn run(self) -> Self::Output {
+        in_loops(self.a, self.m, self.n, self.block)
+    }
 }
 
 /// What [`by_halves`] does, row by row: the Cholesky factor, transposed, in place of the upper triangle of `a`, then its inverse by

@@ -6,6 +6,7 @@
 
 pub mod factor;
 pub mod gemm;
+pub(crate) mod lanes;
 #[cfg(test)]
 pub(crate) mod oracle;
 pub mod pcg;

@@ -8,6 +8,7 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use super::gemm::{View, gemm, row_tile};
+use super::lanes::{Lanes, in_lanes};
 use super::quadratic::{dot, inlined_dot};
 
 /// The quadratic `(V − W)G(V − W)ᵀ − 2·(V − W)Tᵀ` that rows V minimise, each for itself.
@@ -102,10 +103,13 @@ impl Tile<'_> {
         let mut residual = self.residual(values);
         let before = self.errors(values, &residual);
         let mut direction = vec![0.0; values.len()];
-        Arch::new().dispatch(|| {
-            residual.iter_mut().zip(self.keep).for_each(|(r, keep)| *r *= f32::from(*keep));
-            direction.chunks_mut(n).zip(residual.chunks(n)).for_each(|(p, r)| self.precondition(r, p));
-        });
+        Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                residual.iter_mut().zip(self.keep).for_each(|(r, keep)| *r *= f32::from(*keep));
+                direction.chunks_mut(n).zip(residual.chunks(n)).for_each(|(p, r)| self.precondition(r, p));
+            },
+        );
         let mut active: Vec<Active> = (0..rows)
             .map(|row| {
                 let energy = dot(&residual[row * n..][..n], &direction[row * n..][..n]);
@@ -129,17 +133,16 @@ impl Tile<'_> {
                 // P is zero off the support, so this is ⟨P, Q⊙S⟩.
                 let curvature = dot(p, q);
                 let alpha = if curvature > 0.0 { (state.energy / curvature) as f32 } else { 0.0 };
-                let (v, z) = (&mut values[state.row * n..][..n], &mut preconditioned[..]);
-                let energy = Arch::new().dispatch(|| {
-                    v.iter_mut().zip(&*p).for_each(|(v, p)| *v += alpha * p);
-                    for ((r, q), keep) in r.iter_mut().zip(q).zip(keep) {
-                        *r = (*r - alpha * q) * f32::from(*keep);
-                    }
-                    self.precondition(r, z);
-                    let energy = inlined_dot(r, z);
-                    let beta = (energy / state.energy) as f32;
-                    p.iter_mut().zip(&*z).for_each(|(p, z)| *p = z + beta * *p);
-                    energy
+                let energy = in_lanes(RowStep {
+                    values: &mut values[state.row * n..][..n],
+                    residual: r,
+                    direction: p,
+                    image: q,
+                    keep,
+                    inverse_diagonal: self.inverse_diagonal,
+                    preconditioned: &mut preconditioned,
+                    alpha,
+                    energy: state.energy,
                 });
                 // A row without curvature cannot move any more.
                 state.energy = if alpha > 0.0 { energy } else { 0.0 };
@@ -187,6 +190,40 @@ impl Tile<'_> {
     #[inline(always)]
     fn precondition(&self, residual: &[f32], out: &mut [f32]) {
         out.iter_mut().zip(residual).zip(self.inverse_diagonal).for_each(|((z, r), d)| *z = r * d);
+    }
+}
+
+/// One step of one row, once α is known. Gives ⟨R, M⁻¹R⟩.
+struct RowStep<'a> {
+    values: &'a mut [f32],
+    residual: &'a mut [f32],
+    direction: &'a mut [f32],
+    image: &'a [f32],
+    keep: &'a [u8],
+    inverse_diagonal: &'a [f32],
+    preconditioned: &'a mut [f32],
+    alpha: f32,
+    /// ⟨R, M⁻¹R⟩ before.
+    energy: f64,
+}
+
+impl Lanes for RowStep<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run(self) -> f64 {
+        let Self { values, residual, direction, preconditioned, alpha, .. } = self;
+        values.iter_mut().zip(&*direction).for_each(|(v, p)| *v += alpha * p);
+        for ((r, q), keep) in residual.iter_mut().zip(self.image).zip(self.keep) {
+            *r = (*r - alpha * q) * f32::from(*keep);
+        }
+        for ((z, r), d) in preconditioned.iter_mut().zip(&*residual).zip(self.inverse_diagonal) {
+            *z = r * d;
+        }
+        let energy = inlined_dot(residual, preconditioned);
+        let beta = (energy / self.energy) as f32;
+        direction.iter_mut().zip(&*preconditioned).for_each(|(p, z)| *p = z + beta * *p);
+        energy
     }
 }
 

@@ -4,17 +4,28 @@
 //! `E = ΔGΔᵀ − 2·Δ(K − G)Wᵀ + W(G − K − Kᵀ + Y)Wᵀ`, summed over rows. The differences are formed first: the textbook form
 //! `VGVᵀ − 2VKWᵀ + WYWᵀ` loses every digit where V is close to W.
 
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::gemm::{View, gemm, row_tile};
+use super::lanes::{Lanes, in_lanes};
 
 /// Partial sums of a dot product: enough of them to hide the latency of an addition.
 const LANES: usize = 32;
 
 /// `Σ_j a_j·b_j` in f64, in lanes that are summed in order.
 pub fn dot(a: &[f32], b: &[f32]) -> f64 {
-    Arch::new().dispatch(|| inlined_dot(a, b))
+    in_lanes(Dot(a, b))
+}
+
+struct Dot<'a>(&'a [f32], &'a [f32]);
+
+impl Lanes for Dot<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run(self) -> f64 {
+        inlined_dot(self.0, self.1)
+    }
 }
 
 /// [`dot`], for code that is itself compiled for wide vectors.

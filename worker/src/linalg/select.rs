@@ -6,6 +6,8 @@
 use pulp::Arch;
 use rayon::prelude::*;
 
+use super::lanes::{Lanes, in_lanes};
+
 /// Elements that one thread scans at a time.
 const CHUNK: usize = 1 << 16;
 /// Bits of the sort key that the histogram resolves: the exponent and four bits of the mantissa.
@@ -96,26 +98,7 @@ pub struct Census {
 impl Census {
     /// Looks at `values`, the first of which has the index `first`.
     pub fn of(values: &[f32], first: usize, window: Window) -> Self {
-        const GROUP: usize = 64;
-        Arch::new().dispatch(|| {
-            let mut census = Self::default();
-            for (group, values) in values.chunks(GROUP).enumerate() {
-                let (mut below, mut up_to) = (0u32, 0u32);
-                for value in values {
-                    below += u32::from(key(*value) < window.low);
-                    up_to += u32::from(key(*value) < window.high);
-                }
-                census.below += below as usize;
-                if up_to > below {
-                    let ranked = values.iter().enumerate().map(|(offset, value)| (key(*value), offset));
-                    let ranked = ranked.filter(|(key, _)| (window.low..window.high).contains(key));
-                    census.inside.extend(
-                        ranked.map(|(key, offset)| u64::from(key) << 32 | (first + group * GROUP + offset) as u64),
-                    );
-                }
-            }
-            census
-        })
+        in_lanes(Look { values, first, window })
     }
 
     /// The cut that drops exactly `drop` values, if it lies inside the window; `parts` are all there is, in any order.
@@ -125,6 +108,50 @@ impl Census {
         let rank = drop.checked_sub(below).filter(|&rank| drop > 0 && rank < inside.len())?;
         let (_, first, _) = inside.select_nth_unstable(rank);
         Some(Cut::at(*first))
+    }
+}
+
+/// [`Census::of`].
+struct Look<'a> {
+    values: &'a [f32],
+    first: usize,
+    window: Window,
+}
+
+impl Lanes for Look<'_> {
+    type Output = Census;
+
+    #[inline(always)]
+    fn run(self) -> Census {
+        /// Values that are looked at together: as many as a mask has bits.
+        const GROUP: usize = 32;
+        let Window { low, high } = self.window;
+        let mut inside = Vec::new();
+        let mut note = |key: u32, offset: usize| inside.push(u64::from(key) << 32 | (self.first + offset) as u64);
+        let (groups, rest) = self.values.as_chunks::<GROUP>();
+        let mut below = [0u32; GROUP];
+        for (group, values) in groups.iter().enumerate() {
+            let mut hits = 0u32;
+            for lane in 0..GROUP {
+                let key = key(values[lane]);
+                below[lane] += u32::from(key < low);
+                hits |= u32::from((key >= low) & (key < high)) << lane;
+            }
+            while hits != 0 {
+                let lane = hits.trailing_zeros() as usize;
+                note(key(values[lane]), group * GROUP + lane);
+                hits &= hits - 1;
+            }
+        }
+        let mut below = below.iter().map(|&count| count as usize).sum::<usize>();
+        for (offset, value) in rest.iter().enumerate() {
+            let key = key(*value);
+            below += usize::from(key < low);
+            if (low..high).contains(&key) {
+                note(key, groups.len() * GROUP + offset);
+            }
+        }
+        Census { below, inside }
     }
 }
 
@@ -184,10 +211,13 @@ pub fn mark(values: &[f32], cut: Cut, keep: &mut [u8]) {
         let tie = cut.tie.saturating_sub(chunk * CHUNK);
         let (before, after) = values.split_at(tie.min(values.len()));
         let (keep_before, keep_after) = keep.split_at_mut(before.len());
-        Arch::new().dispatch(|| {
-            keep_before.iter_mut().zip(before).for_each(|(keep, value)| *keep = u8::from(key(*value) > cut.key));
-            keep_after.iter_mut().zip(after).for_each(|(keep, value)| *keep = u8::from(key(*value) >= cut.key));
-        });
+        Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                keep_before.iter_mut().zip(before).for_each(|(keep, value)| *keep = u8::from(key(*value) > cut.key));
+                keep_after.iter_mut().zip(after).for_each(|(keep, value)| *keep = u8::from(key(*value) >= cut.key));
+            },
+        );
     });
 }
 
@@ -258,7 +288,10 @@ pub fn keep_n_of_groups(values: &[f32], n: usize, m: usize, keep: &mut [u8]) {
 
 /// Ranks each value of a group by counting those ahead of it: no branches, so the compiler vectorises across the group.
 fn keep_groups<const M: usize>(values: &[f32], n: usize, keep: &mut [u8]) {
-    Arch::new().dispatch(|| inlined_keep_groups::<M>(values, n, keep));
+    Arch::new().dispatch(
+        #[inline(always)]
+        || inlined_keep_groups::<M>(values, n, keep),
+    );
 }
 
 #[inline(always)]
@@ -278,11 +311,14 @@ fn inlined_keep_groups<const M: usize>(values: &[f32], n: usize, keep: &mut [u8]
 /// Sets what does not stay to exactly `+0.0`.
 pub fn zero_dropped(values: &mut [f32], keep: &[u8]) {
     values.par_chunks_mut(CHUNK).zip(keep.par_chunks(CHUNK)).for_each(|(values, keep)| {
-        Arch::new().dispatch(|| {
-            values.iter_mut().zip(keep).for_each(|(value, keep)| {
-                *value = if *keep == 0 { 0.0 } else { *value };
-            });
-        });
+        Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                values.iter_mut().zip(keep).for_each(|(value, keep)| {
+                    *value = if *keep == 0 { 0.0 } else { *value };
+                });
+            },
+        );
     });
 }
 

@@ -179,21 +179,27 @@ impl<'a> Search<'a> {
                 let first = index * tile;
                 let anchor = &anchor[first..first + merged.len()];
                 let shift = shift.map(|shift| &shift[first..first + merged.len()]);
-                Arch::new().dispatch(|| {
-                    for (((r, a), keep), w) in right.iter_mut().zip(&*merged).zip(&*keep).zip(anchor) {
-                        *r = a * if *keep == 1 { rho } else { -before } - rho * w;
-                    }
-                    if let Some(shift) = shift {
-                        right.iter_mut().zip(shift).for_each(|(r, t)| *r += t);
-                    }
-                });
+                Arch::new().dispatch(
+                    #[inline(always)]
+                    || {
+                        for (((r, a), keep), w) in right.iter_mut().zip(&*merged).zip(&*keep).zip(anchor) {
+                            *r = a * if *keep == 1 { rho } else { -before } - rho * w;
+                        }
+                        if let Some(shift) = shift {
+                            right.iter_mut().zip(shift).for_each(|(r, t)| *r += t);
+                        }
+                    },
+                );
                 gemm(primal, n, 0.0, View::new(right, merged.len() / n, n, n), inverse, 1.0);
-                Arch::new().dispatch(|| {
-                    for (((a, keep), b), w) in merged.iter_mut().zip(&*keep).zip(&mut *primal).zip(anchor) {
-                        *b += w;
-                        *a = sigma * *b + *a * if *keep == 1 { 1.0 - sigma } else { dual_ratio };
-                    }
-                });
+                Arch::new().dispatch(
+                    #[inline(always)]
+                    || {
+                        for (((a, keep), b), w) in merged.iter_mut().zip(&*keep).zip(&mut *primal).zip(anchor) {
+                            *b += w;
+                            *a = sigma * *b + *a * if *keep == 1 { 1.0 - sigma } else { dual_ratio };
+                        }
+                    },
+                );
                 match pattern {
                     Pattern::NofM { keep: kept, of } => {
                         select::keep_n_of_m(merged, kept, of, keep);
@@ -230,13 +236,16 @@ impl<'a> Search<'a> {
     /// How many positions entered or left the support since this was last asked, and as a share of the kept ones.
     pub(crate) fn support_change(&mut self) -> (usize, f64) {
         let (now, then) = (&self.keep, &self.checked);
-        let (changed, kept) = Arch::new().dispatch(|| {
-            let counts = now.chunks(1 << 16).zip(then.chunks(1 << 16)).map(|(now, then)| {
-                let changed: u32 = now.iter().zip(then).map(|(now, then)| u32::from(now != then)).sum();
-                (changed as usize, now.iter().map(|&keep| u32::from(keep)).sum::<u32>() as usize)
-            });
-            counts.fold((0, 0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
-        });
+        let (changed, kept) = Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                let counts = now.chunks(1 << 16).zip(then.chunks(1 << 16)).map(|(now, then)| {
+                    let changed: u32 = now.iter().zip(then).map(|(now, then)| u32::from(now != then)).sum();
+                    (changed as usize, now.iter().map(|&keep| u32::from(keep)).sum::<u32>() as usize)
+                });
+                counts.fold((0, 0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
+            },
+        );
         self.checked.copy_from_slice(&self.keep);
         (changed, changed as f64 / kept.max(1) as f64)
     }

@@ -83,11 +83,14 @@ impl Conditioned {
             scale.iter().zip(&dead).map(|(&s, dead)| if *dead { 0.0 } else { 1.0 / f64::from(s) }).collect();
         let mut gram = raw.to_vec();
         gram.par_chunks_mut(n.max(1)).enumerate().for_each(|(i, row)| {
-            Arch::new().dispatch(|| {
-                row.iter_mut().zip(&inverse).for_each(|(value, &factor)| {
-                    *value = (f64::from(*value) * (inverse[i] * factor)) as f32;
-                });
-            });
+            Arch::new().dispatch(
+                #[inline(always)]
+                || {
+                    row.iter_mut().zip(&inverse).for_each(|(value, &factor)| {
+                        *value = (f64::from(*value) * (inverse[i] * factor)) as f32;
+                    });
+                },
+            );
             row[i] = 1.0;
         });
         Self { n, gram, scale, dead, damping, raised }
@@ -97,7 +100,10 @@ impl Conditioned {
     pub(crate) fn scaled(&self, weight: &[f32]) -> Vec<f32> {
         let mut out = weight.to_vec();
         out.par_chunks_mut(self.n.max(1)).for_each(|row| {
-            Arch::new().dispatch(|| row.iter_mut().zip(&self.scale).for_each(|(value, scale)| *value *= scale));
+            Arch::new().dispatch(
+                #[inline(always)]
+                || row.iter_mut().zip(&self.scale).for_each(|(value, scale)| *value *= scale),
+            );
         });
         out
     }
@@ -120,12 +126,15 @@ impl Conditioned {
         out.par_chunks_mut(n.max(1)).enumerate().for_each(|(i, row)| {
             let span = i * n..(i + 1) * n;
             let (keep, dense) = (&keep[span.clone()], &weight[span.clone()]);
-            Arch::new().dispatch(|| {
-                let found = row.iter_mut().zip(&scaled[span]).zip(keep).zip(&self.scale);
-                found.for_each(|(((value, found), keep), scale)| {
-                    *value = if *keep == 0 { 0.0 } else { found / scale };
-                });
-            });
+            Arch::new().dispatch(
+                #[inline(always)]
+                || {
+                    let found = row.iter_mut().zip(&scaled[span]).zip(keep).zip(&self.scale);
+                    found.for_each(|(((value, found), keep), scale)| {
+                        *value = if *keep == 0 { 0.0 } else { found / scale };
+                    });
+                },
+            );
             for (j, value) in row.iter_mut().enumerate().filter(|(j, _)| self.dead[*j] && keep[*j] == 1) {
                 *value = dense[j];
             }
@@ -207,7 +216,10 @@ pub(crate) fn admit(method: &'static str, problem: &Problem<'_>, width: usize) -
 }
 
 fn all_finite(values: &[f32]) -> bool {
-    Arch::new().dispatch(|| values.iter().fold(true, |finite, value| finite & value.is_finite()))
+    Arch::new().dispatch(
+        #[inline(always)]
+        || values.iter().fold(true, |finite, value| finite & value.is_finite()),
+    )
 }
 
 /// Accepts every pattern that is in range.

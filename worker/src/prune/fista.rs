@@ -199,14 +199,17 @@ impl Lasso<'_> {
                         z.iter_mut().zip(&shift[range]).for_each(|(z, t)| *z += step * t);
                     }
                     let moves = &mut ahead;
-                    Arch::new().dispatch(|| {
-                        for ((v, z), moved) in v.iter_mut().zip(z).zip(&mut *moves) {
-                            let next = soft_threshold(*z, threshold);
-                            *moved = next - *v;
-                            *z = next + momentum * *moved;
-                            *v = next;
-                        }
-                    });
+                    Arch::new().dispatch(
+                        #[inline(always)]
+                        || {
+                            for ((v, z), moved) in v.iter_mut().zip(z).zip(&mut *moves) {
+                                let next = soft_threshold(*z, threshold);
+                                *moved = next - *v;
+                                *z = next + momentum * *moved;
+                                *v = next;
+                            }
+                        },
+                    );
                     (dot(moves, moves), dot(v, v))
                 })
                 .collect();

@@ -169,10 +169,13 @@ fn choose(weight: &[f32], keep: &mut [u8], (columns, n): (Range<usize>, usize), 
     let width = columns.len();
     let mut scores = vec![0.0; weight.len() / n * width];
     scores.par_chunks_mut(width).zip(weight.par_chunks(n)).for_each(|(scores, row)| {
-        Arch::new().dispatch(|| {
-            let row = row[columns.clone()].iter().zip(costs);
-            scores.iter_mut().zip(row).for_each(|(score, (w, cost))| *score = w.abs() / cost);
-        });
+        Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                let row = row[columns.clone()].iter().zip(costs);
+                scores.iter_mut().zip(row).for_each(|(score, (w, cost))| *score = w.abs() / cost);
+            },
+        );
     });
     let mut chosen = vec![1; scores.len()];
     select::keep_largest(&scores, drop, &mut chosen);

@@ -6,8 +6,7 @@
 
 use std::ops::Range;
 
-use pulp::Arch;
-
+use crate::linalg::lanes::{Lanes, in_lanes};
 use crate::linalg::select;
 
 /// Rows side by side.
@@ -52,7 +51,7 @@ impl Span {
         let rows = weight.chunks_mut(self.n * LANES).zip(keep.chunks_mut(self.n * LANES));
         for ((weight, keep), errors) in rows.zip(errors.chunks_mut(width * LANES)) {
             strip.load(weight, keep, self);
-            Arch::new().dispatch(|| strip.run(self));
+            in_lanes(Sweep { strip: &mut strip, span: self });
             strip.store(weight, keep, errors, self);
         }
         errors
@@ -63,6 +62,21 @@ impl Span {
     fn factors_of(&self, c: usize) -> &[f32] {
         let width = self.columns.len();
         &self.factors[c * width..][..width]
+    }
+}
+
+/// A strip on its way through a block.
+struct Sweep<'a> {
+    strip: &'a mut Strip,
+    span: &'a Span,
+}
+
+impl Lanes for Sweep<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        self.strip.run(self.span);
     }
 }
 
