@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::pattern::{Pattern, PatternError};
+use crate::structure::AttentionUnit;
 
 /// A job: what is to be computed. Where it runs is no part of it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -113,7 +114,11 @@ pub struct PatternSpec {
     /// How much sparser the last layer is than the first, with `allocation = "log"` and a share of zeros.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocation_spread: Option<f64>,
-    /// Methods that remove channels: as many stay as are a multiple of this; 8 if absent, which kernels are made for.
+    /// Methods that remove heads: what goes at a time; KV heads if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attention: Option<AttentionUnit>,
+    /// Methods that remove channels: as many stay as are a multiple of this; if absent, of 8, which kernels are made for, and
+    /// of what the layout and tensor parallelism ask.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub round_to: Option<usize>,
     /// Methods that remove heads: KV heads that every layer loses, each with its query heads; chosen if absent.
@@ -138,6 +143,9 @@ pub enum Layout {
     Uniform,
     /// As narrow as the widest layer, the others filled up with zeros: loads where `uniform` does.
     Padded,
+    /// Every layer as narrow as it is, for LLaMA's kind: `DeciLMForCausalLM` with `block_configs`. llama.cpp's converter takes
+    /// it as it is; transformers and vLLM want NVIDIA's own config class beside it.
+    NemotronNas,
 }
 
 /// Which inputs a layer is calibrated with.
@@ -175,6 +183,9 @@ pub struct OutputSpec {
     /// Methods that remove heads and channels: what is left of the tensors; `uniform` if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layout: Option<Layout>,
+    /// Methods that remove heads and channels: what stays can be split over this many devices; 1 if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tensor_parallel: Option<usize>,
 }
 
 fn default_shard_size() -> String {
@@ -296,6 +307,7 @@ impl JobSpec {
             ("[calibration] samples", self.calibration.samples),
             ("[calibration] sequence_length", self.calibration.sequence_length),
             ("[pattern] round_to", self.pattern.round_to.unwrap_or(1)),
+            ("[output] tensor_parallel", self.output.tensor_parallel.unwrap_or(1)),
         ] {
             if value == 0 {
                 return Err(JobError::Zero { key });
