@@ -100,10 +100,14 @@ fn prune_groups(
                 let Pruned { group, member, stored, report } = pruned;
                 let outline = &outline.groups[*group][*member];
                 let stats = Arc::clone(&gathered[*group - draft.groups().start]);
-                reconstruct::Part { place: (*group, *member), outline, stats, stored, report }
+                let check: reconstruct::Check<'_> = Box::new(move |dense, tuned| {
+                    let problem = Problem { tensor: &outline.tensor, weight: dense, pattern };
+                    verify(&problem, &stats, tuned).map(Some)
+                });
+                reconstruct::Part { place: (*group, *member), outline, stored, report: Some(report), check }
             });
             let mut parts: Vec<_> = parts.collect();
-            draft.finish(place, &options, pattern, lanes, &mut parts, phases)?;
+            draft.finish(place, &options, lanes, &mut parts, phases)?;
             gathered.clear();
         }
     }
