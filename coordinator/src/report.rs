@@ -7,7 +7,7 @@ use espalier_common::ids::{RunId, Unit, WorkerId};
 use espalier_common::job::{JobSpec, Propagation};
 use espalier_common::outline::ModelOutline;
 use espalier_common::pattern::Pattern;
-use espalier_common::report::{Outcome, PhaseSeconds, SublayerReport};
+use espalier_common::report::{Outcome, PhaseSeconds, Reconstruction, SublayerReport};
 use espalier_common::structure::{Kept, Structure};
 use serde::{Deserialize, Serialize};
 
@@ -110,6 +110,9 @@ pub struct SublayerEntry {
     pub damping_raised: u32,
     /// Input channels that were never active.
     pub dead_channels: u32,
+    /// How the half of the layer that it belongs to was tuned afterwards, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reconstruction: Option<Reconstruction>,
     /// Who solved it.
     pub worker: WorkerId,
 }
@@ -132,9 +135,9 @@ pub struct StructuredReport {
 pub struct StructuredEntry {
     /// Index of the layer.
     pub layer: u32,
-    /// KV heads that stay, if heads were to go.
+    /// Blocks of attention that stay, if any were to go: KV heads, or what `[pattern] attention` says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub kv_heads: Option<Vec<u32>>,
+    pub attention: Option<Vec<u32>>,
     /// Number of channels that stay.
     pub channels: u64,
     /// Parameters removed.
@@ -347,7 +350,7 @@ fn structured(structure: &Structure, kept: &BTreeMap<u32, &Kept>) -> StructuredR
             let kept = kept.get(&layer)?;
             Some(StructuredEntry {
                 layer,
-                kv_heads: kept.attention.clone(),
+                attention: kept.attention.clone(),
                 channels: kept.channels.len() as u64,
                 removed: kept.removed(pairs) as u64,
             })
@@ -372,6 +375,7 @@ fn entry(layer: u32, worker: WorkerId, sublayer: &SublayerReport) -> SublayerEnt
         damping: sublayer.damping,
         damping_raised: sublayer.damping_raised,
         dead_channels: sublayer.dead_channels,
+        reconstruction: sublayer.reconstruction,
         worker,
     }
 }
