@@ -118,6 +118,12 @@ impl PreNormDecoder {
         if self.tied { EMBEDDING } else { HEAD }
     }
 
+    /// The widths of a layer. One beyond the last has none of its own, nor any tensors, which then are what is missed.
+    fn widths_of(&self, layer: LayerIndex) -> Widths {
+        let last = self.widths.last().copied().expect("a config has at least one layer");
+        self.widths.get(layer.0 as usize).copied().unwrap_or(last)
+    }
+
     /// The linear maps of a layer: q, k, v → o → gate, up → down.
     fn groups(&self, layer: LayerIndex) -> Vec<Vec<LinearSpec>> {
         let linear = |name: &str, rows, columns, bias| LinearSpec {
@@ -127,7 +133,7 @@ impl PreNormDecoder {
             bias,
         };
         let Spec { qkv_bias, o_bias, mlp_bias, .. } = self.spec;
-        let Widths { kv_heads, channels } = self.widths[layer.0 as usize];
+        let Widths { kv_heads, channels } = self.widths_of(layer);
         let (q_width, kv_width) = (self.heads * self.head_dim, kv_heads * self.head_dim);
         vec![
             vec![
@@ -235,7 +241,7 @@ impl Decoder for PreNormDecoder {
             self.norms(layer).iter().map(|(name, shape)| self.load_norm(name, shape)).collect::<Result<_, _>>()?;
         let mut norms = norms.into_iter();
         let window = self.spec.windows.get(layer.0 as usize).copied().flatten();
-        let Widths { kv_heads, .. } = self.widths[layer.0 as usize];
+        let Widths { kv_heads, .. } = self.widths_of(layer);
         Ok(Box::new(PreNormLayer {
             groups: self.loader.linears(&self.groups(layer))?,
             attention_norm: norms.next().expect("the first of two norms"),
