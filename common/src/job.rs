@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::pattern::{Pattern, PatternError};
+use crate::structure::AttentionUnit;
 
 /// A job: what is to be computed. Where it runs is no part of it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -134,7 +135,11 @@ pub struct PatternSpec {
     /// `measured`: the depth weights γ that are tried; 0, 0.01 … 0.08 if absent. A layer's error counts exp(−γ · its index).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub depth_weights: Option<Vec<f64>>,
-    /// Methods that remove channels: as many stay as are a multiple of this; 8 if absent, which kernels are made for.
+    /// Methods that remove heads: what goes at a time; KV heads if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attention: Option<AttentionUnit>,
+    /// Methods that remove channels: as many stay as are a multiple of this; if absent, of 8, which kernels are made for, and
+    /// of what the layout and tensor parallelism ask.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub round_to: Option<usize>,
     /// Methods that remove heads: KV heads that every layer loses, each with its query heads; chosen if absent.
@@ -204,6 +209,9 @@ pub enum Layout {
     Uniform,
     /// As narrow as the widest layer, the others filled up with zeros: loads where `uniform` does.
     Padded,
+    /// Every layer as narrow as it is, for LLaMA's kind: `DeciLMForCausalLM` with `block_configs`. llama.cpp's converter takes
+    /// it as it is; transformers and vLLM want NVIDIA's own config class beside it.
+    NemotronNas,
 }
 
 /// Which inputs a layer is calibrated with.
@@ -241,6 +249,9 @@ pub struct OutputSpec {
     /// Methods that remove heads and channels: what is left of the tensors; `uniform` if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layout: Option<Layout>,
+    /// Methods that remove heads and channels: what stays can be split over this many devices; 1 if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tensor_parallel: Option<usize>,
 }
 
 fn default_shard_size() -> String {
@@ -414,6 +425,7 @@ impl JobSpec {
             ("[calibration] sequence_length", self.calibration.sequence_length),
             ("[pattern] round_to", self.pattern.round_to.unwrap_or(1)),
             ("[pattern] allocation_samples", self.pattern.allocation_samples.unwrap_or(1)),
+            ("[output] tensor_parallel", self.output.tensor_parallel.unwrap_or(1)),
         ] {
             if value == 0 {
                 return Err(JobError::Zero { key });

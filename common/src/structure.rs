@@ -4,6 +4,20 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+/// What is removed of attention at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AttentionUnit {
+    /// A KV head with all its query heads.
+    #[default]
+    KvHeads,
+    /// Query heads, as many of each KV head as of the others; keys and values stay.
+    QueryHeads,
+    /// Single channels of v with those inputs of o that they reach, as many of each KV head as of the others. No runtime has
+    /// values narrower than keys, so that the checkpoint must keep its full shapes.
+    Channels,
+}
+
 /// How a model can be made narrower, as the worker that knows its family told it.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Structure {
@@ -11,6 +25,28 @@ pub struct Structure {
     pub explicit: BTreeMap<String, usize>,
     /// The layers.
     pub layers: Vec<LayerStructure>,
+    /// What layers of different widths need to know of the model; `None` where no runtime takes such layers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uneven: Option<Uneven>,
+    /// Whether no runtime takes it narrower, so that what goes is only zeroed.
+    #[serde(default)]
+    pub only_masks: bool,
+}
+
+impl Structure {
+    /// Whether what is removed leaves no shape that a runtime knows.
+    pub fn only_masks(&self) -> bool {
+        self.only_masks || self.layers.iter().flat_map(LayerStructure::pairs).any(|pair| pair.stride > 1)
+    }
+}
+
+/// A model whose layers may differ in width, in the format that NVIDIA's search for architectures made for LLaMA's kind.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Uneven {
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Channels that a layer keeps must be a multiple of this: loaders compute the width from a factor and round it up.
+    pub multiple: usize,
 }
 
 /// The coupled pairs of one layer.
@@ -18,7 +54,7 @@ pub struct Structure {
 pub struct LayerStructure {
     /// Weights and biases of the layer's linear maps: what shares of parameters are shares of.
     pub parameters: usize,
-    /// Attention, in blocks of one KV head with its query heads; `None` where heads stay, by method or by family.
+    /// Attention, in blocks of an [`AttentionUnit`]; `None` where it stays, by method or by family.
     pub attention: Option<Pair>,
     /// The feed-forward part, in blocks of one channel.
     pub channels: Pair,
@@ -40,6 +76,13 @@ pub struct Pair {
     pub blocks: usize,
     /// Inputs of the consumer in a block.
     pub block: usize,
+    /// How far they are apart. Where that is more than 1, as many blocks as it says interleave, and the pair can only be
+    /// masked.
+    #[serde(default = "one")]
+    pub stride: usize,
+    /// The blocks are so many runs of equal length, and each loses as many as the others.
+    #[serde(default = "one")]
+    pub runs: usize,
     /// Weights and biases that go with a block.
     pub parameters: usize,
     /// Whether the consumer has a bias, which is fitted anew and keeps its shape.
@@ -53,11 +96,31 @@ pub struct Pair {
     pub divides: Option<Divides>,
 }
 
+fn one() -> usize {
+    1
+}
+
 impl Pair {
     /// Whether stock loaders take a model with this many blocks a layer.
     pub fn loads_with(&self, blocks: usize) -> bool {
         let whole = |rule: &Divides| rule.of.is_multiple_of(blocks * rule.per_block);
-        blocks > 0 && blocks <= self.blocks && self.divides.as_ref().is_none_or(whole)
+        self.splits_into(blocks) && self.divides.as_ref().is_none_or(whole)
+    }
+
+    /// Whether every run can keep its part of this many blocks, and at least one.
+    pub fn splits_into(&self, blocks: usize) -> bool {
+        blocks > 0 && blocks <= self.blocks && blocks.is_multiple_of(self.runs)
+    }
+
+    /// The consumer's inputs that belong to a block, ascending.
+    pub fn inputs(&self, block: usize) -> impl Iterator<Item = usize> + use<> {
+        let (width, stride) = (self.block, self.stride);
+        (0..width).map(move |at| (block / stride * width + at) * stride + block % stride)
+    }
+
+    /// The block that an input of the consumer belongs to.
+    pub fn block_of(&self, input: usize) -> usize {
+        input / self.stride / self.block * self.stride + input % self.stride
     }
 }
 
@@ -88,7 +151,7 @@ pub struct Divides {
 /// What stays of one layer.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Kept {
-    /// KV heads that stay, ascending; `None` if attention was left as it is.
+    /// Blocks of attention that stay, ascending; `None` if it was left as it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub attention: Option<Vec<u32>>,
     /// Feed-forward channels that stay, ascending.
@@ -103,10 +166,14 @@ impl Kept {
         attention.map_or(0, |(pair, kept)| gone(pair, kept)) + gone(&layer.channels, &self.channels)
     }
 
-    /// Whether the record is one of this layer: indices ascending and in range.
+    /// Whether the record is one of this layer: indices ascending and in range, and as many in each run.
     pub fn fits(&self, layer: &LayerStructure) -> bool {
         let fits = |pair: &Pair, kept: &[u32]| {
-            kept.is_sorted_by(|a, b| a < b) && kept.last().is_some_and(|&last| (last as usize) < pair.blocks)
+            let run = (pair.blocks / pair.runs.max(1)).max(1);
+            let of_run = |index: usize| kept.iter().filter(|&&block| block as usize / run == index).count();
+            kept.is_sorted_by(|a, b| a < b)
+                && kept.last().is_some_and(|&last| (last as usize) < pair.blocks)
+                && (1..pair.runs).all(|index| of_run(index) == of_run(0))
         };
         let attention = match (&layer.attention, &self.attention) {
             (Some(pair), Some(kept)) => fits(pair, kept),
@@ -126,6 +193,8 @@ mod tests {
             consumer: "o".into(),
             blocks,
             block: 2,
+            stride: 1,
+            runs: 1,
             parameters,
             fits_bias: false,
             slices: Vec::new(),
@@ -141,7 +210,24 @@ mod tests {
         assert_eq!(kept.removed(&layer), 2 * 50 + 5 * 10);
         assert!(kept.fits(&layer));
         assert!(!Kept { attention: Some(vec![3, 0]), ..kept.clone() }.fits(&layer));
-        assert!(!Kept { channels: vec![30], ..kept }.fits(&layer));
+        assert!(!Kept { channels: vec![30], ..kept.clone() }.fits(&layer));
+        let runs = LayerStructure { attention: Some(Pair { runs: 2, ..pair(4, 50) }), ..layer };
+        assert!(kept.fits(&runs) && !Kept { attention: Some(vec![0, 1]), ..kept }.fits(&runs));
+    }
+
+    #[test]
+    fn inputs_of_blocks_cover_the_consumer_once() {
+        // 2 KV heads of width 4 with 3 query heads each: channel c of KV head g reaches input c of its three heads.
+        let channels = Pair { block: 3, stride: 4, runs: 2, ..pair(8, 1) };
+        assert_eq!(channels.inputs(6).collect::<Vec<_>>(), [14, 18, 22]);
+        for pair in [channels, Pair { block: 3, ..pair(8, 1) }] {
+            let inputs: Vec<(usize, usize)> =
+                (0..8).flat_map(|block| pair.inputs(block).map(move |at| (at, block))).collect();
+            assert!(inputs.iter().all(|&(at, block)| pair.block_of(at) == block));
+            let mut all: Vec<usize> = inputs.into_iter().map(|(at, _)| at).collect();
+            all.sort_unstable();
+            assert_eq!(all, (0..24).collect::<Vec<_>>());
+        }
     }
 
     #[test]

@@ -227,6 +227,9 @@ fn told_job(parts: &Parts<'_>) -> serde_json::Value {
     let mut output = serde_json::json!({ "shard_size": job.output.shard_size, "dtype": job.output.dtype });
     if let Some(structured) = parts.structured {
         output["layout"] = serde_json::json!(structured.layout);
+        if let Some(devices) = job.output.tensor_parallel {
+            output["tensor_parallel"] = serde_json::json!(devices);
+        }
     }
     serde_json::json!({
         "model": { "source": name(&job.model.source), "fingerprint": parts.model },

@@ -142,9 +142,9 @@ pub struct StructuredReport {
 pub struct StructuredEntry {
     /// Index of the layer.
     pub layer: u32,
-    /// KV heads that stay, if heads were to go.
+    /// Blocks of attention that stay, if any were to go: KV heads, or what `[pattern] attention` says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub kv_heads: Option<Vec<u32>>,
+    pub attention: Option<Vec<u32>>,
     /// Number of channels that stay.
     pub channels: u64,
     /// Parameters removed.
@@ -378,7 +378,7 @@ fn structured(structure: &Structure, kept: &BTreeMap<u32, &Kept>) -> StructuredR
             let kept = kept.get(&layer)?;
             Some(StructuredEntry {
                 layer,
-                kv_heads: kept.attention.clone(),
+                attention: kept.attention.clone(),
                 channels: kept.channels.len() as u64,
                 removed: kept.removed(pairs) as u64,
             })

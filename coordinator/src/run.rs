@@ -54,8 +54,6 @@ pub struct Setting {
     pub stop: CancellationToken,
 }
 
-/// Channels that stay are a multiple of this unless the job says otherwise.
-const ROUND_TO: usize = 8;
 /// How long to wait for the first workers.
 const WORKERS_PATIENCE: Duration = Duration::from_secs(120);
 
@@ -442,8 +440,10 @@ fn asked(job: &JobSpec) -> Result<Asked, RunError> {
         share: job.pattern()?.sparsity(),
         allocation: job.pattern.allocation,
         layout: layout_of(job),
-        round_to: job.pattern.round_to.unwrap_or(ROUND_TO),
+        round_to: job.pattern.round_to,
         kv_heads: job.pattern.kv_heads,
+        unit: job.pattern.attention.unwrap_or_default(),
+        tensor_parallel: job.output.tensor_parallel.unwrap_or(1),
     })
 }
 
@@ -456,6 +456,8 @@ fn refuse_structured_keys(job: &JobSpec) -> Result<(), WidthError> {
     let keys = [
         ("[pattern] round_to", job.pattern.round_to.is_some()),
         ("[pattern] kv_heads", job.pattern.kv_heads.is_some()),
+        ("[pattern] attention", job.pattern.attention.is_some()),
+        ("[output] tensor_parallel", job.output.tensor_parallel.is_some()),
         ("[output] layout", job.output.layout.is_some_and(|layout| layout != Layout::Masked)),
     ];
     match keys.iter().find(|(_, given)| *given) {

@@ -10,7 +10,7 @@ use harness::process::Workplace;
 use harness::{golden, tiny};
 use serde_json::Value;
 
-const METHODS: [&str; 4] = ["wanda-columns", "fasp", "spap", "slimgpt"];
+const METHODS: [&str; 5] = ["magnitude-columns", "wanda-columns", "fasp", "spap", "slimgpt"];
 const MODELS: [&str; 3] = ["llama-tiny", "opt-tiny", "qwen2-tiny"];
 /// Channels that stay are a multiple of this by default.
 const ROUND_TO: u64 = 8;
@@ -162,6 +162,12 @@ fn what_would_not_load_is_refused_before_any_work() {
         (mha.clone(), vec!["--method", "slimgpt", "--kv-heads", "1"], "remove 0 or 2"),
         (mha.clone(), vec!["--method", "slimgpt", "--allocation", "log"], "\"padded\""),
         (mha.clone(), vec!["--method", "wanda", "--layout", "uniform"], "[output] layout"),
+        (mha.clone(), vec!["--method", "wanda", "--tensor-parallel", "2"], "[output] tensor_parallel"),
+        (mha.clone(), vec!["--method", "fasp", "--tensor-parallel", "3"], "num_attention_heads = 4"),
+        (mha.clone(), vec!["--method", "fasp", "--attention", "channels"], "layout = \"masked\""),
+        (mha.clone(), vec!["--method", "fasp", "--attention", "query-heads", "--kv-heads", "1"], "kv-heads"),
+        (mha.clone(), vec!["--method", "fasp", "--layout", "nemotron-nas", "--round-to", "64"], "nearest is 256"),
+        (tiny("qwen2-tiny"), vec!["--method", "fasp", "--layout", "nemotron-nas"], "LLaMA's kind"),
         (mha.clone(), vec!["--method", "spap", "--sparsity", "0.9"], "cannot lose"),
         (mha, vec!["--method", "fasp", "--pattern", "2:4"], "whole heads and channels"),
         (tiny("opt-tiny"), vec!["--method", "fasp", "--kv-heads", "1"], "cannot be removed from this model"),
@@ -196,4 +202,103 @@ fn verify_finds_what_is_wrong() {
     }
     let fine = workplace.run(["verify", utf8(&tiny("llama-tiny"))]).unwrap();
     assert_eq!(fine.code(), Some(0), "{} {}", fine.stdout, fine.stderr);
+}
+
+/// Reads the artifacts of committed layers anew: the worker that takes over replays what the first one cut.
+#[test]
+fn tuned_and_swept_results_do_not_depend_on_the_workers() {
+    for (model, flags) in [
+        ("llama-tiny", &["--method", "slimgpt", "--set", "method.reconstruct=submodule"][..]),
+        ("opt-tiny", &["--method", "fasp", "--set", "method.reconstruct=submodule"][..]),
+        (
+            "qwen2-tiny",
+            &["--method", "fasp", "--attention", "query-heads", "--set", "method.reconstruct=submodule"][..],
+        ),
+        ("qwen2-tiny", &["--method", "spap"][..]),
+        ("opt-tiny", &["--method", "spap"][..]),
+    ] {
+        let workplace = Workplace::new();
+        let asked = ["--sparsity", "0.5", "--held-out", "0.25"];
+        let quick = if flags.len() > 2 { &["--set", "method.reconstruct_epochs=2"][..] } else { &[][..] };
+        let reports = ["1", "2", "3"].map(|workers| {
+            let more = [flags, &asked[..], quick, &["--workers", workers]].concat();
+            prune(&workplace, &tiny(model), workers, &more)
+                .unwrap_or_else(|error| panic!("{model}, {flags:?}: {error:#}"))
+        });
+        for workers in ["2", "3"] {
+            let at = |name: &str| workplace.path().join(name);
+            same_files(&at("1"), &at(workers)).unwrap_or_else(|error| panic!("{model}, {flags:?}: {error:#}"));
+        }
+        // Somewhere it helped, and nowhere it made things worse on what was held out.
+        let sublayers = reports[0]["sublayers"].as_array().unwrap();
+        let tuned: Vec<&Value> =
+            sublayers.iter().map(|entry| &entry["reconstruction"]).filter(|tuned| tuned.is_object()).collect();
+        let errors = |key: &str| tuned.iter().map(|tuned| tuned[key].as_f64().unwrap()).collect::<Vec<_>>();
+        let (before, after) = (errors("error_before"), errors("error_after"));
+        assert!(after.iter().zip(&before).all(|(after, before)| after <= before), "{model}, {flags:?}");
+        assert!(
+            after.iter().zip(&before).any(|(after, before)| after < before),
+            "{model}, {flags:?}: nothing was tuned"
+        );
+    }
+}
+
+#[test]
+fn layers_of_their_own_widths_compute_what_masked_ones_do() {
+    let workplace = Workplace::new();
+    let asked = ["--method", "slimgpt", "--sparsity", "0.4"];
+    let report =
+        prune(&workplace, &tiny("llama-tiny"), "uneven", &[&asked[..], &["--layout", "nemotron-nas"]].concat());
+    let structured = &report.unwrap()["structured"];
+    let channels: Vec<_> = structured["layers"].as_array().unwrap().iter().map(|l| l["channels"].as_u64()).collect();
+    assert!(channels.iter().all(|width| width.unwrap() % 256 == 0) && channels.contains(&Some(256)), "{channels:?}");
+    let config: Value =
+        serde_json::from_slice(&fs::read(workplace.path().join("uneven/config.json")).unwrap()).unwrap();
+    assert_eq!(config["model_type"], "nemotron-nas");
+    assert_eq!(config["block_configs"][0]["attention"]["n_heads_in_group"], 3);
+    assert!(config["intermediate_size"].is_null() && config["num_key_value_heads"].is_null());
+    // The same blocks with zeros in their place: the widths are those that the layout asks for.
+    let masked = [&asked[..], &["--layout", "masked", "--round-to", "256"]].concat();
+    prune(&workplace, &tiny("llama-tiny"), "masked", &masked).unwrap();
+    let exported = workplace.run(["export", "masked", "--layout", "nemotron-nas", "--output", "exported"]);
+    exported.and_then(harness::process::Finished::success).unwrap();
+    let text = golden().join("text/wikitext2-test-head.txt");
+    let of = |model: &str| losses(&workplace, model, &text, "64").unwrap_or_else(|error| panic!("{model}: {error:#}"));
+    for (x, y) in of("masked").iter().zip(of("exported")) {
+        assert!((x / y - 1.0).abs() < 1e-6, "{x} {y}");
+    }
+    assert_eq!(of("uneven").len(), 8);
+    let verified = workplace.run(["verify", "uneven", "--json"]).unwrap().success().unwrap().json().unwrap();
+    assert_eq!(verified["findings"], Value::Array(Vec::new()), "{verified}");
+}
+
+#[test]
+fn query_heads_and_channels_go_evenly_and_compute_the_same() {
+    let workplace = Workplace::new();
+    // 6 query heads on 2 KV heads: one of each group goes, and keys and values stay.
+    let asked = ["--method", "fasp", "--sparsity", "0.4", "--attention", "query-heads", "--layout", "masked"];
+    prune(&workplace, &tiny("llama-tiny"), "masked", &asked).unwrap();
+    let exported = workplace.run(["export", "masked", "--layout", "uniform", "--output", "sliced"]);
+    exported.and_then(harness::process::Finished::success).unwrap();
+    let config: Value =
+        serde_json::from_slice(&fs::read(workplace.path().join("sliced/config.json")).unwrap()).unwrap();
+    assert_eq!((config["num_attention_heads"].as_u64(), config["num_key_value_heads"].as_u64()), (Some(4), Some(2)));
+    let text = golden().join("text/wikitext2-test-head.txt");
+    let of = |model: &str| losses(&workplace, model, &text, "64").unwrap_or_else(|error| panic!("{model}: {error:#}"));
+    for (x, y) in of("masked").iter().zip(of("sliced")) {
+        assert!((x / y - 1.0).abs() < 1e-6, "{x} {y}");
+    }
+    for model in MODELS {
+        let asked = ["--method", "fasp", "--sparsity", "0.3", "--attention", "channels", "--layout", "masked"];
+        let report = prune(&workplace, &tiny(model), &format!("channels-{model}"), &asked).unwrap();
+        let layers = report["structured"]["layers"].as_array().unwrap();
+        let channels: Vec<_> = layers.iter().map(|layer| layer["attention"].as_array().unwrap().len()).collect();
+        assert!(channels.iter().all(|&width| width > 0 && width == channels[0]), "{model}: {channels:?}");
+        let share = report["structured"]["share"].as_f64().unwrap();
+        assert!((share - 0.3).abs() < 0.02, "{model}: {share}");
+        let export =
+            workplace.run(["export", &format!("channels-{model}"), "--layout", "uniform", "--output", "x"]).unwrap();
+        assert_eq!(export.code(), Some(65), "{model}");
+        assert!(export.stderr.contains("masked"), "{}", export.stderr);
+    }
 }

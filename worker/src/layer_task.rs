@@ -101,10 +101,17 @@ fn prune_groups(
                 let Pruned { group, member, stored, report } = pruned;
                 let outline = &outline.groups[*group][*member];
                 let stats = Arc::clone(&gathered[*group - draft.groups().start]);
-                reconstruct::Part { place: (*group, *member), outline, stats, stored, report }
+                // With the zeros of a mask, those that the solver left are the ones to keep.
+                let solved = (pattern == Pattern::Imported).then(|| lanes[0].layer().weight(*group, *member).clone());
+                let check: reconstruct::Check<'_> = Box::new(move |dense, tuned| {
+                    let problem =
+                        Problem { tensor: &outline.tensor, weight: dense, pattern, imported: solved.as_ref() };
+                    verify(&problem, &stats, tuned).map(Some)
+                });
+                reconstruct::Part { place: (*group, *member), outline, stored, report: Some(report), check }
             });
             let mut parts: Vec<_> = parts.collect();
-            draft.finish(place, &options, pattern, lanes, &mut parts, phases)?;
+            draft.finish(place, &options, lanes, &mut parts, phases)?;
             gathered.clear();
         }
     }

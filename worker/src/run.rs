@@ -222,7 +222,7 @@ pub fn inspect(job_json: &str) -> Result<ModelOutline, RunError> {
         vocabulary_size: decoder.vocabulary_size(),
         max_sequence_length: decoder.max_sequence_length(),
         other_bytes: (all_bytes as u64).saturating_sub(layer_bytes),
-        structure: structure_for(&*method.solver, &*decoder),
+        structure: structure_for(&*method.solver, &*decoder, &job),
         imports_zeros: method.solver.imports().is_some(),
         needs_dense: method.solver.needs() >= Statistics::GramAndCross || method.reconstruct.is_some(),
         method_version: method.version,
@@ -247,9 +247,9 @@ fn name_mask(params: &mut serde_json::Value) {
 }
 
 /// What a method may cut of a model: nothing unless it is a structured one.
-fn structure_for(solver: &dyn Solver, decoder: &dyn Decoder) -> Option<Structure> {
+fn structure_for(solver: &dyn Solver, decoder: &dyn Decoder, job: &JobSpec) -> Option<Structure> {
     let cuts_attention = solver.structured()?.cuts_attention();
-    let mut structure = decoder.structure();
+    let mut structure = decoder.structure(job.pattern.attention.unwrap_or_default());
     if !cuts_attention {
         structure.layers.iter_mut().for_each(|layer| layer.attention = None);
     }
@@ -298,7 +298,7 @@ impl Run {
         }
         let device = Device::Cpu;
         let model = open_model(&job.model.source, &device)?;
-        let structure = structure_for(&*method.solver, &*model.decoder);
+        let structure = structure_for(&*method.solver, &*model.decoder, &job);
         let mask = open_mask(&*method.solver)?;
         Ok(Self { id, job, job_json, store, tokens, model, method, mask, structure, device })
     }

@@ -153,7 +153,7 @@ impl Workplace<'_> {
         let mut corrected = dense.share();
         if let Some(artifact) = committed {
             if let Some(structure) = &run.structure {
-                let expected = cut_tensors(&*run.model.checkpoint, structure, layer)?;
+                let expected = cut_tensors(&*run.model.checkpoint, structure, &outline, layer)?;
                 let tensors = phases.time("load", || artifact::read_layer(&*run.store, artifact, expected))?;
                 apply_named(&mut *corrected, &outline, &tensors, &run.device)?;
             } else {

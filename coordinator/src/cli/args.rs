@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use espalier_common::job::{Allocation, Layout, Propagation};
+use espalier_common::structure::AttentionUnit;
 use espalier_common::telemetry::LogFormat;
 
 /// Prunes large language models across a cluster, or on this machine.
@@ -79,6 +80,29 @@ pub(crate) enum LayoutArg {
     Uniform,
     /// As narrow as the widest layer, the others filled up with zeros: loads where uniform does.
     Padded,
+    /// Each layer as narrow as it is (DeciLM's block_configs): loads in llama.cpp; transformers and vLLM want NVIDIA's config class.
+    NemotronNas,
+}
+
+/// What goes of attention at a time.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum AttentionArg {
+    /// A KV head with all its query heads.
+    KvHeads,
+    /// Query heads, as many of each KV head.
+    QueryHeads,
+    /// Channels of v and o, as many of each KV head; needs --layout masked.
+    Channels,
+}
+
+impl From<AttentionArg> for AttentionUnit {
+    fn from(argument: AttentionArg) -> Self {
+        match argument {
+            AttentionArg::KvHeads => Self::KvHeads,
+            AttentionArg::QueryHeads => Self::QueryHeads,
+            AttentionArg::Channels => Self::Channels,
+        }
+    }
 }
 
 impl From<LayoutArg> for Layout {
@@ -87,6 +111,7 @@ impl From<LayoutArg> for Layout {
             LayoutArg::Masked => Self::Masked,
             LayoutArg::Uniform => Self::Uniform,
             LayoutArg::Padded => Self::Padded,
+            LayoutArg::NemotronNas => Self::NemotronNas,
         }
     }
 }
@@ -144,6 +169,12 @@ pub(crate) struct PruneArgs {
     /// Structured methods: KV heads that every layer loses, with their query heads [default: by the share].
     #[arg(long)]
     pub(crate) kv_heads: Option<usize>,
+    /// Structured methods: what goes of attention at a time [default: kv-heads].
+    #[arg(long)]
+    pub(crate) attention: Option<AttentionArg>,
+    /// Structured methods: what stays can be split over this many devices [default: 1].
+    #[arg(long, value_parser = positive)]
+    pub(crate) tensor_parallel: Option<usize>,
     /// How sparsity is spread over layers [default: uniform].
     #[arg(long)]
     pub(crate) allocation: Option<AllocationArg>,

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use espalier_common::job::{Allocation, JobSpec, Layout, Propagation};
+use espalier_common::structure::AttentionUnit;
 use serde_json::{Map, Value, json};
 
 use super::CliError;
@@ -49,6 +50,8 @@ pub(crate) fn job(args: &PruneArgs) -> Result<JobSpec, CliError> {
     set("pattern", "round_to", args.round_to.map(Value::from));
     set("pattern", "kv_heads", args.kv_heads.map(Value::from));
     set("pattern", "allocation", args.allocation.map(|allocation| json!(Allocation::from(allocation))));
+    set("pattern", "attention", args.attention.map(|unit| json!(AttentionUnit::from(unit))));
+    set("output", "tensor_parallel", args.tensor_parallel.map(Value::from));
     set("output", "layout", args.layout.map(|layout| json!(Layout::from(layout))));
     let mode = args.propagation.map(|mode| json!(Propagation::from(mode)));
     set("propagation", "mode", mode);

@@ -5,12 +5,13 @@
 
 pub mod export;
 mod slice;
+mod uneven;
 
 use std::collections::BTreeMap;
 
 use espalier_common::checkpoint::TensorHeader;
 use espalier_common::job::Layout;
-use espalier_common::structure::{Kept, LayerStructure, Pair, Structure};
+use espalier_common::structure::{Kept, LayerStructure, Pair, Structure, Uneven};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -57,6 +58,27 @@ pub enum LayoutError {
     /// The record does not go with the model.
     #[error("the record of what stays does not fit {0}")]
     Record(String),
+    /// Channels that loaders would compute otherwise.
+    #[error(
+        "layer {layer} keeps {channels} channels, but layout = \"nemotron-nas\" loads multiples of {multiple}: prune to \
+         {nearest} with [pattern] round_to, or use \"padded\""
+    )]
+    Multiple {
+        /// The layer.
+        layer: usize,
+        /// What it keeps.
+        channels: usize,
+        /// What it must be a multiple of.
+        multiple: usize,
+        /// The nearest that load.
+        nearest: String,
+    },
+    /// A model that is not of LLaMA's kind.
+    #[error("layout = \"nemotron-nas\" is for LLaMA's kind without biases, which this model is not: use \"padded\"")]
+    NotUneven,
+    /// What was removed leaves no shape that a runtime knows.
+    #[error("what was removed leaves no shape that runtimes load: use layout = \"masked\"")]
+    OnlyMasked,
     /// The config cannot be edited.
     #[error("config.json is not an object")]
     Config,
@@ -69,6 +91,8 @@ pub(crate) struct Narrowing<'a> {
     cuts: BTreeMap<&'a str, Cut<'a>>,
     /// Keys of the config that change.
     config: BTreeMap<&'a str, usize>,
+    /// Channels of each layer, where each has its own.
+    uneven: Option<(&'a Uneven, Vec<usize>)>,
 }
 
 /// The kept blocks and the pair they belong to.
@@ -81,7 +105,7 @@ impl<'a> Narrowing<'a> {
     /// See [`LayoutError`].
     pub(crate) fn new(record: &'a StructuredRecord) -> Result<Self, LayoutError> {
         let StructuredRecord { structure, kept, layout } = record;
-        let mut narrowing = Self { record, cuts: BTreeMap::new(), config: BTreeMap::new() };
+        let mut narrowing = Self { record, cuts: BTreeMap::new(), config: BTreeMap::new(), uneven: None };
         if structure.layers.len() != kept.len() {
             return Err(LayoutError::Record(format!("a model of {} layers", structure.layers.len())));
         }
@@ -100,15 +124,33 @@ impl<'a> Narrowing<'a> {
             Some((&layer.channels, &kept.channels))
         };
         let layers = || structure.layers.iter().zip(kept);
-        narrowing.add("KV heads", layers().filter_map(attention).collect(), kept.len())?;
-        narrowing.add("channels", layers().filter_map(channels).collect(), kept.len())?;
+        if structure.only_masks() {
+            return Err(LayoutError::OnlyMasked);
+        }
+        // Heads are alike in all layers; channels need not be where the config tells them layer by layer.
+        let own = *layout == Layout::NemotronNas;
+        narrowing.add("heads", layers().filter_map(attention).collect(), kept.len(), false)?;
+        narrowing.add("channels", layers().filter_map(channels).collect(), kept.len(), own)?;
         if !narrowing.config.is_empty() {
             narrowing.config.extend(structure.explicit.iter().map(|(key, value)| (key.as_str(), *value)));
+        }
+        if *layout == Layout::NemotronNas {
+            let uneven = structure.uneven.as_ref().ok_or(LayoutError::NotUneven)?;
+            let channels: Vec<usize> = kept.iter().map(|kept| kept.channels.len()).collect();
+            channels.iter().enumerate().try_for_each(|(layer, &width)| uneven::check(layer, width, uneven))?;
+            narrowing.uneven = Some((uneven, channels));
         }
         Ok(narrowing)
     }
 
-    fn add(&mut self, what: &'static str, pairs: Vec<PairKept<'a>>, layers: usize) -> Result<(), LayoutError> {
+    /// Cuts one pair of every layer, all to the width of the widest, or each to its `own`.
+    fn add(
+        &mut self,
+        what: &'static str,
+        pairs: Vec<PairKept<'a>>,
+        layers: usize,
+        own: bool,
+    ) -> Result<(), LayoutError> {
         let widths = || pairs.iter().map(|(_, kept)| kept.len());
         let (Some(least), Some(most)) = (widths().min(), widths().max()) else { return Ok(()) };
         if pairs.len() != layers {
@@ -126,8 +168,10 @@ impl<'a> Narrowing<'a> {
                     of: rule.of,
                 });
             }
+            let blocks = if own { kept.len() } else { most };
             for slice in &pair.slices {
-                self.cuts.insert(&slice.tensor, Cut { axis: slice.axis, width: slice.width, kept, blocks: most });
+                let cut = Cut { axis: slice.axis, width: slice.width, kept, blocks, runs: pair.runs };
+                self.cuts.insert(&slice.tensor, cut);
             }
             self.config.extend(pair.config.iter().map(|(key, per_block)| (key.as_str(), most * per_block)));
         }
@@ -167,6 +211,9 @@ impl<'a> Narrowing<'a> {
         for (key, value) in &self.config {
             keys.insert((*key).to_owned(), Value::from(*value));
         }
+        if let Some((uneven, channels)) = &self.uneven {
+            uneven::rewrite(&mut config, channels, uneven)?;
+        }
         Ok(Some(serde_json::to_vec_pretty(&config).expect("what was parsed from JSON can be written")))
     }
 }
@@ -183,6 +230,8 @@ mod tests {
             consumer: tensor.to_owned(),
             blocks,
             block: width,
+            stride: 1,
+            runs: 1,
             parameters: width,
             fits_bias: false,
             slices: vec![Slice { tensor: tensor.to_owned(), axis: 1, width }],
@@ -199,7 +248,12 @@ mod tests {
         };
         StructuredRecord {
             layout,
-            structure: Structure { explicit: [("head_dim".to_owned(), 2)].into(), layers: vec![layer(0), layer(1)] },
+            structure: Structure {
+                explicit: [("head_dim".to_owned(), 2)].into(),
+                layers: vec![layer(0), layer(1)],
+                uneven: None,
+                only_masks: false,
+            },
             kept: kept
                 .map(|(heads, channels)| Kept { attention: Some(heads.to_vec()), channels: channels.to_vec() })
                 .into(),
@@ -222,13 +276,44 @@ mod tests {
     fn uneven_layers_are_padded_or_refused() {
         let kept: [(&[u32], &[u32]); 2] = [(&[0, 2], &[1, 3, 4]), (&[1], &[0])];
         let error = Narrowing::new(&record(Layout::Uniform, kept)).err().unwrap();
-        assert_eq!(error, LayoutError::Uneven { what: "KV heads", least: 1, most: 2 });
+        assert_eq!(error, LayoutError::Uneven { what: "heads", least: 1, most: 2 });
         let record = record(Layout::Padded, kept);
         let narrowing = Narrowing::new(&record).unwrap();
         let header = TensorHeader { dtype: Dtype::F32, shape: vec![1, 6] };
         assert_eq!(narrowing.header("1.down", &header).unwrap().shape, [1, 3]);
         let bytes = narrowing.bytes("1.down", &header, (0..24).collect());
         assert_eq!(bytes, [0, 1, 2, 3, 0, 0, 0, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn uneven_layers_are_as_narrow_as_they_are_where_the_config_tells_them_apart() {
+        let kept: [(&[u32], &[u32]); 2] = [(&[0, 2], &[1, 3, 4, 5]), (&[1], &[0, 2])];
+        let mut record = record(Layout::NemotronNas, kept);
+        assert_eq!(Narrowing::new(&record).err(), Some(LayoutError::NotUneven));
+        record.structure.uneven = Some(Uneven { hidden: 6, multiple: 2 });
+        let narrowing = Narrowing::new(&record).unwrap();
+        let header = TensorHeader { dtype: Dtype::F32, shape: vec![5, 6] };
+        let width = |name: &str| narrowing.header(name, &header).unwrap().shape[1];
+        assert_eq!((width("0.down"), width("1.down")), (4, 2));
+        let heads = TensorHeader { dtype: Dtype::F32, shape: vec![5, 8] };
+        assert_eq!(narrowing.header("1.o", &heads).unwrap().shape, [5, 4]);
+        let config = narrowing.config(&serde_json::json!({ "heads": 4 })).unwrap().unwrap();
+        let config: Value = serde_json::from_slice(&config).unwrap();
+        assert_eq!(config["block_configs"].as_array().unwrap().len(), 2);
+        record.structure.uneven = Some(Uneven { hidden: 6, multiple: 3 });
+        assert!(matches!(Narrowing::new(&record), Err(LayoutError::Multiple { layer: 0, channels: 4, .. })));
+    }
+
+    #[test]
+    fn interleaved_blocks_are_only_masked() {
+        let mut record = record(Layout::Padded, [(&[0, 2], &[1]), (&[1, 3], &[0])]);
+        for layer in &mut record.structure.layers {
+            let pair = layer.attention.as_mut().unwrap();
+            (pair.stride, pair.runs) = (2, 2);
+        }
+        assert_eq!(Narrowing::new(&record).err(), Some(LayoutError::OnlyMasked));
+        record.layout = Layout::Masked;
+        assert!(Narrowing::new(&record).is_ok());
     }
 
     #[test]

@@ -13,6 +13,8 @@ pub(crate) struct Cut<'a> {
     pub(crate) kept: &'a [u32],
     /// Blocks there are afterwards.
     pub(crate) blocks: usize,
+    /// The blocks are so many runs, each filled up by itself, so that query heads stay with their KV head.
+    pub(crate) runs: usize,
 }
 
 impl Cut<'_> {
@@ -27,7 +29,8 @@ impl Cut<'_> {
     pub(crate) fn fits(&self, header: &TensorHeader) -> bool {
         let length = header.shape.get(self.axis).copied().unwrap_or(0);
         let end = self.kept.last().map_or(0, |&last| (last as usize + 1).saturating_mul(self.width));
-        header.shape.len() <= 2 && self.kept.len() <= self.blocks && self.width > 0 && end <= length
+        let runs = self.kept.len().is_multiple_of(self.runs) && self.blocks.is_multiple_of(self.runs);
+        header.shape.len() <= 2 && runs && self.kept.len() <= self.blocks && self.width > 0 && end <= length
     }
 
     /// The elements afterwards; `header` is the shape before, which must fit.
@@ -38,10 +41,12 @@ impl Cut<'_> {
         let part = header.shape[self.axis] * inner;
         let mut out = Vec::with_capacity(bytes.len() / header.shape[self.axis].max(1) * self.blocks * self.width);
         for part in bytes.chunks_exact(part.max(1)) {
-            for &block in self.kept {
-                out.extend_from_slice(&part[block as usize * run..(block as usize + 1) * run]);
+            for kept in self.kept.chunks((self.kept.len() / self.runs).max(1)) {
+                for &block in kept {
+                    out.extend_from_slice(&part[block as usize * run..(block as usize + 1) * run]);
+                }
+                out.resize(out.len() + (self.blocks - self.kept.len()) / self.runs * run, 0);
             }
-            out.resize(out.len() + (self.blocks - self.kept.len()) * run, 0);
         }
         out
     }
@@ -64,7 +69,7 @@ mod tests {
 
     #[test]
     fn blocks_of_rows_stay_and_the_rest_is_zero() {
-        let cut = Cut { axis: 0, width: 2, kept: &[0, 2], blocks: 3 };
+        let cut = Cut { axis: 0, width: 2, kept: &[0, 2], blocks: 3, runs: 1 };
         let before = header(&[6, 3]);
         assert!(cut.fits(&before));
         assert_eq!(cut.header(&before).shape, [6, 3]);
@@ -75,21 +80,28 @@ mod tests {
 
     #[test]
     fn blocks_of_columns_stay_in_every_row() {
-        let cut = Cut { axis: 1, width: 2, kept: &[1], blocks: 1 };
+        let cut = Cut { axis: 1, width: 2, kept: &[1], blocks: 1, runs: 1 };
         let before = header(&[3, 4]);
         assert_eq!(cut.header(&before).shape, [3, 2]);
         assert_eq!(cut.bytes(&before, &matrix(3, 4)), [0, 2, 0, 3, 1, 2, 1, 3, 2, 2, 2, 3]);
     }
 
     #[test]
+    fn every_run_is_filled_up_by_itself() {
+        let cut = Cut { axis: 0, width: 1, kept: &[1, 2], blocks: 4, runs: 2 };
+        assert_eq!(cut.bytes(&header(&[4]), &[0, 0, 1, 1, 2, 2, 3, 3]), [1, 1, 0, 0, 2, 2, 0, 0]);
+        assert!(!Cut { kept: &[1], ..cut }.fits(&header(&[4])));
+    }
+
+    #[test]
     fn vectors_are_cut_like_rows() {
-        let cut = Cut { axis: 0, width: 1, kept: &[1, 3], blocks: 2 };
+        let cut = Cut { axis: 0, width: 1, kept: &[1, 3], blocks: 2, runs: 1 };
         assert_eq!(cut.bytes(&header(&[4]), &[0, 0, 1, 1, 2, 2, 3, 3]), [1, 1, 3, 3]);
     }
 
     #[test]
     fn what_does_not_fit_is_told() {
-        let cut = |axis, width, kept, blocks| Cut { axis, width, kept, blocks };
+        let cut = |axis, width, kept, blocks| Cut { axis, width, kept, blocks, runs: 1 };
         assert!(!cut(1, 1, &[0][..], 1).fits(&header(&[4])));
         assert!(!cut(0, 2, &[2][..], 1).fits(&header(&[4, 4])));
         assert!(!cut(0, 1, &[0, 1][..], 1).fits(&header(&[4])));

@@ -2,7 +2,7 @@
 
 use espalier_common::job::{Allocation, Layout};
 use espalier_common::pattern::Pattern;
-use espalier_common::structure::{LayerStructure, Pair, Structure};
+use espalier_common::structure::{AttentionUnit, LayerStructure, Pair, Structure};
 
 /// What a job asks of a structured method.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -13,11 +13,18 @@ pub struct Asked {
     pub allocation: Allocation,
     /// What the checkpoint will look like.
     pub layout: Layout,
-    /// Channels that stay are a multiple of this.
-    pub round_to: usize,
+    /// Channels that stay are a multiple of this, if the job says.
+    pub round_to: Option<usize>,
     /// KV heads to remove from each layer, if the job says.
     pub kv_heads: Option<usize>,
+    /// What goes of attention at a time.
+    pub unit: AttentionUnit,
+    /// Devices that what stays can be split over.
+    pub tensor_parallel: usize,
 }
+
+/// Channels that stay are a multiple of this unless the job says otherwise: what kernels are made for.
+const USUAL_MULTIPLE: usize = 8;
 
 /// Why a share cannot be removed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -83,6 +90,46 @@ pub enum WidthError {
         "[pattern] allocation = \"owl\" and \"measured\" are for methods that place zeros: use \"uniform\" or \"log\""
     )]
     Surveyed,
+    /// Widths that the layout or the devices cannot have.
+    #[error("[pattern] round_to = {round_to} leaves widths that {why} cannot take: the nearest is {nearest}")]
+    RoundTo {
+        /// What the job says.
+        round_to: usize,
+        /// Who asks for more.
+        why: String,
+        /// A multiple that suits all.
+        nearest: usize,
+    },
+    /// Attention that cannot be split over the devices.
+    #[error(
+        "{key} = {value} cannot be split over [output] tensor_parallel = {devices} devices: {nearest}, or use another number of \
+         devices"
+    )]
+    WouldNotSplit {
+        /// Key of the config.
+        key: String,
+        /// What it would be.
+        value: usize,
+        /// Devices.
+        devices: usize,
+        /// What can.
+        nearest: String,
+    },
+    /// What is removed leaves no shape that a runtime knows.
+    #[error(
+        "what is removed here (attention = \"channels\", or layers of other widths) leaves no shape that runtimes load: use \
+         [output] layout = \"masked\""
+    )]
+    OnlyMasked,
+    /// A model that is not of LLaMA's kind.
+    #[error("layout = \"nemotron-nas\" is for LLaMA's kind without biases, which this model is not: use \"padded\"")]
+    NotUneven,
+    /// KV heads where something else goes.
+    #[error("[pattern] kv_heads = {remove} needs attention = \"kv-heads\"")]
+    OtherUnit {
+        /// KV heads to be removed.
+        remove: usize,
+    },
     /// A job that asks for what its method does not do.
     #[error("{key} is for methods that remove heads and channels, which this one does not")]
     NotStructured {
@@ -106,10 +153,19 @@ pub fn widths(structure: &Structure, asked: &Asked) -> Result<Vec<Pattern>, Widt
     if asked.layout == Layout::Uniform && asked.allocation != Allocation::Uniform {
         return Err(WidthError::Uneven);
     }
+    if asked.layout != Layout::Masked && structure.only_masks() {
+        return Err(WidthError::OnlyMasked);
+    }
+    if let Some(remove) = asked.kv_heads.filter(|_| asked.unit != AttentionUnit::KvHeads) {
+        return Err(WidthError::OtherUnit { remove });
+    }
+    let multiple = multiple(structure, asked)?;
     let shares = match asked.allocation {
         Allocation::Uniform | Allocation::Owl | Allocation::Measured => vec![asked.share; structure.layers.len()],
         Allocation::Log => log_shares(structure.layers.len(), asked.share, 0.0),
     };
+    // Layers that need not be alike make up for each other's rounding.
+    let carries = asked.allocation != Allocation::Uniform || asked.layout == Layout::NemotronNas;
     let mut carried = 0.0;
     structure
         .layers
@@ -120,14 +176,14 @@ pub fn widths(structure: &Structure, asked: &Asked) -> Result<Vec<Pattern>, Widt
             let budget = share * layer.parameters as f64 + carried;
             let (attention, removed) = match (&layer.attention, asked.kv_heads) {
                 (Some(pair), kv_heads) => {
-                    let heads = heads_to_remove(pair, share, kv_heads, asked.layout)?;
+                    let heads = heads_to_remove(pair, share, kv_heads, asked)?;
                     (heads, heads * pair.parameters)
                 }
                 (None, Some(remove)) if remove > 0 => return Err(WidthError::NoHeads { remove }),
                 (None, _) => (0, 0),
             };
-            let channels = channels_to_remove(index, layer, budget, (attention, removed), asked.round_to)?;
-            if asked.allocation != Allocation::Uniform {
+            let channels = channels_to_remove(index, layer, budget, (attention, removed), multiple)?;
+            if carries {
                 carried = budget - (removed + channels * layer.channels.parameters) as f64;
             }
             Ok(Pattern::Blocks { attention, channels })
@@ -135,31 +191,83 @@ pub fn widths(structure: &Structure, asked: &Asked) -> Result<Vec<Pattern>, Widt
         .collect()
 }
 
-fn heads_to_remove(pair: &Pair, share: f64, asked: Option<usize>, layout: Layout) -> Result<usize, WidthError> {
+/// What the number of channels that stay must be a multiple of.
+fn multiple(structure: &Structure, asked: &Asked) -> Result<usize, WidthError> {
+    let devices = if asked.layout == Layout::Masked { 1 } else { asked.tensor_parallel };
+    let mut needed = (devices, format!("[output] tensor_parallel = {devices}"));
+    if asked.layout == Layout::NemotronNas {
+        let uneven = structure.uneven.as_ref().ok_or(WidthError::NotUneven)?;
+        needed = (least_common(uneven.multiple, devices), "layout = \"nemotron-nas\"".to_owned());
+    }
+    let (needed, why) = needed;
+    match asked.round_to {
+        Some(round_to) if round_to.is_multiple_of(needed) => Ok(round_to),
+        Some(round_to) => Err(WidthError::RoundTo { round_to, why, nearest: least_common(round_to, needed) }),
+        None => Ok(least_common(USUAL_MULTIPLE, needed)),
+    }
+}
+
+fn least_common(a: usize, b: usize) -> usize {
+    let (mut x, mut y) = (a, b);
+    while y > 0 {
+        (x, y) = (y, x % y);
+    }
+    a / x * b
+}
+
+/// Whether `blocks` of attention can be split: query heads evenly, KV heads evenly or copied evenly.
+///
+/// Source: vLLM's rule, which copies KV heads where there are fewer of them than devices.
+fn splits(pair: &Pair, blocks: usize, devices: usize) -> bool {
+    let heads = blocks * pair.config.values().max().copied().unwrap_or(1);
+    heads.is_multiple_of(devices) && (blocks.is_multiple_of(devices) || devices.is_multiple_of(blocks))
+}
+
+fn heads_to_remove(pair: &Pair, share: f64, kv_heads: Option<usize>, asked: &Asked) -> Result<usize, WidthError> {
     let blocks = pair.blocks;
-    let loads = |remove: &usize| *remove < blocks && (layout == Layout::Masked || pair.loads_with(blocks - remove));
-    let Some(remove) = asked else {
+    let masked = asked.layout == Layout::Masked;
+    let devices = if masked { 1 } else { asked.tensor_parallel };
+    let loads = |remove: &usize| {
+        let stay = blocks.saturating_sub(*remove);
+        pair.splits_into(stay) && (masked || (pair.loads_with(stay) && splits(pair, stay, devices)))
+    };
+    let nearest_to = |remove: usize| {
+        let below = (0..remove.min(blocks)).rev().find(loads);
+        let above = (remove + 1..blocks).find(loads);
+        let removals: Vec<String> = below.iter().chain(&above).map(usize::to_string).collect();
+        removals.join(" or ")
+    };
+    let would_not_split = |remove: usize| {
+        let (key, per_block) =
+            pair.config.iter().rev().max_by_key(|(_, count)| **count).map_or(("", 1), |(k, c)| (k, *c));
+        let nearest = match nearest_to(remove) {
+            none if none.is_empty() => "no number of heads can".to_owned(),
+            removals => format!("remove {removals} of {blocks} with [pattern] kv_heads"),
+        };
+        WidthError::WouldNotSplit { key: key.to_owned(), value: (blocks - remove) * per_block, devices, nearest }
+    };
+    let Some(remove) = kv_heads else {
         // Removing no head always loads, or the dense model would not either. The sum is off by rounding at whole heads.
         let whole = (share * blocks as f64 + 1e-9).floor() as usize;
-        return Ok((0..=whole).rev().find(loads).unwrap_or(0));
+        return match (0..=whole).rev().find(loads) {
+            Some(remove) => Ok(remove),
+            None if !splits(pair, blocks, devices) => Err(would_not_split(0)),
+            None => Ok(0),
+        };
     };
     match &pair.divides {
         _ if remove >= blocks => Err(WidthError::AllHeads { remove, blocks }),
-        Some(rule) if !loads(&remove) => {
-            let below = (0..remove).rev().find(loads);
-            let above = (remove + 1..blocks).find(loads);
-            let nearest: Vec<String> = below.iter().chain(&above).map(usize::to_string).collect();
-            Err(WidthError::WouldNotLoad {
-                remove,
-                blocks,
-                key: rule.key.clone(),
-                value: (blocks - remove) * rule.per_block,
-                of_key: rule.of_key.clone(),
-                of: rule.of,
-                nearest: nearest.join(" or "),
-            })
-        }
-        _ => Ok(remove),
+        _ if loads(&remove) => Ok(remove),
+        Some(rule) if !pair.loads_with(blocks - remove) => Err(WidthError::WouldNotLoad {
+            remove,
+            blocks,
+            key: rule.key.clone(),
+            value: (blocks - remove) * rule.per_block,
+            of_key: rule.of_key.clone(),
+            of: rule.of,
+            nearest: nearest_to(remove),
+        }),
+        _ => Err(would_not_split(remove)),
     }
 }
 
@@ -168,7 +276,7 @@ fn channels_to_remove(
     layer: &LayerStructure,
     budget: f64,
     (heads, removed): (usize, usize),
-    round_to: usize,
+    multiple: usize,
 ) -> Result<usize, WidthError> {
     let Pair { blocks, parameters, .. } = layer.channels;
     let wanted = (budget - removed as f64) / parameters as f64;
@@ -176,16 +284,16 @@ fn channels_to_remove(
         return Ok(0);
     }
     let stay = blocks as f64 - wanted;
-    let multiple = (stay / round_to as f64).round() * round_to as f64;
+    let rounded = (stay / multiple as f64).round() * multiple as f64;
     // No multiple fits between what stays and the dense width: the dense width it is.
-    let stay = if multiple >= blocks as f64 { blocks } else { multiple.max(0.0) as usize };
+    let stay = if rounded >= blocks as f64 { blocks } else { rounded.max(0.0) as usize };
     if stay == 0 || wanted >= blocks as f64 {
         return Err(WidthError::TooMuch {
             layer: index,
             asked: budget.round() as usize,
             parameters: layer.parameters,
             heads,
-            most: removed + blocks.saturating_sub(round_to) * parameters,
+            most: removed + blocks.saturating_sub(multiple) * parameters,
         });
     }
     Ok(blocks - stay)
@@ -209,7 +317,7 @@ pub fn log_shares(layers: usize, share: f64, first: f64) -> Vec<f64> {
 mod tests {
     use std::collections::BTreeMap;
 
-    use espalier_common::structure::Divides;
+    use espalier_common::structure::{Divides, Uneven};
 
     use super::*;
 
@@ -218,6 +326,8 @@ mod tests {
             consumer: String::new(),
             blocks,
             block,
+            stride: 1,
+            runs: 1,
             parameters,
             fits_bias: false,
             slices: Vec::new(),
@@ -236,17 +346,27 @@ mod tests {
         let per_head = 2 * hidden * width * (queries + 1);
         let rule =
             Divides { key: "num_attention_heads".into(), per_block: queries, of_key: "hidden_size".into(), of: hidden };
-        let attention = Pair { divides: Some(rule), ..pair(kv_heads, queries * width, per_head) };
+        let config = [("num_attention_heads".to_owned(), queries), ("num_key_value_heads".to_owned(), 1)].into();
+        let attention = Pair { divides: Some(rule), config, ..pair(kv_heads, queries * width, per_head) };
         let layer = LayerStructure {
             parameters: kv_heads * per_head + channels * 3 * hidden,
             attention: Some(attention),
             channels: pair(channels, 1, 3 * hidden),
         };
-        Structure { explicit: BTreeMap::new(), layers: vec![layer; layers] }
+        let uneven = Some(Uneven { hidden, multiple: 256 });
+        Structure { explicit: BTreeMap::new(), layers: vec![layer; layers], uneven, only_masks: false }
     }
 
     fn asked(share: f64) -> Asked {
-        Asked { share, allocation: Allocation::Uniform, layout: Layout::Uniform, round_to: 1, kv_heads: None }
+        Asked {
+            share,
+            allocation: Allocation::Uniform,
+            layout: Layout::Uniform,
+            round_to: Some(1),
+            kv_heads: None,
+            unit: AttentionUnit::KvHeads,
+            tensor_parallel: 1,
+        }
     }
 
     fn removed(structure: &Structure, patterns: &[Pattern]) -> usize {
@@ -282,7 +402,7 @@ mod tests {
 
     #[test]
     fn channels_that_stay_are_a_multiple_of_what_was_asked() {
-        let patterns = widths(&smollm2(1), &Asked { round_to: 64, ..asked(0.5) }).unwrap();
+        let patterns = widths(&smollm2(1), &Asked { round_to: Some(64), ..asked(0.5) }).unwrap();
         assert_eq!(patterns, [Pattern::Blocks { attention: 1, channels: 832 }]);
     }
 
@@ -298,6 +418,68 @@ mod tests {
         assert!(matches!(widths(&structure, &masked).unwrap()[0], Pattern::Blocks { attention: 2, .. }));
         let error = widths(&structure, &Asked { kv_heads: Some(8), ..asked(0.3) }).unwrap_err();
         assert_eq!(error, WidthError::AllHeads { remove: 8, blocks: 8 });
+    }
+
+    #[test]
+    fn what_devices_cannot_share_is_refused_with_what_they_can() {
+        // 8 groups of 4 heads: 4 devices can share 8 or 4 groups, and copies of 2 or 1.
+        let structure = llama(1, 8, 4, 4096, 14336);
+        let split = |devices| Asked { tensor_parallel: devices, ..asked(0.5) };
+        assert_eq!(
+            widths(&structure, &split(3)),
+            Err(WidthError::RoundTo { round_to: 1, why: "[output] tensor_parallel = 3".into(), nearest: 3 })
+        );
+        let three = Asked { round_to: None, ..split(3) };
+        assert!(matches!(widths(&structure, &three), Err(WidthError::WouldNotSplit { value: 32, devices: 3, .. })));
+        let patterns = widths(&structure, &Asked { round_to: None, ..split(4) }).unwrap();
+        let Pattern::Blocks { attention: 4, channels } = patterns[0] else { panic!("{patterns:?}") };
+        assert!((14336 - channels).is_multiple_of(8));
+        let masked = Asked { layout: Layout::Masked, ..split(3) };
+        assert!(widths(&structure, &masked).is_ok());
+        // Two devices cannot share three groups of three heads, but two groups they can.
+        let small = Asked { round_to: None, share: 0.2, ..split(2) };
+        let refused = widths(&smollm2(1), &small).unwrap_err().to_string();
+        assert!(refused.contains("num_attention_heads = 9") && refused.contains("remove 1 of 3"), "{refused}");
+        assert!(widths(&smollm2(1), &Asked { share: 0.5, ..small }).is_ok());
+    }
+
+    #[test]
+    fn uneven_layers_keep_a_multiple_that_loaders_compute_and_meet_the_share_together() {
+        let structure = llama(12, 8, 4, 4096, 14336);
+        let nas = Asked { layout: Layout::NemotronNas, round_to: None, ..asked(0.3) };
+        let patterns = widths(&structure, &nas).unwrap();
+        for pattern in &patterns {
+            let Pattern::Blocks { channels, .. } = pattern else { panic!("{pattern}") };
+            assert!((14336 - channels).is_multiple_of(256));
+        }
+        let target = 0.3 * 12.0 * structure.layers[0].parameters as f64;
+        assert!((removed(&structure, &patterns) as f64 - target).abs() <= 128.0 * 3.0 * 4096.0);
+        let error = widths(&structure, &Asked { round_to: Some(96), ..nas }).unwrap_err();
+        assert!(matches!(error, WidthError::RoundTo { round_to: 96, nearest: 768, .. }), "{error}");
+        let mut other = structure;
+        other.uneven = None;
+        assert_eq!(widths(&other, &nas), Err(WidthError::NotUneven));
+    }
+
+    #[test]
+    fn runs_lose_alike_and_interleaved_blocks_are_only_masked() {
+        let mut structure = smollm2(1);
+        let attention = structure.layers[0].attention.as_mut().unwrap();
+        *attention = Pair { blocks: 9, block: 64, runs: 3, parameters: 2 * 576 * 64, ..attention.clone() };
+        attention.divides.as_mut().unwrap().per_block = 1;
+        let queries = Asked { unit: AttentionUnit::QueryHeads, ..asked(0.4) };
+        let patterns = widths(&structure, &queries).unwrap();
+        assert!(matches!(patterns[0], Pattern::Blocks { attention: 0 | 3, .. }), "{patterns:?}");
+        assert_eq!(
+            widths(&structure, &Asked { kv_heads: Some(1), ..queries }),
+            Err(WidthError::OtherUnit { remove: 1 })
+        );
+        let attention = structure.layers[0].attention.as_mut().unwrap();
+        *attention = Pair { blocks: 192, block: 3, stride: 64, divides: None, ..attention.clone() };
+        let channels = Asked { unit: AttentionUnit::Channels, ..queries };
+        assert_eq!(widths(&structure, &channels), Err(WidthError::OnlyMasked));
+        let patterns = widths(&structure, &Asked { layout: Layout::Masked, ..channels }).unwrap();
+        assert!(matches!(patterns[0], Pattern::Blocks { attention: 75, .. }), "{patterns:?}");
     }
 
     #[test]

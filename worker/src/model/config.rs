@@ -22,6 +22,14 @@ impl<'a> Config<'a> {
         Self { path, values }
     }
 
+    /// Another object of the same file.
+    pub(super) fn of<'b>(&self, values: &'b Value) -> Config<'b>
+    where
+        'a: 'b,
+    {
+        Config { path: self.path, values }
+    }
+
     /// An error about `key`.
     pub(super) fn refuse(&self, key: &str, reason: impl Into<String>) -> ModelError {
         ModelError::Config { path: self.path.to_owned(), key: key.to_owned(), reason: reason.into() }

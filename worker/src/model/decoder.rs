@@ -8,14 +8,14 @@ use candle_core::{Device, Tensor};
 use espalier_common::checkpoint::Checkpoint;
 use espalier_common::ids::LayerIndex;
 use espalier_common::outline::LayerOutline;
-use espalier_common::structure::{Divides, LayerStructure, Pair, Structure};
+use espalier_common::structure::{AttentionUnit, Divides, LayerStructure, Pair, Structure, Uneven};
 
 use super::attention::Attention;
 use super::blocks::{Linear, Norm, join};
 use super::config::Config;
 use super::load::{Expected, LinearSpec, Loader};
 use super::rope::Rope;
-use super::structure::{Coupled, parameters};
+use super::structure::{Coupled, Heads, parameters};
 use super::{Activation, Anatomy, Carry, Decoder, DecoderLayer, Head, HeadNorm, ModelError, Rotation, anatomy, fused};
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -37,6 +37,17 @@ pub(super) struct Spec {
     pub(super) qk_norm: bool,
     /// The attention window of each layer.
     pub(super) windows: Vec<Option<usize>>,
+    /// KV heads and channels of each layer where the config tells them layer by layer.
+    pub(super) widths: Option<Vec<Widths>>,
+}
+
+/// What may differ from layer to layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Widths {
+    /// KV heads.
+    pub(super) kv_heads: usize,
+    /// Feed-forward channels.
+    pub(super) channels: usize,
 }
 
 /// A decoder of the common kind.
@@ -44,10 +55,10 @@ pub(super) struct PreNormDecoder {
     spec: Spec,
     loader: Loader,
     hidden: usize,
-    intermediate: usize,
     vocabulary: usize,
     heads: usize,
-    kv_heads: usize,
+    /// One entry a layer.
+    widths: Vec<Widths>,
     head_dim: usize,
     epsilon: f64,
     max_positions: Option<usize>,
@@ -69,11 +80,17 @@ impl PreNormDecoder {
         }
         let hidden = config.dimension("hidden_size")?;
         let heads = config.dimension("num_attention_heads")?;
-        let kv_heads = config.dimension_if_any("num_key_value_heads")?.unwrap_or(heads);
-        if !heads.is_multiple_of(kv_heads) {
-            let reason = format!("{kv_heads} does not divide num_attention_heads = {heads}");
-            return Err(config.refuse("num_key_value_heads", reason));
-        }
+        let widths = match &spec.widths {
+            Some(widths) => widths.clone(),
+            None => {
+                let kv_heads = config.dimension_if_any("num_key_value_heads")?.unwrap_or(heads);
+                if !heads.is_multiple_of(kv_heads) {
+                    let reason = format!("{kv_heads} does not divide num_attention_heads = {heads}");
+                    return Err(config.refuse("num_key_value_heads", reason));
+                }
+                vec![Widths { kv_heads, channels: config.dimension("intermediate_size")? }; spec.windows.len()]
+            }
+        };
         let head_dim = match config.dimension_if_any("head_dim")? {
             Some(head_dim) => head_dim,
             None => config.head_width(hidden, heads)?,
@@ -82,10 +99,9 @@ impl PreNormDecoder {
             spec,
             loader: Loader::new(checkpoint, device),
             hidden,
-            intermediate: config.dimension("intermediate_size")?,
             vocabulary: config.dimension("vocab_size")?,
             heads,
-            kv_heads,
+            widths,
             head_dim,
             epsilon: config.positive_if_any("rms_norm_eps")?.unwrap_or(1e-6),
             max_positions: config.dimension_if_any("max_position_embeddings")?,
@@ -102,6 +118,12 @@ impl PreNormDecoder {
         if self.tied { EMBEDDING } else { HEAD }
     }
 
+    /// The widths of a layer. One beyond the last has none of its own, nor any tensors, which then are what is missed.
+    fn widths_of(&self, layer: LayerIndex) -> Widths {
+        let last = self.widths.last().copied().expect("a config has at least one layer");
+        self.widths.get(layer.0 as usize).copied().unwrap_or(last)
+    }
+
     /// The linear maps of a layer: q, k, v → o → gate, up → down.
     fn groups(&self, layer: LayerIndex) -> Vec<Vec<LinearSpec>> {
         let linear = |name: &str, rows, columns, bias| LinearSpec {
@@ -111,7 +133,8 @@ impl PreNormDecoder {
             bias,
         };
         let Spec { qkv_bias, o_bias, mlp_bias, .. } = self.spec;
-        let (q_width, kv_width) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let Widths { kv_heads, channels } = self.widths_of(layer);
+        let (q_width, kv_width) = (self.heads * self.head_dim, kv_heads * self.head_dim);
         vec![
             vec![
                 linear("self_attn.q_proj", q_width, self.hidden, qkv_bias),
@@ -120,10 +143,10 @@ impl PreNormDecoder {
             ],
             vec![linear("self_attn.o_proj", self.hidden, q_width, o_bias)],
             vec![
-                linear("mlp.gate_proj", self.intermediate, self.hidden, mlp_bias),
-                linear("mlp.up_proj", self.intermediate, self.hidden, mlp_bias),
+                linear("mlp.gate_proj", channels, self.hidden, mlp_bias),
+                linear("mlp.up_proj", channels, self.hidden, mlp_bias),
             ],
-            vec![linear("mlp.down_proj", self.hidden, self.intermediate, mlp_bias)],
+            vec![linear("mlp.down_proj", self.hidden, channels, mlp_bias)],
         ]
     }
 
@@ -167,41 +190,46 @@ impl Decoder for PreNormDecoder {
         self.loader.outline(&self.groups(layer), &self.norms(layer))
     }
 
-    fn structure(&self) -> Structure {
-        let queries = self.heads / self.kv_heads;
+    fn structure(&self, unit: AttentionUnit) -> Structure {
+        let llama = self.spec.family == super::llama::FAMILY.name;
         let layers = (0..self.layers()).map(|layer| {
             let groups = self.groups(LayerIndex(layer as u32));
-            let attention = Coupled {
-                producers: vec![
-                    (&groups[0][0], queries * self.head_dim),
-                    (&groups[0][1], self.head_dim),
-                    (&groups[0][2], self.head_dim),
-                ],
-                consumer: &groups[1][0],
-                blocks: self.kv_heads,
-                config: &[("num_attention_heads", queries), ("num_key_value_heads", 1)],
-            };
+            let Widths { kv_heads, channels } = self.widths[layer];
+            let heads = Heads { queries: self.heads / kv_heads, kv_heads, head_dim: self.head_dim };
+            let attention = heads.pair(&groups, unit);
             // transformers refuses other LLaMA configs, even with a head_dim of their own.
-            let divides = (self.spec.family == super::llama::FAMILY.name && self.hidden.is_multiple_of(self.heads))
-                .then(|| Divides {
-                    key: "num_attention_heads".to_owned(),
-                    per_block: queries,
-                    of_key: "hidden_size".to_owned(),
-                    of: self.hidden,
-                });
+            let divides = attention.config.get("num_attention_heads").filter(|_| llama).map(|&per_block| Divides {
+                key: "num_attention_heads".to_owned(),
+                per_block,
+                of_key: "hidden_size".to_owned(),
+                of: self.hidden,
+            });
             let channels = Coupled {
                 producers: groups[2].iter().map(|producer| (producer, 1)).collect(),
                 consumer: &groups[3][0],
-                blocks: self.intermediate,
+                blocks: channels,
+                stride: 1,
+                runs: 1,
                 config: &[("intermediate_size", 1)],
             };
             LayerStructure {
                 parameters: parameters(&groups),
-                attention: Some(Pair { divides, ..attention.pair() }),
+                attention: Some(Pair {
+                    divides: divides.filter(|rule| rule.of.is_multiple_of(self.heads)),
+                    ..attention
+                }),
                 channels: channels.pair(),
             }
         });
-        Structure { explicit: [("head_dim".to_owned(), self.head_dim)].into(), layers: layers.collect() }
+        let biased = self.spec.qkv_bias || self.spec.o_bias || self.spec.mlp_bias;
+        Structure {
+            explicit: [("head_dim".to_owned(), self.head_dim)].into(),
+            layers: layers.collect(),
+            uneven: (llama && !biased)
+                .then_some(Uneven { hidden: self.hidden, multiple: super::nemotron_nas::MULTIPLE }),
+            // A config that tells layers apart is not written anew.
+            only_masks: self.spec.widths.is_some(),
+        }
     }
 
     fn embed(&self, tokens: &[u32]) -> Result<Tensor, ModelError> {
@@ -213,12 +241,13 @@ impl Decoder for PreNormDecoder {
             self.norms(layer).iter().map(|(name, shape)| self.load_norm(name, shape)).collect::<Result<_, _>>()?;
         let mut norms = norms.into_iter();
         let window = self.spec.windows.get(layer.0 as usize).copied().flatten();
+        let Widths { kv_heads, .. } = self.widths_of(layer);
         Ok(Box::new(PreNormLayer {
             groups: self.loader.linears(&self.groups(layer))?,
             attention_norm: norms.next().expect("the first of two norms"),
             mlp_norm: norms.next().expect("the second of two norms"),
             qk_norm: norms.next().zip(norms.next()),
-            attention: Attention { heads: self.heads, kv_heads: self.kv_heads, head_dim: self.head_dim, window },
+            attention: Attention { heads: self.heads, kv_heads, head_dim: self.head_dim, window },
             rope: self.rope.clone(),
         }))
     }

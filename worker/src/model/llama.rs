@@ -19,6 +19,7 @@ pub(super) const FAMILY: ModelFamily = ModelFamily {
             mlp_bias: config.flag("mlp_bias", false)?,
             qk_norm: false,
             windows: vec![None; config.layers()?],
+            widths: None,
         };
         Ok(Box::new(PreNormDecoder::open(checkpoint.clone(), device, &config, spec)?))
     },

@@ -25,6 +25,7 @@ pub(super) const FAMILY: ModelFamily = ModelFamily {
             mlp_bias: false,
             qk_norm: false,
             windows: vec![window; config.layers()?],
+            widths: None,
         };
         Ok(Box::new(PreNormDecoder::open(checkpoint.clone(), device, &config, spec)?))
     },

@@ -15,6 +15,7 @@ mod golden_tests;
 mod llama;
 mod load;
 mod mistral;
+mod nemotron_nas;
 mod opt;
 mod qwen2;
 mod qwen3;
@@ -29,7 +30,7 @@ use candle_core::{Device, Tensor};
 use espalier_common::checkpoint::Checkpoint;
 use espalier_common::ids::LayerIndex;
 use espalier_common::outline::LayerOutline;
-use espalier_common::structure::Structure;
+use espalier_common::structure::{AttentionUnit, Structure};
 
 pub use anatomy::{Activation, Anatomy, HeadNorm, Rotation};
 pub use error::ModelError;
@@ -112,8 +113,8 @@ pub trait Decoder: Send + Sync {
     /// # Errors
     /// `MissingTensor`, `Shape`, with the tensor's name.
     fn outline(&self, layer: LayerIndex) -> Result<LayerOutline, ModelError>;
-    /// How the layers can be made narrower such that stock loaders still take them.
-    fn structure(&self) -> Structure;
+    /// How the layers can be made narrower such that stock loaders still take them, attention by a `unit` at a time.
+    fn structure(&self, unit: AttentionUnit) -> Structure;
     /// Hidden states `[tokens, hidden]` of one sequence, the input of layer 0. Reads only the rows it needs.
     ///
     /// # Errors
@@ -145,7 +146,8 @@ pub struct ModelFamily {
 pub type OpenDecoder = fn(Arc<dyn Checkpoint>, &Device) -> Result<Box<dyn Decoder>, ModelError>;
 
 /// The families that can be read.
-pub const FAMILIES: &[ModelFamily] = &[llama::FAMILY, mistral::FAMILY, qwen2::FAMILY, qwen3::FAMILY, opt::FAMILY];
+pub const FAMILIES: &[ModelFamily] =
+    &[llama::FAMILY, mistral::FAMILY, qwen2::FAMILY, qwen3::FAMILY, opt::FAMILY, nemotron_nas::FAMILY];
 
 /// Opens a checkpoint by the first of its config's `architectures`, its weights to be run on `device`.
 ///

@@ -7,13 +7,13 @@ use candle_core::{Device, Tensor};
 use espalier_common::checkpoint::Checkpoint;
 use espalier_common::ids::LayerIndex;
 use espalier_common::outline::LayerOutline;
-use espalier_common::structure::{LayerStructure, Structure};
+use espalier_common::structure::{AttentionUnit, LayerStructure, Structure};
 
 use super::attention::Attention;
 use super::blocks::{Linear, Norm, join};
 use super::config::Config;
 use super::load::{Expected, LinearSpec, Loader};
-use super::structure::{Coupled, parameters};
+use super::structure::{Coupled, Heads, parameters};
 use super::{Activation, Anatomy, Carry, Decoder, DecoderLayer, Head, ModelError, ModelFamily, anatomy};
 
 /// OPT, 125m to 66b.
@@ -184,19 +184,25 @@ impl Decoder for OptDecoder {
         self.loader.outline(&self.groups(layer), &norms)
     }
 
-    fn structure(&self) -> Structure {
+    fn structure(&self, unit: AttentionUnit) -> Structure {
         let layers = (0..self.layers).map(|layer| {
             let groups = self.groups(LayerIndex(layer as u32));
             let channels = Coupled {
                 producers: vec![(&groups[2][0], 1)],
                 consumer: &groups[3][0],
                 blocks: self.ffn,
+                stride: 1,
+                runs: 1,
                 config: &[("ffn_dim", 1)],
             };
             // Its config has no head width but hidden / heads: with fewer heads no stock loader takes it.
-            LayerStructure { parameters: parameters(&groups), attention: None, channels: channels.pair() }
+            let attention = (unit == AttentionUnit::Channels).then(|| {
+                let heads = Heads { queries: 1, kv_heads: self.heads, head_dim: self.hidden / self.heads };
+                heads.pair(&groups, unit)
+            });
+            LayerStructure { parameters: parameters(&groups), attention, channels: channels.pair() }
         });
-        Structure { explicit: BTreeMap::new(), layers: layers.collect() }
+        Structure { explicit: BTreeMap::new(), layers: layers.collect(), uneven: None, only_masks: false }
     }
 
     fn embed(&self, tokens: &[u32]) -> Result<Tensor, ModelError> {

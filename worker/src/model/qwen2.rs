@@ -18,6 +18,7 @@ pub(super) const FAMILY: ModelFamily = ModelFamily {
             mlp_bias: false,
             qk_norm: false,
             windows: optional_windows(&config)?,
+            widths: None,
         };
         Ok(Box::new(PreNormDecoder::open(checkpoint.clone(), device, &config, spec)?))
     },

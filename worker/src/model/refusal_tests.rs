@@ -177,3 +177,28 @@ fn a_shared_layer_keeps_its_weights_when_the_other_gets_new_ones() {
         assert_ne!(layer.forward(&hidden).unwrap().to_vec2::<f32>().unwrap(), dense);
     }
 }
+
+#[test]
+fn layers_of_their_own_widths_are_read_or_refused_by_key() {
+    let open = |block: &Value, layers: usize| {
+        let spoilt = Spoilt::from_fixture("llama-gqa-tied").with("architectures", json!(["DeciLMForCausalLM"]));
+        spoilt.with("block_configs", json!(vec![block; layers])).open()
+    };
+    let block = |group: usize, ffn: Value| json!({ "attention": { "n_heads_in_group": group }, "ffn": ffn });
+    let width = || json!({ "intermediate_size": 56 });
+    let decoder = open(&block(2, width()), 2).unwrap();
+    decoder.outline(LayerIndex(1)).unwrap();
+    assert!(decoder.structure(AttentionUnit::KvHeads).only_masks());
+    // A factor is rounded up to 256, which the tensors are not.
+    assert!(open(&block(2, json!({ "ffn_mult": 0.5 })), 2).unwrap().outline(LayerIndex(0)).is_err());
+    for (block, layers, key) in [
+        (block(3, width()), 2, "n_heads_in_group"),
+        (block(2, width()), 3, "block_configs"),
+        (block(2, json!({ "ffn_mult": 1e9 })), 2, "ffn_mult"),
+        (block(2, json!({ "no_op": true })), 2, "no_op"),
+        (json!({ "ffn": width() }), 2, "attention"),
+    ] {
+        let message = refusal(open(&block, layers));
+        assert!(message.contains(key), "{key}: {message}");
+    }
+}

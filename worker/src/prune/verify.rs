@@ -73,6 +73,14 @@ pub enum VerifyError {
         /// Input channel.
         column: usize,
     },
+    /// A row that was to go is not zero.
+    #[error("solution of {tensor} is not zero in row {row}, which was removed")]
+    Row {
+        /// The sublayer.
+        tensor: String,
+        /// Output channel.
+        row: usize,
+    },
     /// The tensor library failed.
     #[error("tensor backend failed")]
     Backend(#[from] candle_core::Error),
@@ -179,6 +187,23 @@ pub fn verify_cut(
         zeros: count_zeros(&solved) as u64,
         elements: solved.len() as u64,
     })
+}
+
+/// Checks a cut producer `solution [out, in]`, as it will be stored: finite, and zero in every row that does not stay.
+///
+/// # Errors
+/// `NotFinite`, `Row`, `Backend`.
+pub fn verify_rows(tensor: &str, solution: &Tensor, stays: impl Fn(usize) -> bool) -> Result<(), VerifyError> {
+    let columns = solution.dim(1)?;
+    for (row, solved) in values(solution)?.chunks(columns.max(1)).enumerate() {
+        if let Some(column) = solved.iter().position(|value| !value.is_finite()) {
+            return Err(VerifyError::NotFinite { tensor: tensor.to_owned(), row, column });
+        }
+        if !stays(row) && solved.iter().any(|value| value.to_bits() != 0) {
+            return Err(VerifyError::Row { tensor: tensor.to_owned(), row });
+        }
+    }
+    Ok(())
 }
 
 /// Casts a solution to the type it is stored in, so that what was kept stays kept: a value that the cast would round to zero
@@ -288,6 +313,16 @@ mod tests {
     #[test]
     fn zeros_of_the_dense_weight_may_be_kept() {
         assert_eq!(check(&[0.0, 0.0, 0.0, 4.0], &[0.0, 0.0, 0.0, 4.0], HALF).unwrap().zeros, 3);
+    }
+
+    #[test]
+    fn rows_that_went_must_be_zero() {
+        let check = |values: &[f32]| {
+            verify_rows("a.weight", &matrix(values.to_vec(), 2, &Device::Cpu).unwrap(), |row| row != 1)
+        };
+        check(&[1.0, 0.0, 0.0, 0.0, 2.0, 3.0]).unwrap();
+        assert!(matches!(check(&[1.0, 0.0, 0.0, -0.0]), Err(VerifyError::Row { row: 1, .. })));
+        assert!(matches!(check(&[1.0, f32::NAN]), Err(VerifyError::NotFinite { row: 0, column: 1, .. })));
     }
 
     #[test]

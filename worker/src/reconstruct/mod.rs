@@ -3,7 +3,8 @@
 //!
 //! Source: ALGORITHMS.md §9.4, stage F; "A Free Lunch in LLM Compression" (arXiv 2510.14444), EBFT (arXiv 2402.12419).
 //! Deviation: the target holds the difference of the two residual streams, so that a half also makes up for what was lost
-//! before it; norms and biases stay as they are; the epoch that is best on held-out sequences wins.
+//! before it; norms and biases stay as they are; the epoch that is best on held-out sequences wins. Where heads and channels
+//! were removed, the matrices keep their shapes, and zeros.
 
 mod adam;
 mod attention;
@@ -16,13 +17,11 @@ mod options;
 mod tune;
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use candle_core::Tensor;
 use espalier_common::checkpoint::cast;
 use espalier_common::clock::Stopwatch;
 use espalier_common::outline::SublayerOutline;
-use espalier_common::pattern::Pattern;
 use espalier_common::report::{Reconstruction, SublayerReport};
 
 use self::linear::Matrix;
@@ -34,8 +33,7 @@ use crate::artifact::StoredTensor;
 use crate::calibrate::cache::Entry;
 use crate::calibrate::capture::{Lane, Mark, capture_group};
 use crate::model::DecoderLayer;
-use crate::prune::verify::verify;
-use crate::prune::{InputStats, Problem};
+use crate::prune::verify::{Verified, VerifyError};
 use crate::source::Workplace;
 use crate::unit::{Phases, TaskError};
 
@@ -48,13 +46,16 @@ pub struct Part<'a> {
     pub place: (usize, usize),
     /// What it is.
     pub outline: &'a SublayerOutline,
-    /// Second moments of its inputs.
-    pub stats: Arc<InputStats>,
     /// As it will be stored.
     pub stored: &'a mut StoredTensor,
-    /// What is said of it.
-    pub report: &'a mut SublayerReport,
+    /// What is said of it, if anything is.
+    pub report: Option<&'a mut SublayerReport>,
+    /// Marks what became of it.
+    pub check: Check<'a>,
 }
+
+/// Checks a tuned weight, given the dense one and then the tuned one, and measures it if its inputs are known.
+pub type Check<'a> = Box<dyn Fn(&Tensor, &Tensor) -> Result<Option<Verified>, VerifyError> + 'a>;
 
 /// A half whose sublayers are being pruned, and where both streams stood before it.
 pub struct Draft {
@@ -89,7 +90,6 @@ impl Draft {
         self,
         place: &Workplace<'_>,
         options: &Options,
-        pattern: Pattern,
         lanes: &mut [Lane],
         parts: &mut [Part<'_>],
         phases: &mut Phases,
@@ -108,7 +108,10 @@ impl Draft {
         let module = SubModule { half: self.half, anatomy: &anatomy, tokens };
         let start = matrices(lanes[0].layer(), parts)?;
         let dense = matrices(lanes[1].layer(), parts)?;
-        let examples = self.examples(place, &module, &dense, training, options)?;
+        // A cut layer has other biases than the dense one.
+        let dense_anatomy = lanes[1].layer().anatomy(tokens)?;
+        let teacher = SubModule { anatomy: &dense_anatomy, ..module };
+        let examples = self.examples(place, &teacher, &dense, training, options)?;
         let stored = |weights: &[Matrix]| -> Vec<Matrix> {
             let kept = weights.iter().zip(&start).zip(&*parts);
             kept.map(|((weight, start), part)| narrowed(weight, start, part.stored)).collect()
@@ -117,11 +120,13 @@ impl Draft {
         let tuned = tune::tune(&module, &start, training, held_out, options, place.control, stored)?;
         let flops = tuned.flops;
         if tuned.after < tuned.before {
-            self.apply(place, pattern, lanes, parts, &tuned)?;
+            self.apply(place, lanes, parts, &tuned)?;
         }
         for part in parts {
             let Tuned { before, after, epochs, .. } = tuned;
-            part.report.reconstruction = Some(Reconstruction { error_before: before, error_after: after, epochs });
+            if let Some(report) = part.report.as_deref_mut() {
+                report.reconstruction = Some(Reconstruction { error_before: before, error_after: after, epochs });
+            }
         }
         phases.add("reconstruct", watch.seconds(), flops);
         Ok(())
@@ -132,7 +137,7 @@ impl Draft {
     fn examples(
         &self,
         place: &Workplace<'_>,
-        module: &SubModule<'_>,
+        half: &SubModule<'_>,
         dense: &[Matrix],
         training: usize,
         options: &Options,
@@ -143,7 +148,7 @@ impl Draft {
         for (index, ((residual, input), (dense_residual, dense_input))) in pairs {
             place.control.check_cancelled()?;
             let (tokens, width) = residual.shape();
-            let mut target = module.output(dense, &elements(dense_input)?);
+            let mut target = half.output(dense, &elements(dense_input)?);
             target.iter_mut().zip(elements(dense_residual)?).for_each(|(target, dense)| *target += dense);
             let importance = match options.loss {
                 Loss::Absolute => vec![1.0; tokens],
@@ -152,7 +157,7 @@ impl Draft {
             target.iter_mut().zip(elements(residual)?).for_each(|(target, residual)| *target -= residual);
             if index < training && options.stream < 1.0 {
                 let share = options.stream as f32;
-                let local = module.output(dense, &elements(input)?);
+                let local = half.output(dense, &elements(input)?);
                 target.iter_mut().zip(local).for_each(|(target, local)| *target = local + share * (*target - local));
             }
             let target = place.cache.put(Tensor::from_vec(target, (tokens, width), &place.run.device)?)?;
@@ -165,7 +170,6 @@ impl Draft {
     fn apply(
         self,
         place: &Workplace<'_>,
-        pattern: Pattern,
         lanes: &mut [Lane],
         parts: &mut [Part<'_>],
         tuned: &Tuned,
@@ -174,16 +178,13 @@ impl Draft {
             let (group, member) = part.place;
             part.stored.bytes = cast::bytes_from_f32(part.stored.dtype, &weight.values);
             let weight = as_loaded(part.stored, &place.run.device)?;
-            let tensor = part.outline.tensor.as_str();
-            // With the zeros of a mask, those that the solver left are the ones to keep.
-            let solved = (pattern == Pattern::Imported).then(|| lanes[0].layer().weight(group, member).clone());
-            let dense = lanes[1].layer().weight(group, member);
-            let problem = Problem { tensor, weight: dense, pattern, imported: solved.as_ref() };
-            let verified = verify(&problem, &part.stats, &weight)
-                .map_err(|source| TaskError::Verify { tensor: tensor.to_owned(), source })?;
-            part.report.rel_error = verified.rel_error;
-            part.report.held_out_error = verified.held_out_error;
-            part.report.zeros = verified.zeros;
+            let verified = (part.check)(lanes[1].layer().weight(group, member), &weight)
+                .map_err(|source| TaskError::Verify { tensor: part.outline.tensor.clone(), source })?;
+            if let Some((report, verified)) = part.report.as_deref_mut().zip(verified) {
+                report.rel_error = verified.rel_error;
+                report.held_out_error = verified.held_out_error;
+                report.zeros = verified.zeros;
+            }
             lanes[0].layer_mut().set_weight(group, member, weight);
         }
         let [corrected, _] = self.before;

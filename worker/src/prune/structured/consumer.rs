@@ -77,13 +77,18 @@ pub(super) fn solution(
     })
 }
 
-/// The blocks with the smallest scores go; ties go from the front. Returns what stays, ascending.
-pub(super) fn keep_best(scores: &[f64], remove: usize) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..scores.len()).collect();
-    order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]));
-    let mut kept = order.split_off(remove.min(scores.len()));
-    kept.sort_unstable();
-    kept
+/// The blocks with the smallest scores go, as many from each of `runs` equal runs; ties go from the front. Returns what
+/// stays, ascending.
+pub(super) fn keep_best(scores: &[f64], remove: usize, runs: usize) -> Vec<usize> {
+    let run = scores.len() / runs;
+    let stay = |start: usize| {
+        let mut order: Vec<usize> = (start..start + run).collect();
+        order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]));
+        let mut kept = order.split_off((remove / runs).min(run));
+        kept.sort_unstable();
+        kept
+    };
+    (0..runs).flat_map(|index| stay(index * run)).collect()
 }
 
 /// Accepts a share of zeros, which structured methods read as a share of parameters, and layers cut by it.
@@ -115,7 +120,8 @@ macro_rules! structured_solver {
             }
 
             fn supports(&self, pattern: espalier_common::pattern::Pattern) -> Result<(), crate::prune::SolveError> {
-                super::consumer::supports_shares($name, pattern)
+                #[allow(clippy::redundant_closure_call, reason = "the macro takes a function of the solver")]
+                super::consumer::supports_shares(($name)(self), pattern)
             }
 
             fn prepare(
@@ -124,7 +130,8 @@ macro_rules! structured_solver {
                 _: &crate::prune::SolveCtx,
             ) -> Result<Box<dyn crate::prune::GroupSolver>, crate::prune::SolveError> {
                 let pattern = espalier_common::pattern::Pattern::Unstructured { sparsity: 0.0 };
-                Err(super::consumer::needs_pairs($name, pattern))
+                #[allow(clippy::redundant_closure_call, reason = "the macro takes a function of the solver")]
+                Err(super::consumer::needs_pairs(($name)(self), pattern))
             }
 
             fn structured(&self) -> Option<&dyn super::StructuredSolver> {
@@ -151,6 +158,7 @@ pub(super) mod fixture {
         pub(crate) bias: Option<Tensor>,
         pub(crate) stats: InputStats,
         pub(crate) block: usize,
+        pub(crate) runs: usize,
     }
 
     pub(crate) fn wide(tensor: &Tensor) -> Vec<f64> {
@@ -184,6 +192,7 @@ pub(super) mod fixture {
                 bias: bias.then(|| Tensor::from_vec(oracle::random(seed + 70, rows), rows, &Device::Cpu).unwrap()),
                 stats: calibration,
                 block,
+                runs: 1,
             }
         }
 
@@ -201,7 +210,7 @@ pub(super) mod fixture {
                 held_out: None,
             };
             let weight = matrix(oracle::random(seed + 50, rows * columns), columns, &Device::Cpu).unwrap();
-            Self { weight, bias: None, stats, block: 1 }
+            Self { weight, bias: None, stats, block: 1, runs: 1 }
         }
 
         /// Makes an input one that is never active.
@@ -219,6 +228,7 @@ pub(super) mod fixture {
                 bias: self.bias.as_ref(),
                 stats: &self.stats,
                 block: self.block,
+                runs: self.runs,
                 remove,
             }
         }
@@ -241,6 +251,22 @@ pub(super) mod fixture {
         pub(crate) fn error(&self, solution: &PairSolution) -> f64 {
             Quadratic::new(&self.problem(0), 0.01, 0.0).unwrap().error(&self.augmented(solution))
         }
+    }
+
+    /// Every run of blocks loses as many as the others, and the best of each stay.
+    pub(crate) fn assert_runs_lose_alike(method: &str) {
+        let mut consumer = Consumer::random(9, 5, 36, 3, true);
+        for (runs, remove) in [(3, 3), (3, 6), (4, 4), (2, 10), (12, 0)] {
+            consumer.runs = runs;
+            let kept = consumer.solve(method, &serde_json::json!({}), remove).kept;
+            assert_eq!(kept.len(), 12 - remove, "{method}");
+            let of_run = |run: usize| kept.iter().filter(|&&block| block / (12 / runs) == run).count();
+            assert!((0..runs).all(|run| of_run(run) == (12 - remove) / runs), "{method}: {kept:?}");
+        }
+        let (solver, _) = build(method, &serde_json::json!({})).unwrap();
+        let problem = PairProblem { runs: 3, ..consumer.problem(4) };
+        let refused = solver.structured().unwrap().solve(&problem, &SolveCtx::default());
+        assert!(matches!(refused, Err(SolveError::Blocks { remove: 4, .. })), "{method}: 4 blocks of 3 runs");
     }
 
     /// ALGORITHMS.md §11, *All* and *Structured*, as far as one consumer goes.
@@ -280,8 +306,9 @@ mod tests {
 
     #[test]
     fn the_smallest_scores_go_and_ties_go_from_the_front() {
-        assert_eq!(keep_best(&[3.0, 1.0, 2.0, 1.0], 2), [0, 2]);
-        assert_eq!(keep_best(&[1.0, 1.0, 1.0], 1), [1, 2]);
-        assert_eq!(keep_best(&[1.0], 0), [0]);
+        assert_eq!(keep_best(&[3.0, 1.0, 2.0, 1.0], 2, 1), [0, 2]);
+        assert_eq!(keep_best(&[1.0, 1.0, 1.0], 1, 1), [1, 2]);
+        assert_eq!(keep_best(&[1.0], 0, 1), [0]);
+        assert_eq!(keep_best(&[3.0, 4.0, 2.0, 1.0], 2, 2), [1, 2]);
     }
 }

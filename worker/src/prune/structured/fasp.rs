@@ -1,18 +1,18 @@
-//! FASP: blocks go by the Wanda score of their columns, and the others make up for them in closed form. And its baseline,
-//! the same choice without making up.
+//! FASP: blocks go by the Wanda score of their columns, and the others make up for them in closed form.
 //!
 //! Source: Hu et al., *FASP: Fast and Accurate Structured Pruning of Large Language Models* (arXiv 2501.09412): the coupled
 //! pairs, the score `Σ_i |W_ij|·‖X_j‖`, the restoration `V_Q = C_Q·(G_QQ + δI)⁻¹`; ALGORITHMS.md §7.
 //! Deviation: in attention the paper removes single channels of v and o and leaves q and k, which no stock runtime can load
-//! as a smaller model; here whole KV heads go with their query heads, by the sum of their columns' scores. The bias is fitted
-//! with the weight.
+//! as a smaller model. That is `[pattern] attention = "channels"`, for the masked layout alone; as many go of each head,
+//! and with grouped queries a channel's score is the sum over the query heads that share it. By default whole KV heads go with
+//! their query heads, by the sum of their columns' scores. The bias is fitted with the weight.
 
 use serde::{Deserialize, Serialize};
 
 use super::consumer::{self, Choice, Ridge, structured_solver};
 use super::{PairProblem, PairSolution, Quadratic, StructuredSolver};
 use crate::prune::wanda::norms;
-use crate::prune::{Built, Method, ParamsError, SolveCtx, SolveError, Statistics, read_params};
+use crate::prune::{Built, Method, ParamsError, SolveCtx, SolveError, read_params};
 
 /// This method's row in the table.
 pub const METHOD: Method = Method {
@@ -22,16 +22,7 @@ pub const METHOD: Method = Method {
     build,
 };
 
-/// The baseline's row in the table.
-pub const WANDA_COLUMNS: Method = Method {
-    name: COLUMNS_NAME,
-    version: "1",
-    summary: "structured: removes heads and channels by Wanda's score; nothing makes up for them",
-    build: build_columns,
-};
-
 const NAME: &str = "fasp";
-const COLUMNS_NAME: &str = "wanda-columns";
 
 /// Its parameters.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -52,29 +43,10 @@ impl Default for Params {
     }
 }
 
-/// Parameters of the baseline.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct ColumnsParams {
-    /// Whether attention heads go too.
-    pub heads: bool,
-}
-
-impl Default for ColumnsParams {
-    fn default() -> Self {
-        Self { heads: true }
-    }
-}
-
 fn build(params: &serde_json::Value) -> Result<Built, ParamsError> {
     let (Params { damping, blend, heads }, filled) =
         read_params(NAME, params, |params: &Params| Ridge { damping: params.damping, blend: params.blend }.check())?;
     Ok((Box::new(Fasp { ridge: Ridge { damping, blend }, heads }), filled))
-}
-
-fn build_columns(params: &serde_json::Value) -> Result<Built, ParamsError> {
-    let (ColumnsParams { heads }, filled) = read_params(COLUMNS_NAME, params, |_| Ok(()))?;
-    Ok((Box::new(WandaColumns { heads }), filled))
 }
 
 /// `Σ |W_ij|·‖X_j‖` over the columns of each block.
@@ -93,7 +65,7 @@ struct Fasp {
     heads: bool,
 }
 
-structured_solver!(Fasp, NAME, |solver: &Fasp| solver.ridge.needs());
+structured_solver!(Fasp, |_: &Fasp| NAME, |solver: &Fasp| solver.ridge.needs());
 
 impl StructuredSolver for Fasp {
     fn cuts_attention(&self) -> bool {
@@ -103,28 +75,8 @@ impl StructuredSolver for Fasp {
     fn solve(&self, problem: &PairProblem<'_>, ctx: &SolveCtx) -> Result<PairSolution, SolveError> {
         let quadratic = Quadratic::new(problem, self.ridge.damping, self.ridge.blend)?;
         ctx.check_cancelled()?;
-        let kept = consumer::keep_best(&scores(problem, &quadratic)?, problem.remove);
+        let kept = consumer::keep_best(&scores(problem, &quadratic)?, problem.remove, problem.runs);
         let weight = quadratic.restored(&kept)?;
-        consumer::solution(problem, &quadratic, Choice { kept, weight, iterations: 1, flops: 0.0 })
-    }
-}
-
-struct WandaColumns {
-    heads: bool,
-}
-
-structured_solver!(WandaColumns, COLUMNS_NAME, |_: &WandaColumns| Statistics::Norms);
-
-impl StructuredSolver for WandaColumns {
-    fn cuts_attention(&self) -> bool {
-        self.heads
-    }
-
-    fn solve(&self, problem: &PairProblem<'_>, ctx: &SolveCtx) -> Result<PairSolution, SolveError> {
-        let quadratic = Quadratic::new(problem, Ridge::default().damping, 0.0)?;
-        ctx.check_cancelled()?;
-        let kept = consumer::keep_best(&scores(problem, &quadratic)?, problem.remove);
-        let weight = quadratic.masked(&kept);
         consumer::solution(problem, &quadratic, Choice { kept, weight, iterations: 1, flops: 0.0 })
     }
 }
@@ -135,43 +87,11 @@ mod tests {
 
     use super::super::consumer::fixture::{self, Consumer};
     use super::*;
-    use crate::linalg::values;
 
     #[test]
     fn obeys_the_invariants() {
         fixture::assert_obeys_invariants(NAME, true);
-        fixture::assert_obeys_invariants(COLUMNS_NAME, true);
-    }
-
-    #[test]
-    fn the_choice_equals_a_sort_by_the_definition() {
-        let consumer = Consumer::random(3, 5, 12, 3, false);
-        let (weight, gram) = (values(&consumer.weight).unwrap(), values(&consumer.stats.gram).unwrap());
-        let score = |block: usize| -> f32 {
-            let columns = block * 3..(block + 1) * 3;
-            columns.map(|j| (0..5).map(|i| weight[i * 12 + j].abs()).sum::<f32>() * gram[j * 13].sqrt()).sum()
-        };
-        let mut order: Vec<usize> = (0..4).collect();
-        order.sort_by(|&a, &b| score(a).total_cmp(&score(b)));
-        let mut expected = order[2..].to_vec();
-        expected.sort_unstable();
-        for method in [NAME, COLUMNS_NAME] {
-            assert_eq!(consumer.solve(method, &json!({}), 2).kept, expected);
-        }
-    }
-
-    #[test]
-    fn the_baseline_leaves_what_stays_as_it_was_and_restoring_lowers_its_error() {
-        for seed in 0..6 {
-            let consumer = Consumer::random(seed, 5, 20, 1, seed % 2 == 1);
-            let (plain, restored) = (consumer.solve(COLUMNS_NAME, &json!({}), 8), consumer.solve(NAME, &json!({}), 8));
-            assert_eq!(plain.kept, restored.kept);
-            let (before, after) = (values(&consumer.weight).unwrap(), values(&plain.weight).unwrap());
-            for (at, (w, v)) in before.iter().zip(after).enumerate() {
-                assert!(v.to_bits() == if plain.kept.contains(&(at % 20)) { w.to_bits() } else { 0 });
-            }
-            assert!(consumer.error(&restored) < consumer.error(&plain), "seed {seed}");
-        }
+        fixture::assert_runs_lose_alike(NAME);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! All methods share [`Quadratic`], the error of the consumer's output in f64, and the closed-form restoration in it; they
 //! differ in how they choose.
 
+pub mod columns;
 mod consumer;
 pub mod fasp;
 mod group_obs;
@@ -23,11 +24,26 @@ pub use quadratic::Quadratic;
 pub trait StructuredSolver: Send + Sync {
     /// Whether it also removes attention heads; if not, the feed-forward channels carry the whole budget.
     fn cuts_attention(&self) -> bool;
+    /// How the rows of feed-forward producers that stay are updated with the consumer, if they are.
+    fn sweeps(&self) -> Option<Sweeps> {
+        None
+    }
     /// Chooses the blocks that go, and what the weight on the others becomes.
     ///
     /// # Errors
     /// See [`SolveError`].
     fn solve(&self, problem: &PairProblem<'_>, ctx: &SolveCtx) -> Result<PairSolution, SolveError>;
+}
+
+/// How producer and consumer of a feed-forward pair are updated in turn.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sweeps {
+    /// Turns at most.
+    pub most: u32,
+    /// What holds the auxiliary hidden states to those that the producers give, as a share of the consumer's mean curvature.
+    pub tie: f64,
+    /// Share of a gram's mean diagonal that is added to it.
+    pub damping: f64,
 }
 
 /// The consumer of one coupled pair.
@@ -42,8 +58,10 @@ pub struct PairProblem<'a> {
     pub bias: Option<&'a Tensor>,
     /// Statistics of its inputs, `in` wide, or `in + 1` with a bias.
     pub stats: &'a InputStats,
-    /// Consecutive inputs that go or stay together: the query heads of one KV head, or 1.
+    /// Consecutive inputs that go or stay together: the query heads of one KV head, say, or 1.
     pub block: usize,
+    /// The blocks are so many runs of equal length, and each loses as many as the others.
+    pub runs: usize,
     /// Blocks to remove.
     pub remove: usize,
 }

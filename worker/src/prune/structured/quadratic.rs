@@ -23,6 +23,8 @@ pub struct Quadratic {
     pub n: usize,
     /// Inputs in a block.
     pub block: usize,
+    /// Equal runs of blocks that lose alike.
+    pub runs: usize,
     /// Blocks; they are the first `blocks · block` inputs, and only the constant one may follow.
     pub blocks: usize,
     /// H `[n, n]`.
@@ -51,7 +53,9 @@ impl Quadratic {
         let (rows, columns) = problem.weight.dims2()?;
         let n = columns + usize::from(problem.bias.is_some());
         let (width, block) = (problem.stats.gram.dim(0)?, problem.block);
-        if width != n || block == 0 || !columns.is_multiple_of(block) || problem.remove >= columns / block {
+        let runs = problem.runs;
+        let fits = block > 0 && runs > 0 && columns.is_multiple_of(block * runs) && problem.remove.is_multiple_of(runs);
+        if width != n || !fits || problem.remove >= columns / block {
             return Err(SolveError::Blocks { columns, width, block, remove: problem.remove });
         }
         let dense = augmented(problem)?;
@@ -63,6 +67,7 @@ impl Quadratic {
             rows,
             n,
             block,
+            runs,
             blocks: columns / block,
             hessian: Vec::new(),
             target: Vec::new(),

@@ -66,7 +66,7 @@ fn build(params: &serde_json::Value) -> Result<Built, ParamsError> {
 
 struct SlimGpt(Params);
 
-structured_solver!(SlimGpt, NAME, |solver: &SlimGpt| solver.0.ridge().needs());
+structured_solver!(SlimGpt, |_: &SlimGpt| NAME, |solver: &SlimGpt| solver.0.ridge().needs());
 
 impl StructuredSolver for SlimGpt {
     fn cuts_attention(&self) -> bool {
@@ -81,8 +81,8 @@ impl StructuredSolver for SlimGpt {
         let mut left = problem.remove;
         while left > 0 {
             ctx.check_cancelled()?;
-            // Heads are few and large: they go one at a time.
-            let step = if quadratic.block > 1 { 1 } else { self.step(left) };
+            // Heads are few and large: they go one at a time, or one of each run.
+            let step = if quadratic.block * quadratic.runs > 1 { quadratic.runs } else { self.step(left) };
             let groups: Vec<Vec<usize>> =
                 kept.iter().map(|&b| (b * quadratic.block..(b + 1) * quadratic.block).collect()).collect();
             let costs = if quadratic.block > 1 {
@@ -90,7 +90,7 @@ impl StructuredSolver for SlimGpt {
             } else {
                 shrinking.costs_of_columns(&kept)
             };
-            let stay = consumer::keep_best(&costs, step);
+            let stay = consumer::keep_best(&costs, step, quadratic.runs);
             let gone: Vec<usize> = (0..groups.len())
                 .filter(|at| stay.binary_search(at).is_err())
                 .flat_map(|at| groups[at].clone())
@@ -124,6 +124,7 @@ mod tests {
     #[test]
     fn obeys_the_invariants() {
         fixture::assert_obeys_invariants(NAME, true);
+        fixture::assert_runs_lose_alike(NAME);
     }
 
     #[test]

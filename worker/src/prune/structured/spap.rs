@@ -6,14 +6,14 @@
 //! Deviation: the rest is our reconstruction (ALGORITHMS.md §6). The penalty is `½·Σ_j μ·s_j²·H_jj·‖V_:j‖²` with
 //! `0 ≤ s ≤ 1, 1ᵀs = q`: its scale-free form, whose V-step is one Cholesky solve and whose s-step is `s_j = min(1, τ/h_j)`
 //! with `h_j = H_jj·‖V_:j‖²` and τ found by bisection. μ starts at 0.01 and doubles; rounds end when the chosen set was the
-//! same three times with a μ of at least 1. Of the paper's weight updates there is the consumer's, the closed form on the channels that stay, and
-//! it is accepted only where the held-out error falls; the producers keep their rows. If Wanda's choice has the smaller
-//! restored error, it is taken instead.
+//! same three times with a μ of at least 1. If Wanda's choice has the smaller restored error, it is taken instead. The weights
+//! that stay are updated in turn: the consumer in closed form, accepted only where the held-out error falls, then up projection
+//! and consumer together (see [`Sweeps`]); the gate stays.
 
 use serde::{Deserialize, Serialize};
 
 use super::consumer::{self, Choice, Ridge, structured_solver};
-use super::{PairProblem, PairSolution, Quadratic, StructuredSolver, fasp, quadratic};
+use super::{PairProblem, PairSolution, Quadratic, StructuredSolver, Sweeps, fasp, quadratic};
 use crate::linalg::factor::NotPositiveDefinite;
 use crate::linalg::wide::{Cholesky, product};
 use crate::prune::{Built, Method, ParamsError, SolveCtx, SolveError, read_params};
@@ -21,7 +21,7 @@ use crate::prune::{Built, Method, ParamsError, SolveCtx, SolveError, read_params
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "1",
+    version: "2",
     summary: "structured, feed-forward channels only: a growing penalty decides which go (our reconstruction)",
     build,
 };
@@ -44,12 +44,17 @@ pub struct Params {
     pub growth: f64,
     /// Rounds at most.
     pub rounds: u32,
+    /// How often up projection and consumer are updated in turn, at most; 0 for the consumer alone.
+    pub sweeps: u32,
+    /// What holds the auxiliary hidden states of a sweep to those that the producers give, as a share of the consumer's mean
+    /// curvature.
+    pub tie: f64,
 }
 
 impl Default for Params {
     fn default() -> Self {
         let Ridge { damping, blend } = Ridge::default();
-        Self { damping, blend, penalty: 0.01, growth: 2.0, rounds: 20 }
+        Self { damping, blend, penalty: 0.01, growth: 2.0, rounds: 20, sweeps: 2, tie: 0.1 }
     }
 }
 
@@ -67,6 +72,9 @@ fn build(params: &serde_json::Value) -> Result<Built, ParamsError> {
         if params.rounds == 0 {
             return Err("rounds must be at least 1");
         }
+        if !(params.tie > 0.0 && params.tie.is_finite()) {
+            return Err("tie must be above 0");
+        }
         params.ridge().check()
     })?;
     Ok((Box::new(Spap(params)), filled))
@@ -74,17 +82,22 @@ fn build(params: &serde_json::Value) -> Result<Built, ParamsError> {
 
 struct Spap(Params);
 
-structured_solver!(Spap, NAME, |solver: &Spap| solver.0.ridge().needs());
+structured_solver!(Spap, |_: &Spap| NAME, |solver: &Spap| solver.0.ridge().needs());
 
 impl StructuredSolver for Spap {
     fn cuts_attention(&self) -> bool {
         false
     }
 
+    fn sweeps(&self) -> Option<Sweeps> {
+        let Params { sweeps, tie, damping, .. } = self.0;
+        (sweeps > 0).then_some(Sweeps { most: sweeps, tie, damping })
+    }
+
     fn solve(&self, problem: &PairProblem<'_>, ctx: &SolveCtx) -> Result<PairSolution, SolveError> {
         let quadratic = Quadratic::new(problem, self.0.damping, self.0.blend)?;
         let (kept, iterations) = self.choose(&quadratic, problem.remove, ctx)?;
-        let by_score = consumer::keep_best(&fasp::scores(problem, &quadratic)?, problem.remove);
+        let by_score = consumer::keep_best(&fasp::scores(problem, &quadratic)?, problem.remove, problem.runs);
         let (mut kept, mut weight) = (kept.clone(), quadratic.restored(&kept)?);
         if by_score != kept {
             let other = quadratic.restored(&by_score)?;
@@ -128,7 +141,7 @@ impl Spap {
             let sizes = sizes(quadratic, &weight);
             leaving = leave(&sizes, remove);
             // The largest s leave: s falls as the size rises, and where several are 1 the smallest blocks leave first.
-            let next = consumer::keep_best(&sizes, remove);
+            let next = consumer::keep_best(&sizes, remove, quadratic.runs);
             // Before the penalty bites, the set is that of the dense weight and says nothing.
             steady = if next == kept && penalty >= 1.0 { steady + 1 } else { 0 };
             kept = next;
@@ -174,6 +187,7 @@ mod tests {
     #[test]
     fn obeys_the_invariants() {
         fixture::assert_obeys_invariants(NAME, false);
+        fixture::assert_runs_lose_alike(NAME);
     }
 
     #[test]
