@@ -170,7 +170,7 @@ fn job_sections(
         .and_then(Config::try_deserialize)
         .map_err(|error| ConfigError::Invalid { origin: origin.clone(), reason: error.to_string() })?;
     if let Some(key) = table.keys().find(|key| !SECTIONS.contains(&key.as_str())) {
-        let nearest = nearest(key, SECTIONS.into_iter()).map(str::to_owned);
+        let nearest = nearest(key, SECTIONS).map(str::to_owned);
         return Err(ConfigError::UnknownKey { origin, key: key.clone(), nearest });
     }
     let of_job = |section: &str| SECTIONS[PROGRAM_SECTIONS..].contains(&section);

@@ -70,10 +70,7 @@ mod tests {
 
     #[test]
     fn norms_are_the_roots_of_the_grams_diagonal() {
-        let sequence = |seed| {
-            let x: Vec<f32> = oracle::inputs(seed, 9, 6).iter().map(|&x| x as f32).collect();
-            Tensor::from_vec(x, (9, 6), &Device::Cpu).unwrap()
-        };
+        let sequence = |seed| Tensor::from_vec(oracle::inputs(seed, 9, 6), (9, 6), &Device::Cpu).unwrap();
         let sequences: Vec<Tensor> = (0..4).map(sequence).collect();
         let (mut squares, mut apart, mut gram) = (Squares::new(6), Squares::new(6), GramAccumulator::new(6, false));
         squares.add(&sequences).unwrap();
