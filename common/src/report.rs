@@ -59,7 +59,7 @@ pub struct Reconstruction {
 /// Time and arithmetic of one phase of one unit.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PhaseSeconds {
-    /// `load`, `forward`, `gram`, `solve`, `reconstruct`, `verify`, `store`, `fetch`, `evaluate`.
+    /// `load`, `forward`, `gram`, `solve`, `reconstruct`, `verify`, `store`, `fetch`, `evaluate`, `survey`.
     pub phase: String,
     /// Wall-clock seconds.
     pub seconds: f64,

@@ -140,8 +140,8 @@ impl GroupSolver for Group {
         for (row, (masked, imported)) in errors(&masked).into_iter().zip(&before).enumerate() {
             // A dense weight that is zero on the support would be one zero more than the mask has.
             let range = row * n..(row + 1) * n;
-            let covers = masked_covers(&weight[range.clone()], &keep[range.clone()]);
-            if masked < *imported && covers {
+            let is_covered = covers(&weight[range.clone()], &keep[range.clone()]);
+            if masked < *imported && is_covered {
                 start[range.clone()].copy_from_slice(&weight[range.clone()]);
                 start[range.clone()].iter_mut().zip(&keep[range]).for_each(|(v, keep)| *v *= f32::from(*keep));
             }
@@ -199,7 +199,7 @@ impl Group {
 }
 
 /// Whether a dense row has a weight wherever the mask keeps one.
-fn masked_covers(weight: &[f32], keep: &[u8]) -> bool {
+fn covers(weight: &[f32], keep: &[u8]) -> bool {
     weight.iter().zip(keep).all(|(w, keep)| *keep == 0 || w.abs() > 0.0)
 }
 
