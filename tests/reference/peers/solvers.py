@@ -3,12 +3,14 @@
     python solvers.py --alps ALPS --sparsegpt SPARSEGPT --solve target/release/examples/solve PROBLEM... [--pattern 0.5 ...]
 
 ALPS and SPARSEGPT are checkouts of github.com/mazumder-lab/ALPS and github.com/IST-DASLab/sparsegpt. A problem holds `weight`
-and `gram`: see problems.py. A round runs every program once on a problem; what counts is the ratio of the medians over rounds
-and its spread, since the machine may be busy with other work. Prints one JSON document. Needs torch, transformers, numpy and
-safetensors.
+and `gram`: see problems.py. A round runs every program once on a problem; what counts is the median over rounds of the ratio of
+two times in the same round. On a machine that is busy with other work wall times mean little: times on the processor, summed
+over threads, are given beside them (ours with reading the request and writing the solution). Prints one JSON document. Needs
+torch, transformers, numpy and safetensors, and Linux.
 """
 
 import argparse
+import glob
 import json
 import os
 import pathlib
@@ -57,21 +59,32 @@ class Espalier:
 
     def solve(self, method, params, pattern):
         request = {"method": method, "params": params, "pattern": pattern, "output": str(self.output)}
+        before = processor_seconds(self.process.pid)
         print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
             sys.exit("the solve example ended")
-        return json.loads(answer)["seconds"], load_file(self.output)["weight"]
+        processor = processor_seconds(self.process.pid) - before
+        return (json.loads(answer)["seconds"], processor), load_file(self.output)["weight"]
 
     def close(self):
         self.process.stdin.close()
         self.process.wait()
 
 
+def processor_seconds(process):
+    """What all threads of a process have had of the processors."""
+    total = 0
+    for path in glob.glob(f"/proc/{process}/task/*/schedstat"):
+        with open(path) as file:
+            total += int(file.read().split()[0])
+    return total / 1e9
+
+
 def timed(solver, weight, gram, pattern):
-    before = time.perf_counter()
+    before, processor = time.perf_counter(), processor_seconds("self")
     pruned = solver.solve(weight, gram, pattern)
-    return time.perf_counter() - before, pruned
+    return (time.perf_counter() - before, processor_seconds("self") - processor), pruned
 
 
 def measure(options, path, pattern, peers):
@@ -95,15 +108,25 @@ def measure(options, path, pattern, peers):
             for name, method, params, _ in OURS:
                 note(name, ours.solve(method, params, pattern))
         ours.close()
-    rows = {
-        name: {"seconds": statistics.median(runs), "fastest": min(runs), "slowest": max(runs), "error": errors[name]}
-        for name, runs in seconds.items()
-    }
+    rows = {}
+    for name, runs in seconds.items():
+        wall, processor = zip(*runs)
+        rows[name] = {
+            "seconds": statistics.median(wall),
+            "fastest": min(wall),
+            "slowest": max(wall),
+            "processor_seconds": statistics.median(processor),
+            "error": errors[name],
+        }
     for name, _, _, peer in OURS:
-        ratios = [theirs / ours for theirs, ours in zip(seconds[peer], seconds[name])]
+        walls, processors = (
+            [theirs[clock] / ours[clock] for theirs, ours in zip(seconds[peer], seconds[name])] for clock in (0, 1)
+        )
         rows[name] |= {
-            "times_faster": statistics.median(ratios),
-            "least": min(ratios),
+            "times_faster": statistics.median(walls),
+            "least_times_faster": min(walls),
+            "times_less_processor": statistics.median(processors),
+            "least_times_less_processor": min(processors),
             "error_against_peer": errors[name] / errors[peer],
         }
     return rows
@@ -125,8 +148,10 @@ def main():
             for name, row in rows.items():
                 more = ""
                 if "times_faster" in row:
-                    more = "x{times_faster:.2f} (least {least:.2f}), error x{error_against_peer:.4f}".format(**row)
-                print(f"{path.stem:10} {pattern:4} {name:20} {row['seconds']:8.4f} s {row['error']:.6f} {more}", file=sys.stderr, flush=True)
+                    more = "x{times_faster:.2f}, processor x{times_less_processor:.2f} (least {least_times_less_processor:.2f}), "
+                    more = (more + "error x{error_against_peer:.4f}").format(**row)
+                taken = f"{row['seconds']:8.4f} s {row['processor_seconds']:8.4f} s"
+                print(f"{path.stem:10} {pattern:4} {name:20} {taken} {row['error']:.6f} {more}", file=sys.stderr, flush=True)
     document = {"torch": torch.__version__, "threads": options.threads, "rounds": options.rounds, "results": results}
     print(json.dumps(document, indent=2))
 
