@@ -50,7 +50,7 @@ pub fn gemm(out: &mut [f32], stride: usize, keep: f32, a: View<'_>, b: View<'_>,
     gemm_on(gemm::Parallelism::None, out, stride, keep, a, b, scale);
 }
 
-/// [`gemm`] on all threads, which share what is packed of `a` and `b`. Threads divide rows and columns, never the inner
+/// [`gemm()`] on all threads, which share what is packed of `a` and `b`. Threads divide rows and columns, never the inner
 /// dimension, so bits do not depend on their number.
 pub fn gemm_parallel(out: &mut [f32], stride: usize, keep: f32, a: View<'_>, b: View<'_>, scale: f32) {
     let threads = gemm::Parallelism::Rayon(rayon::current_num_threads());
