@@ -6,16 +6,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use espalier_common::ids::{LayerIndex, Lease, Unit, WorkerId};
 use espalier_coordinator::journal::{self, JournalRecord};
 use espalier_coordinator::schedule::Record;
 use harness::checkpoint::same_files;
-use harness::process::{Running, Workplace, kill, wait_for_end};
+use harness::process::{Running, Workplace, kill, pause, proceed, wait_for_end};
 use harness::{golden, tiny};
 
 /// Enough work in each layer that a kill right after a commit comes long before the next one.
-const WORK: [&str; 6] = ["--samples", "32", "--seq-len", "128", "--method", "sparsegpt"];
+const WORK: [&str; 6] = ["--samples", "32", "--seq-len", "128", "--method", "espalier"];
 const LAYERS: usize = 4;
 const GRACE: Duration = Duration::from_secs(20);
 
@@ -91,24 +91,48 @@ fn process_of(run: &Path, children: &[u32], worker: WorkerId) -> Option<u32> {
     })
 }
 
+/// A lease that is neither committed nor failed; the latest.
+fn outstanding(run: &Path) -> Option<Lease> {
+    let schedule = schedule(run);
+    let ended = |lease: &Lease| {
+        schedule.iter().any(|record| match record {
+            Record::Committed { lease: other, .. } | Record::Failed { lease: other, .. } => other == lease,
+            Record::Leased { .. } => false,
+        })
+    };
+    let leased = schedule.iter().rev().filter_map(|record| match record {
+        Record::Leased { lease } => Some(*lease),
+        _ => None,
+    });
+    leased.into_iter().find(|lease| !ended(lease))
+}
+
+/// Kills a worker while it has a lease. All workers are stopped meanwhile, so that none ends its unit under our eyes.
+fn kill_one_at_work(running: &mut Running, run: &Path, commits_before: usize) -> Result<Lease> {
+    loop {
+        running.wait_until("the lease", || (commits(run).len() >= commits_before).then(|| outstanding(run))?)?;
+        let children = running.children()?;
+        children.iter().try_for_each(|&child| pause(child))?;
+        let found = outstanding(run).and_then(|lease| Some((lease, process_of(run, &children, lease.worker)?)));
+        if let Some((_, process)) = found {
+            kill(process)?;
+        }
+        let others = children.iter().filter(|&&child| found.is_none_or(|(_, process)| process != child));
+        others.copied().try_for_each(proceed)?;
+        if let Some((lease, _)) = found {
+            return Ok(lease);
+        }
+    }
+}
+
 /// Kills the worker that is at work `kills` times, each time after another commit.
 fn kill_workers(model: &str, more: &[&str], kills: usize) -> Result<()> {
     let reference = undisturbed(model, more)?;
     let workplace = Workplace::new();
     let run = workplace.path().join("run");
     let mut running = workplace.start(prune(model, &[more, &["--workers", "3"]].concat()))?;
-    let mut killed = Vec::new();
-    for count in 1..=kills {
-        let lease = running.wait_until("the lease", || {
-            let schedule = schedule(&run);
-            let Some(Record::Leased { lease }) = schedule.last() else { return None };
-            (commits(&run).len() >= count).then_some(*lease)
-        })?;
-        let children = running.children()?;
-        let process = process_of(&run, &children, lease.worker).context("no process has the lease")?;
-        kill(process)?;
-        killed.push(lease);
-    }
+    let killed: Vec<Lease> =
+        (1..=kills).map(|count| kill_one_at_work(&mut running, &run, count)).collect::<Result<_>>()?;
     let finished = running.finish(harness::process::PATIENCE)?.success()?;
     let lost = finished.stderr.lines().filter(|line| line.contains("is lost")).count();
     ensure!(lost == kills, "{lost} workers were lost, not {kills}:\n{}", finished.stderr);
