@@ -264,7 +264,7 @@ fn check(
     stats: &InputStats,
 ) -> Result<Pruned, TaskError> {
     let (name, dtype, shape) = place.stored_as(sublayer)?;
-    let bytes = cast::bytes_from_f32(dtype, &solution.weight.flatten_all()?.to_vec1::<f32>()?);
+    let bytes = cast::kept_bytes_from_f32(dtype, &solution.weight.flatten_all()?.to_vec1::<f32>()?);
     let stored = StoredTensor { name, dtype, shape, bytes };
     let weight = as_loaded(&stored, &place.run.device)?;
     let verified = verify(problem, stats, &weight)

@@ -40,6 +40,21 @@ pub fn bytes_from_f32(dtype: Dtype, values: &[f32]) -> Vec<u8> {
     }
 }
 
+/// Narrows like [`bytes_from_f32`], except that what is not 0 stays so: a value too small for the dtype becomes the least one
+/// of its sign. A weight that a method kept is thus never counted among the zeros.
+pub fn kept_bytes_from_f32(dtype: Dtype, values: &[f32]) -> Vec<u8> {
+    let mut bytes = bytes_from_f32(dtype, values);
+    if dtype != Dtype::F32 {
+        for (element, value) in bytes.chunks_exact_mut(2).zip(values) {
+            // Both types are little-endian with the sign on top: nothing but a sign is left of a value that vanished.
+            if value.to_bits() << 1 != 0 && element[0] == 0 && element[1] & 0x7f == 0 {
+                element[0] = 1;
+            }
+        }
+    }
+    bytes
+}
+
 /// The elements in place where they are aligned, copied where not.
 fn elements<T: bytemuck::Pod>(bytes: &[u8]) -> Cow<'_, [T]> {
     let size = size_of::<T>();
@@ -71,6 +86,18 @@ mod tests {
         assert_eq!(half, [2f32.powi(-24), 0.0, 2f32.powi(-24), 0.0]);
         let brain = f32_from_bytes(Dtype::Bf16, &bytes_from_f32(Dtype::Bf16, &values));
         assert!(brain.iter().all(|&value| value != 0.0));
+    }
+
+    #[test]
+    fn what_was_kept_is_never_narrowed_to_zero() {
+        let values = [1e-30, -1e-30, 0.0, -0.0, 1.0, f32::from_bits(1)];
+        for dtype in [Dtype::F16, Dtype::Bf16, Dtype::F32] {
+            let kept = f32_from_bytes(dtype, &kept_bytes_from_f32(dtype, &values));
+            assert!(kept[0] > 0.0 && kept[1] < 0.0 && kept[5] > 0.0, "{dtype:?}: {kept:?}");
+            assert_eq!((kept[2].to_bits(), kept[3].to_bits(), kept[4]), (0, (-0.0f32).to_bits(), 1.0));
+        }
+        let plain = [0.3, -7.5, 1e-6, 65_504.0];
+        assert_eq!(kept_bytes_from_f32(Dtype::F16, &plain), bytes_from_f32(Dtype::F16, &plain));
     }
 
     #[test]

@@ -73,9 +73,10 @@ impl Site<'_> {
             None => None,
         };
         let seconds = watch.seconds();
-        let (mut producers, mut reconstruction) = (BTreeMap::new(), None);
-        if let Some(Updated { weight, bias, up, before, after, sweeps }) = updated {
+        let (mut producers, mut reconstruction, mut remeasured) = (BTreeMap::new(), None, None);
+        if let Some(Updated { weight, bias, up, before, after, sweeps, rel_error, held_out_error }) = updated {
             solution = PairSolution { weight, bias, ..solution };
+            remeasured = Some((rel_error, held_out_error));
             producers.extend([up]);
             reconstruction = Some(Reconstruction { error_before: before, error_after: after, epochs: sweeps });
         }
@@ -90,10 +91,12 @@ impl Site<'_> {
         let verified = self.verify(&dense, &augmented(&weight, bias.as_ref())?, &kept, &stats);
         let verified = verified.map_err(|source| self.wrong(&sublayer.tensor, source))?;
         phases.add("verify", watch.seconds(), 0.0);
+        // The statistics are those of the producers as they were.
+        let (rel_error, held_out_error) = remeasured.unwrap_or((verified.rel_error, verified.held_out_error));
         let report = SublayerReport {
             tensor: sublayer.tensor.clone(),
-            rel_error: verified.rel_error,
-            held_out_error: verified.held_out_error,
+            rel_error,
+            held_out_error,
             zeros: verified.zeros,
             elements: verified.elements,
             seconds,
@@ -139,8 +142,8 @@ impl Site<'_> {
                 _ => None,
             };
             let mut bytes = match (solved, producers.get(&name)) {
-                (Some(solved), _) => cast::bytes_from_f32(dtype, &solved.flatten_all()?.to_vec1::<f32>()?),
-                (None, Some(updated)) => cast::bytes_from_f32(dtype, updated),
+                (Some(solved), _) => cast::kept_bytes_from_f32(dtype, &solved.flatten_all()?.to_vec1::<f32>()?),
+                (None, Some(updated)) => cast::kept_bytes_from_f32(dtype, updated),
                 (None, None) => checkpoint.read(&name)?,
             };
             if self.pair.slices.iter().any(|slice| slice.axis == 0 && slice.tensor == name) {

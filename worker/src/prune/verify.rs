@@ -1,6 +1,6 @@
 //! Re-checks every solution in production: no solver marks its own work.
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use espalier_common::fault::FaultClass;
 use espalier_common::pattern::Pattern;
 
@@ -206,30 +206,6 @@ pub fn verify_rows(tensor: &str, solution: &Tensor, stays: impl Fn(usize) -> boo
     Ok(())
 }
 
-/// Casts a solution to the type it is stored in, so that what was kept stays kept: a value that the cast would round to zero
-/// becomes the smallest one of its sign.
-///
-/// # Errors
-/// What the tensor backend says.
-pub fn cast(solution: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
-    let smallest = match dtype {
-        DType::F16 => half::f16::from_bits(1).to_f32(),
-        DType::BF16 => half::bf16::from_bits(1).to_f32(),
-        _ => return solution.to_dtype(dtype),
-    };
-    let narrow = solution.to_dtype(dtype)?;
-    let exact = values(solution)?;
-    let mut rounded = values(&narrow)?;
-    let mut lost = false;
-    for (rounded, exact) in rounded.iter_mut().zip(&exact) {
-        if is_zero(*rounded) && !is_zero(*exact) {
-            *rounded = smallest.copysign(*exact);
-            lost = true;
-        }
-    }
-    if lost { Tensor::from_vec(rounded, solution.shape(), solution.device())?.to_dtype(dtype) } else { Ok(narrow) }
-}
-
 /// ‖V·X̂ᵀ − W·Xᵀ‖² / ‖W·Xᵀ‖² of matrices `[rows, n]`, whichever rows they are.
 pub(crate) fn rel_error(solved: &[f32], dense: &[f32], stats: &InputStats) -> Result<f64, VerifyError> {
     let n = stats.gram.dim(0)?;
@@ -323,12 +299,5 @@ mod tests {
         check(&[1.0, 0.0, 0.0, 0.0, 2.0, 3.0]).unwrap();
         assert!(matches!(check(&[1.0, 0.0, 0.0, -0.0]), Err(VerifyError::Row { row: 1, .. })));
         assert!(matches!(check(&[1.0, f32::NAN]), Err(VerifyError::NotFinite { row: 0, column: 1, .. })));
-    }
-
-    #[test]
-    fn the_cast_keeps_what_was_kept() {
-        let exact = matrix(vec![1e-30, -1e-30, 0.0, 1.0], 4, &Device::Cpu).unwrap();
-        let stored = values(&cast(&exact, DType::F16).unwrap()).unwrap();
-        assert!(stored[0] > 0.0 && stored[1] < 0.0 && stored[2].to_bits() == 0);
     }
 }

@@ -11,6 +11,8 @@
 
 mod half;
 
+use std::ops::Range;
+
 use candle_core::Tensor;
 use espalier_common::checkpoint::{Dtype, cast};
 use espalier_common::clock::Stopwatch;
@@ -40,6 +42,11 @@ pub(super) struct Updated {
     pub(super) after: f64,
     /// Sweeps accepted.
     pub(super) sweeps: u32,
+    /// ‖error‖² / ‖target‖² of the half's output on the calibration sequences, as it will be stored: statistics that were
+    /// gathered before the producers moved say nothing of it.
+    pub(super) rel_error: f64,
+    /// The same on the sequences that the job holds out, if it does.
+    pub(super) held_out_error: Option<f64>,
 }
 
 /// Sequences of inputs with the outputs of the dense half.
@@ -106,7 +113,8 @@ pub(super) fn update(
     let up_member = site.outline.groups[site.group - 1].len() - 1;
     let name = site.outline.groups[site.group - 1][up_member].tensor.clone();
     let dtypes = [dtype_of(site, &name)?, dtype_of(site, tensor)?];
-    let (before, norm) = error(&examples, &start.stored(dtypes))?;
+    let (all, judges) = (examples.inputs.len(), examples.held_out..examples.inputs.len());
+    let (before, norm) = error(&examples, &start.stored(dtypes), judges.clone())?;
     let mut best = (before, start, 0);
     while best.2 < sweeps.most && before > 0.0 {
         place.control.check_cancelled()?;
@@ -114,7 +122,7 @@ pub(super) fn update(
         step_up(&examples, &mut next, &inputs, sweeps.tie)?.map_err(failed(next.channels))?;
         let hidden = next.channels + usize::from(next.bias.is_some());
         refit(&examples, &mut next, sweeps.damping)?.map_err(failed(hidden))?;
-        let (found, _) = error(&examples, &next.stored(dtypes))?;
+        let (found, _) = error(&examples, &next.stored(dtypes), judges.clone())?;
         if found >= best.0 {
             break;
         }
@@ -125,16 +133,23 @@ pub(super) fn update(
     if accepted == 0 {
         return Ok(None);
     }
-    let share = |error: f64| if norm > 0.0 { error / norm } else { 0.0 };
+    let share = |error: f64, norm: f64| if norm > 0.0 { error / norm } else { 0.0 };
+    let calibrating = all - place.run.job.held_out_samples().min(all - 1);
+    let kept = half.stored(dtypes);
+    let measured = |range: Range<usize>| error(&examples, &kept, range).map(|(error, norm)| share(error, norm));
+    let rel_error = measured(0..calibrating)?;
+    let held_out_error = (calibrating < all).then(|| measured(calibrating..all)).transpose()?;
     let (weight, up) = half.widened(&solution.kept, &dense);
     let bias = half.bias.as_ref().map(|bias| Tensor::new(&bias[..], device)).transpose()?;
     Ok(Some(Updated {
         weight: Tensor::from_vec(weight, (dense.out, dense.channels), device)?,
         bias,
         up: (name, up),
-        before: share(before),
-        after: share(after),
+        before: share(before, norm),
+        after: share(after, norm),
         sweeps: accepted,
+        rel_error,
+        held_out_error,
     }))
 }
 
@@ -161,10 +176,10 @@ fn damp(gram: &mut [f64], n: usize, damping: f64) -> f64 {
     ridge
 }
 
-/// Σ‖Y − f(X)‖² and Σ‖Y‖² over the held-out sequences.
-fn error(examples: &Examples<'_>, half: &Half) -> Result<(f64, f64), TaskError> {
+/// Σ‖Y − f(X)‖² and Σ‖Y‖² over some of the sequences.
+fn error(examples: &Examples<'_>, half: &Half, range: Range<usize>) -> Result<(f64, f64), TaskError> {
     let (mut error, mut norm) = (0.0, 0.0);
-    for index in examples.held_out..examples.inputs.len() {
+    for index in range {
         let (x, y) = examples.load(index)?;
         let output = half.output(&half.hidden(&x));
         error += output.iter().zip(&y).map(|(f, y)| f64::from(f - y).powi(2)).sum::<f64>();
@@ -309,24 +324,22 @@ mod tests {
             let cache = ActivationCache::new(1 << 30, std::env::temp_dir());
             let dense = half(7, activation, bias);
             let (inputs, outputs) = entries(&cache, &dense);
-            let mut examples = Examples { inputs: inputs.iter().collect(), outputs, held_out: 6 };
+            let examples = Examples { inputs: inputs.iter().collect(), outputs, held_out: 6 };
             let gram = damped_gram(&examples, &dense, 1e-3).unwrap();
             let factor = Cholesky::new(gram, dense.width).unwrap();
             let kept: Vec<usize> = (0..dense.channels).filter(|c| c % 3 != 1).collect();
             let mut cut = dense.narrowed_as_is(&kept);
             refit(&examples, &mut cut, 1e-3).unwrap().unwrap();
-            let measure = |examples: &mut Examples<'_>, half: &Half| {
-                examples.held_out = 0;
-                let (found, norm) = error(examples, half).unwrap();
-                examples.held_out = 6;
+            let measure = |half: &Half| {
+                let (found, norm) = error(&examples, half, 0..6).unwrap();
                 found / norm
             };
-            let mut last = measure(&mut examples, &cut);
+            let mut last = measure(&cut);
             assert!(last > 1e-4, "{activation:?}: nothing is missing");
             for _ in 0..3 {
                 step_up(&examples, &mut cut, &factor, 0.1).unwrap().unwrap();
                 refit(&examples, &mut cut, 1e-3).unwrap().unwrap();
-                let next = measure(&mut examples, &cut);
+                let next = measure(&cut);
                 assert!(next < last, "{activation:?}: {next} after {last}");
                 last = next;
             }
