@@ -222,6 +222,16 @@ pub fn locate(source: &str) -> Result<PathBuf, CheckpointError> {
     hub::resolve(source, &HubSettings::from_variables(|key| std::env::var(key).ok()))
 }
 
+/// [`locate`], and the source by which every other machine finds the same files, see [`hub::pinned`].
+///
+/// # Errors
+/// See [`hub::resolve`].
+pub fn locate_pinned(source: &str) -> Result<(PathBuf, String), CheckpointError> {
+    let path = locate(source)?;
+    let pinned = hub::pinned(source, &path);
+    Ok((path, pinned))
+}
+
 /// Reads one TOML document (a `job.toml`) with no layers below or above it.
 ///
 /// # Errors

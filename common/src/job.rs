@@ -426,6 +426,7 @@ impl JobSpec {
             ("[pattern] round_to", self.pattern.round_to.unwrap_or(1)),
             ("[pattern] allocation_samples", self.pattern.allocation_samples.unwrap_or(1)),
             ("[output] tensor_parallel", self.output.tensor_parallel.unwrap_or(1)),
+            ("[evaluation] max_windows", self.evaluation.as_ref().and_then(|spec| spec.max_windows).unwrap_or(1)),
         ] {
             if value == 0 {
                 return Err(JobError::Zero { key });

@@ -7,7 +7,7 @@ use std::path::Path;
 use espalier_common::checkpoint::{Checkpoint, CheckpointWriter, Dtype, TensorHeader};
 use espalier_common::digest::{Digest, Hasher};
 use espalier_common::ids::LayerIndex;
-use espalier_common::job::JobSpec;
+use espalier_common::job::{JobSpec, PatternSpec};
 use espalier_common::pattern::Pattern;
 use espalier_common::report::Artifact;
 use espalier_common::store::BlobStore;
@@ -72,12 +72,6 @@ pub fn assemble(parts: &Parts<'_>) -> Result<BTreeMap<String, Digest>, RunError>
             check_against_source(parts.dense, artifact, &name, &place.header)?;
             pruned.insert(name, place);
         }
-    }
-    if let [name, ..] = parts.dense.other_names()[..] {
-        return Err(RunError::Artifact {
-            name: parts.job.model.source.clone(),
-            reason: format!("{name} holds no floats, so it cannot be written again"),
-        });
     }
     let narrowing = parts.structured.map(Narrowing::new).transpose()?;
     let mut plan = Vec::new();
@@ -148,7 +142,11 @@ fn already_there(parts: &Parts<'_>) -> Option<BTreeMap<String, Digest>> {
     whole.then_some(files)
 }
 
-fn digest_of(path: &Path) -> std::io::Result<Digest> {
+/// The digest of a file.
+///
+/// # Errors
+/// What the file system says.
+pub(crate) fn digest_of(path: &Path) -> std::io::Result<Digest> {
     let mut file = std::fs::File::open(path)?;
     let mut hasher = Hasher::default();
     let mut buffer = vec![0; HASH_BYTES as usize];
@@ -242,21 +240,28 @@ fn told_job(parts: &Parts<'_>) -> serde_json::Value {
             "tokens_sha256": parts.tokens,
         },
         "method": { "name": job.method.name, "version": parts.method_version, "params": parts.method_params },
-        "pattern": job.pattern,
+        "pattern": told_pattern(parts),
         "propagation": job.propagation,
         "output": output,
     })
 }
 
+/// The pattern with its default filled in.
+fn told_pattern(parts: &Parts<'_>) -> PatternSpec {
+    let mut pattern = parts.job.pattern.clone();
+    if pattern.nofm.is_none() && !parts.imports_zeros {
+        pattern.sparsity = parts.job.pattern().ok().map(|pattern| pattern.sparsity());
+    }
+    pattern
+}
+
 fn model_card(parts: &Parts<'_>) -> String {
     let job = parts.job;
     let what = match parts.structured {
-        Some(_) => {
-            let share = job.pattern().map_or(0.0, |pattern| pattern.sparsity()) * 100.0;
-            format!(
-                "Whole attention heads and feed-forward channels, {share} % of the layers' parameters, were removed"
-            )
-        }
+        Some(record) => format!(
+            "Whole attention heads and feed-forward channels, {:.2} % of the layers' parameters, were removed",
+            record.removed_share() * 100.0
+        ),
         None => {
             let pattern = match job.pattern() {
                 _ if parts.imports_zeros => Pattern::Imported.to_string(),

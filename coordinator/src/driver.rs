@@ -1,6 +1,6 @@
 //! The one loop: event → `schedule.step` → journal → carry out actions, in order.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -88,6 +88,9 @@ pub struct Driver<'a> {
     pub events: &'a EventLog,
     /// Its time.
     pub clock: &'a dyn Clock,
+    /// Whether its workers are equally fast, whatever they measured: those of one machine measure themselves at the same
+    /// moment, and get in each other's way.
+    pub alike: bool,
     /// Set when somebody wants it to stop.
     pub stop: &'a CancellationToken,
     /// Layers committed so far.
@@ -102,6 +105,57 @@ pub struct Driver<'a> {
 enum Answer {
     Prepared(WorkerId, Result<(), CallError>),
     NotStarted(Lease, Fault),
+}
+
+impl Answer {
+    fn prepared(&self) -> Option<WorkerId> {
+        match self {
+            Self::Prepared(worker, _) => Some(*worker),
+            Self::NotStarted(..) => None,
+        }
+    }
+}
+
+/// The workers that are there when a schedule begins join it together: which of them answered first must not decide who gets
+/// what.
+struct RollCall {
+    awaited: BTreeSet<WorkerId>,
+    joined: BTreeMap<WorkerId, Event>,
+}
+
+impl RollCall {
+    fn of(present: &[WorkerId]) -> Self {
+        Self { awaited: present.iter().copied().collect(), joined: BTreeMap::new() }
+    }
+
+    fn is_over(&self) -> bool {
+        self.awaited.is_empty()
+    }
+
+    /// Takes a worker that is gone off the list; gives the events that are due now.
+    fn strike(&mut self, worker: WorkerId) -> Vec<Event> {
+        self.joined.remove(&worker);
+        self.note(Some(worker), None)
+    }
+
+    /// Notes that a worker answered; gives the events that are due now.
+    fn note(&mut self, answered: Option<WorkerId>, event: Option<Event>) -> Vec<Event> {
+        if self.is_over() {
+            return event.into_iter().collect();
+        }
+        let mut due = Vec::new();
+        match (answered, event) {
+            (Some(worker), Some(event)) => drop(self.joined.insert(worker, event)),
+            (_, event) => due.extend(event),
+        }
+        if let Some(worker) = answered {
+            self.awaited.remove(&worker);
+        }
+        if self.is_over() {
+            due.extend(std::mem::take(&mut self.joined).into_values());
+        }
+        due
+    }
 }
 
 impl Driver<'_> {
@@ -130,14 +184,15 @@ impl Driver<'_> {
         let (present, mut fleet) = self.roster.listen();
         let (answer, mut answers) = mpsc::channel(PENDING_ANSWERS);
         let mut outcomes = BTreeMap::new();
+        let mut roll_call = RollCall::of(&present);
         for worker in present {
             self.prepare(worker, purpose, calls, &answer);
         }
         let mut ticks = tokio::time::interval(TICK);
         // The first step also ends a schedule in which nothing is left to do.
-        let mut event = Some(Event::Tick { now: self.clock.now() });
+        let mut due = VecDeque::from([Event::Tick { now: self.clock.now() }]);
         loop {
-            if let Some(event) = event.take() {
+            while let Some(event) = due.pop_front() {
                 let there: Vec<WorkerId> = scheduler.workers().collect();
                 let is_tick = matches!(event, Event::Tick { .. });
                 let actions = scheduler.step(event);
@@ -152,12 +207,22 @@ impl Driver<'_> {
                     }
                 }
             }
-            event = tokio::select! {
+            tokio::select! {
                 () = self.stop.cancelled() => return Err(DriveError::Interrupted),
-                _ = ticks.tick() => Some(Event::Tick { now: self.clock.now() }),
-                Some(said) = fleet.recv() => self.hear(said, purpose, calls, &answer),
-                Some(answered) = answers.recv() => self.take_answer(answered)?,
-            };
+                // Patience for workers begins once those that are there have answered; each call has a deadline of its own.
+                _ = ticks.tick(), if roll_call.is_over() => due.push_back(Event::Tick { now: self.clock.now() }),
+                Some(said) = fleet.recv() => {
+                    if let FleetEvent::Lost(worker) = said {
+                        due.extend(roll_call.strike(worker));
+                    }
+                    due.extend(self.hear(said, purpose, calls, &answer));
+                }
+                Some(answered) = answers.recv() => {
+                    let who = answered.prepared();
+                    let event = self.take_answer(answered)?;
+                    due.extend(roll_call.note(who, event));
+                }
+            }
         }
     }
 
@@ -214,7 +279,8 @@ impl Driver<'_> {
                 let name = self.name_of(worker);
                 info!(%worker, name, "worker ready");
                 self.events.note(RunEvent::WorkerJoined { worker, name });
-                let speed = self.roster.member(worker).map_or(0, |member| megaflops(member.offer.gflops));
+                let measured = || self.roster.member(worker).map_or(0, |member| megaflops(member.offer.gflops));
+                let speed = if self.alike { 0 } else { measured() };
                 Some(Event::WorkerJoined { worker, speed })
             }
             Answer::Prepared(_, Err(CallError::Fault(fault))) if fault.class == FaultClass::Reject => {
@@ -371,5 +437,35 @@ fn mean_error(outcome: &Outcome) -> Option<f64> {
             Some(sublayers.iter().map(|sublayer| sublayer.rel_error).sum::<f64>() / sublayers.len() as f64)
         }
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn joined(worker: u64) -> Option<Event> {
+        Some(Event::WorkerJoined { worker: WorkerId(worker), speed: 0 })
+    }
+
+    #[test]
+    fn workers_that_are_there_join_together_and_in_order() {
+        let mut roll_call = RollCall::of(&[WorkerId(1), WorkerId(2), WorkerId(3)]);
+        assert_eq!(roll_call.note(Some(WorkerId(3)), joined(3)), []);
+        let other = Event::WorkerLost { worker: WorkerId(9) };
+        assert_eq!(roll_call.note(None, Some(other.clone())), [other], "what is no answer does not wait");
+        assert_eq!(roll_call.note(Some(WorkerId(1)), joined(1)), []);
+        // Its preparation failed.
+        let due = roll_call.note(Some(WorkerId(2)), None);
+        assert_eq!(due, [joined(1), joined(3)].into_iter().flatten().collect::<Vec<_>>());
+        assert_eq!(roll_call.note(Some(WorkerId(4)), joined(4)), Vec::from_iter(joined(4)), "the roll call is over");
+    }
+
+    #[test]
+    fn a_worker_that_is_lost_during_the_roll_call_does_not_join() {
+        let mut roll_call = RollCall::of(&[WorkerId(1), WorkerId(2)]);
+        assert_eq!(roll_call.note(Some(WorkerId(1)), joined(1)), []);
+        assert_eq!(roll_call.strike(WorkerId(1)), []);
+        assert_eq!(roll_call.note(Some(WorkerId(2)), joined(2)), Vec::from_iter(joined(2)));
     }
 }

@@ -40,6 +40,17 @@ pub enum RunError {
     /// The model or the output.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The output could not be written; what was pruned is not lost.
+    #[error("the checkpoint was not written")]
+    Write(#[source] CheckpointError),
+    /// The run would be part of its own output.
+    #[error("the run {} lies in the output {}: choose another --run", run.display(), output.display())]
+    RunInOutput {
+        /// The run's folder.
+        run: PathBuf,
+        /// The output.
+        output: PathBuf,
+    },
     /// The widths asked for.
     #[error(transparent)]
     Widths(#[from] WidthError),
@@ -180,6 +191,7 @@ impl RunError {
             | Self::JobText(_)
             | Self::Calibration(_)
             | Self::Checkpoint(_)
+            | Self::RunInOutput { .. }
             | Self::Differs { .. }
             | Self::Headless(_)
             | Self::MethodVersion { .. }
@@ -189,7 +201,9 @@ impl RunError {
             Self::Store(error) => of_class(error.class()),
             Self::Journal(JournalError::Foreign { .. } | JournalError::Damaged { .. }) => exit::REJECTED,
             Self::Journal(_) => exit::INTERRUPTED,
-            Self::TooFewWorkers { .. } | Self::WorkerDiedEarly | Self::Call(_) | Self::Interrupted => exit::INTERRUPTED,
+            Self::Write(_) | Self::TooFewWorkers { .. } | Self::WorkerDiedEarly | Self::Call(_) | Self::Interrupted => {
+                exit::INTERRUPTED
+            }
             Self::Fault(fault) => of_class(fault.class),
             Self::Drive(DriveError::Failed(Failure::Unit { fault, .. })) => of_class(fault.class),
             Self::Drive(_) => exit::INTERRUPTED,

@@ -151,6 +151,7 @@ impl Standalone {
             journal: &mut Forgetful,
             events: &setting.events,
             clock: setting.clock.as_ref(),
+            alike: !setting.workers_return,
             stop: &setting.stop,
             committed: BTreeMap::new(),
             stored: BTreeMap::new(),

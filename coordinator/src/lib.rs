@@ -19,6 +19,7 @@ pub mod journal;
 pub mod layout;
 pub mod local;
 pub mod plan;
+mod preflight;
 pub mod report;
 pub mod rpc;
 pub mod run;

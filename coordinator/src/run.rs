@@ -32,7 +32,7 @@ use crate::layout::StructuredRecord;
 use crate::plan::widths::{self, Asked, WidthError};
 use crate::report::{self, Report};
 use crate::schedule::{Limits, Record, Scheduler, Shape};
-use crate::{assemble, calibration, evaluate};
+use crate::{assemble, calibration, evaluate, preflight};
 
 /// Everything about a run that is no part of its job: where and with whom.
 pub struct Setting {
@@ -76,15 +76,20 @@ impl Run {
     ///
     /// # Errors
     /// `Reject`-like errors for a wrong job or input, before anything is written; `Differs` if the folder holds another run.
-    pub fn open(job: JobSpec, setting: Setting) -> Result<Self, RunError> {
+    pub fn open(mut job: JobSpec, setting: Setting) -> Result<Self, RunError> {
         let watch = Stopwatch::start();
         job.validate()?;
+        let output = preflight::output_folder(&job.output.uri)?;
+        job.output.uri = output.to_string_lossy().into_owned();
         // A run that is taken up again may have written its output already; assembling looks closer.
         if !setting.folder.join("fingerprint.json").exists() {
-            checkpoint::check_target(&PathBuf::from(&job.output.uri))?;
+            preflight::check_places(&output, &setting.folder)?;
         }
         setting.events.note(RunEvent::Phase { phase: Phase::Tokenise });
-        let dense = checkpoint::open(&config::locate(&job.model.source)?)?;
+        let (path, pinned) = config::locate_pinned(&job.model.source)?;
+        job.model.source = pinned;
+        let dense = checkpoint::open(&path)?;
+        preflight::check_source(dense.as_ref())?;
         let spec = &job.calibration;
         let source = config::locate(&spec.source)?;
         let block = calibration::sequences(&source, dense.as_ref(), spec.samples, spec.sequence_length, spec.seed)?;
@@ -200,6 +205,9 @@ impl Run {
             }
             return Ok((planned, patterns));
         }
+        let (dense, known) = (Arc::clone(&self.dense), outline.clone());
+        let checked = tokio::task::spawn_blocking(move || preflight::check_untouched(dense.as_ref(), &known)).await;
+        checked.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?;
         if let Some(structure) = &outline.structure {
             let patterns = widths::widths(structure, &asked(&self.job)?)?;
             self.append(JournalRecord::Planned { outline: outline.clone(), patterns: patterns.clone() })?;
@@ -259,6 +267,7 @@ impl Run {
             journal: &mut journal,
             events: &self.setting.events,
             clock: self.setting.clock.as_ref(),
+            alike: !self.setting.workers_return,
             stop: &self.setting.stop,
             committed,
             stored,
@@ -286,6 +295,11 @@ impl Run {
             layers,
             structured: structured.as_ref(),
             stop: &self.setting.stop,
+        })
+        .map_err(|error| match error {
+            // The model was read before: what fails now is the disk, or something has taken the output's place.
+            RunError::Checkpoint(error) => RunError::Write(error),
+            other => other,
         })?;
         self.append(JournalRecord::Assembled { files })
     }
@@ -324,9 +338,9 @@ impl Run {
         self.append(JournalRecord::Workers(totals))
     }
 
-    /// Drops the artifacts: the checkpoint holds all that is worth keeping.
+    /// Drops the artifacts but the calibration tokens: the checkpoint holds all else that is worth keeping.
     fn collect_garbage(&self) -> Result<(), RunError> {
-        for folder in ["layers", "tokens", "activations"] {
+        for folder in ["layers", "activations"] {
             for name in self.store.list(folder)? {
                 self.store.delete(&name)?;
             }
@@ -439,6 +453,7 @@ fn asked(job: &JobSpec) -> Result<Asked, RunError> {
     Ok(Asked {
         share: job.pattern()?.sparsity(),
         allocation: job.pattern.allocation,
+        spread: job.pattern.allocation_spread,
         layout: layout_of(job),
         round_to: job.pattern.round_to,
         kv_heads: job.pattern.kv_heads,

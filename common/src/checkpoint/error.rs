@@ -192,6 +192,14 @@ pub enum CheckpointError {
         /// The name.
         name: String,
     },
+    /// Not of any form that an output is given in.
+    #[error("`{uri}` is no output: {problem}")]
+    BadTarget {
+        /// As given.
+        uri: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
     /// Not of any form that a model is given in.
     #[error("`{source_name}` is no model source: {problem}")]
     BadSource {
@@ -238,6 +246,7 @@ impl CheckpointError {
             | Self::OutputExists { .. }
             | Self::BadFileName { .. }
             | Self::BadSource { .. }
+            | Self::BadTarget { .. }
             | Self::Hub { transient: false, .. } => FaultClass::Reject,
         }
     }

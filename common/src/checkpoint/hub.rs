@@ -9,7 +9,7 @@ use hf_hub::{Cache, Repo, RepoType};
 use super::CheckpointError;
 use super::companion::is_companion;
 use super::index::{INDEX_FILE, Index, SINGLE_FILE};
-use crate::store::percent_decode;
+use crate::store::path_of_url;
 
 const SCHEME: &str = "hf://";
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
@@ -74,10 +74,7 @@ pub fn resolve(source: &str, settings: &HubSettings) -> Result<PathBuf, Checkpoi
     let path = match source.split_once("://") {
         None if source.is_empty() => return Err(bad("it is empty")),
         None => PathBuf::from(source),
-        Some(("file", rest)) => {
-            let decoded = percent_decode(rest.strip_prefix("localhost").unwrap_or(rest));
-            PathBuf::from(decoded.filter(|path| path.starts_with('/')).ok_or_else(|| bad("it has no absolute path"))?)
-        }
+        Some(("file", _)) => path_of_url(source).ok_or_else(|| bad("it has no absolute path"))?,
         Some(("hf", _)) => return Model::parse(source)?.locate(settings),
         Some(_) => return Err(bad("give a path, file:// or hf://org/name[@revision]")),
     };
@@ -85,6 +82,17 @@ pub fn resolve(source: &str, settings: &HubSettings) -> Result<PathBuf, Checkpoi
         return Ok(path);
     }
     Err(CheckpointError::NotFound { path })
+}
+
+/// A source as [`resolve`] found it: a model of the hub by its commit, so that whoever resolves it later, on whichever machine,
+/// gets the same files even if its branch has moved. Any other source as it is.
+pub fn pinned(source: &str, found: &Path) -> String {
+    let snapshot = found.parent().and_then(Path::file_name).is_some_and(|folder| folder == "snapshots");
+    let commit = found.file_name().and_then(|commit| commit.to_str()).filter(|_| snapshot);
+    match (source.strip_prefix(SCHEME), commit) {
+        (Some(rest), Some(commit)) => format!("{SCHEME}{}@{commit}", rest.split('@').next().unwrap_or(rest)),
+        _ => source.to_owned(),
+    }
 }
 
 /// A model on the hub.

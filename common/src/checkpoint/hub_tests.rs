@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 
 use serde_json::json;
 
-use super::hub::{HubSettings, resolve};
+use super::hub::{HubSettings, pinned, resolve};
 use super::*;
 use crate::digest::Digest;
 use crate::fault::FaultClass;
@@ -145,6 +145,15 @@ fn model_is_downloaded_once_and_then_found_offline() {
     std::fs::remove_file(directory.join("model-00002-of-00002.safetensors")).unwrap();
     let error = resolve("hf://org/name", &settings).unwrap_err();
     assert!(error.to_string().starts_with("cannot get model-00002-of-00002.safetensors of"), "{error}");
+}
+
+#[test]
+fn a_model_of_the_hub_is_pinned_by_its_commit() {
+    let snapshot = format!("/cache/models--org--name/snapshots/{COMMIT}");
+    for source in ["hf://org/name", "hf://org/name@main"] {
+        assert_eq!(pinned(source, Path::new(&snapshot)), format!("hf://org/name@{COMMIT}"));
+    }
+    assert_eq!(pinned("/snapshots/x", Path::new("/snapshots/x")), "/snapshots/x");
 }
 
 #[test]

@@ -88,6 +88,8 @@ impl TensorHeader {
 pub trait Checkpoint: Send + Sync {
     /// The directory or file, for messages.
     fn path(&self) -> &PathBuf;
+    /// The file that holds a tensor, for messages; `path` for a tensor that is not there.
+    fn file_of(&self, name: &str) -> &Path;
     /// `config.json` as parsed; for GGUF, the config it amounts to.
     fn config(&self) -> &serde_json::Value;
     /// Names of all float tensors, in the order in which they are stored (shards in order of name).

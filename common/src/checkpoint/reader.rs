@@ -141,6 +141,10 @@ impl Checkpoint for SafetensorsCheckpoint {
         &self.path
     }
 
+    fn file_of(&self, name: &str) -> &Path {
+        self.stored(name).map_or(&self.path, |(file, _)| &file.path)
+    }
+
     fn config(&self) -> &serde_json::Value {
         &self.config
     }

@@ -6,7 +6,7 @@ mod local;
 mod memory;
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -21,18 +21,21 @@ pub use memory::MemoryStore;
 /// `UnknownScheme`; `Io` if the directory cannot be created.
 pub fn open(url: &str) -> Result<Arc<dyn BlobStore>, StoreError> {
     let unknown = || StoreError::UnknownScheme { url: url.to_owned() };
-    let path = match url.split_once("://") {
-        None => url.to_owned(),
-        Some(("file", rest)) => {
-            let path = rest.strip_prefix("localhost").unwrap_or(rest);
-            percent_decode(path).filter(|path| path.starts_with('/')).ok_or_else(unknown)?
-        }
-        Some(_) => return Err(unknown()),
+    let path = match url.contains("://") {
+        false => PathBuf::from(url),
+        true => path_of_url(url).ok_or_else(unknown)?,
     };
-    if path.is_empty() {
+    if path.as_os_str().is_empty() {
         return Err(unknown());
     }
-    Ok(Arc::new(LocalStore::open(Path::new(&path))?))
+    Ok(Arc::new(LocalStore::open(&path)?))
+}
+
+/// The absolute path that a `file://` URL names; `None` for anything else.
+pub fn path_of_url(url: &str) -> Option<PathBuf> {
+    let rest = url.strip_prefix("file://")?;
+    let path = percent_decode(rest.strip_prefix("localhost").unwrap_or(rest))?;
+    path.starts_with('/').then(|| PathBuf::from(path))
 }
 
 /// Undoes `%20` and the like; `None` if a `%` is not followed by two hexadecimal digits, or the result is not UTF-8.

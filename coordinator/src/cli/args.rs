@@ -209,10 +209,10 @@ pub(crate) struct PruneArgs {
     #[arg(long, value_name = "SRC")]
     pub(crate) eval: Option<String>,
     /// Tokens in each evaluation window [default: 2048].
-    #[arg(long)]
+    #[arg(long, value_parser = positive)]
     pub(crate) eval_seq_len: Option<usize>,
     /// At most this many evaluation windows.
-    #[arg(long)]
+    #[arg(long, value_parser = positive)]
     pub(crate) eval_max_windows: Option<usize>,
     /// Where the run keeps its journal and artifacts [default: OUTPUT.run].
     #[arg(long)]
@@ -265,7 +265,7 @@ pub(crate) struct EvalArgs {
     #[arg(long, default_value_t = 2048)]
     pub(crate) seq_len: usize,
     /// At most this many windows.
-    #[arg(long)]
+    #[arg(long, value_parser = positive)]
     pub(crate) max_windows: Option<usize>,
     /// Also report tokens per second and peak memory of the forward passes.
     #[arg(long)]

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::CliError;
 use super::args::PruneArgs;
+use crate::error::exit;
 
 /// The job that the arguments amount to.
 pub(crate) fn job(args: &PruneArgs) -> Result<JobSpec, CliError> {
@@ -17,14 +18,7 @@ pub(crate) fn job(args: &PruneArgs) -> Result<JobSpec, CliError> {
     };
     let environment = espalier_common::config::job_environment().map_err(|error| CliError::rejected(&error))?;
     layer(&mut job, environment);
-    let mut set = |section: &str, key: &str, value: Option<Value>| {
-        if let Some(value) = value {
-            let section = job.entry(section).or_insert_with(|| json!({}));
-            if let Some(section) = section.as_object_mut() {
-                section.insert(key.to_owned(), value);
-            }
-        }
-    };
+    let mut set = |section: &str, key: &str, value: Option<Value>| set_key(&mut job, section, key, value);
     set("model", "source", args.model.as_deref().map(|model| json!(absolute(model))));
     set("calibration", "source", args.calibration.as_deref().map(|source| json!(absolute(source))));
     set("calibration", "samples", args.samples.map(Value::from));
@@ -34,17 +28,10 @@ pub(crate) fn job(args: &PruneArgs) -> Result<JobSpec, CliError> {
     set("method", "name", args.method.clone().map(Value::from));
     set("method", "mask", args.mask.as_deref().map(|mask| json!(absolute(mask))));
     // A flag replaces the file's pattern, whichever kind that was.
-    if args.sparsity.is_some() {
-        set("pattern", "nofm", Some(Value::Null));
+    if args.sparsity.is_some() || args.pattern.is_some() {
+        drop_pattern(&mut job);
     }
-    if args.pattern.is_some() {
-        set("pattern", "sparsity", Some(Value::Null));
-    }
-    // JSON has no NaN: a sparsity that is not finite would otherwise vanish.
-    if args.sparsity.is_some_and(|sparsity| !sparsity.is_finite()) {
-        let message = "sparsity must be a number of at least 0 and below 1".to_owned();
-        return Err(CliError { message, code: crate::error::exit::REJECTED });
-    }
+    let mut set = |section: &str, key: &str, value: Option<Value>| set_key(&mut job, section, key, value);
     set("pattern", "sparsity", args.sparsity.map(Value::from));
     set("pattern", "nofm", args.pattern.clone().map(Value::from));
     set("pattern", "round_to", args.round_to.map(Value::from));
@@ -74,12 +61,44 @@ pub(crate) fn job(args: &PruneArgs) -> Result<JobSpec, CliError> {
             return Err(CliError::usage(format!("give {flag}, or [{section}] {key} in a job file")));
         }
     }
-    serde_json::from_value(Value::Object(job)).map_err(|error| {
-        let origin = args.job.as_ref().map_or_else(|| "job".to_owned(), |path| path.display().to_string());
-        CliError {
-            message: format!("{origin}: {}", espalier_common::config::suggest(&error.to_string())),
-            code: crate::error::exit::REJECTED,
+    let origin = args.job.as_ref().map_or_else(|| "job".to_owned(), |path| path.display().to_string());
+    let rejected = |reason: String| CliError { message: format!("{origin}: {reason}"), code: exit::REJECTED };
+    if let Some(key) = not_finite(&job) {
+        return Err(rejected(format!("{key} is not a finite number")));
+    }
+    serde_path_to_error::deserialize(Value::Object(job)).map_err(|error| {
+        let key = error.path().to_string();
+        let reason = espalier_common::config::suggest(&error.into_inner().to_string());
+        // A missing or unknown key is told by its name alone.
+        rejected(if key.contains('.') { format!("{key}: {reason}") } else { reason })
+    })
+}
+
+fn set_key(job: &mut Map<String, Value>, section: &str, key: &str, value: Option<Value>) {
+    if let Some(value) = value {
+        let section = job.entry(section).or_insert_with(|| json!({}));
+        if let Some(section) = section.as_object_mut() {
+            section.insert(key.to_owned(), value);
         }
+    }
+}
+
+fn drop_pattern(job: &mut Map<String, Value>) {
+    if let Some(pattern) = job.get_mut("pattern").and_then(Value::as_object_mut) {
+        pattern.remove("sparsity");
+        pattern.remove("nofm");
+    }
+}
+
+/// The first key whose value is NaN or infinite. JSON has neither, and makes them null, which nothing else does.
+fn not_finite(job: &Map<String, Value>) -> Option<String> {
+    let is_lost = |value: &Value| match value {
+        Value::Array(values) => values.iter().any(Value::is_null),
+        value => value.is_null(),
+    };
+    job.iter().find_map(|(section, keys)| {
+        let (key, _) = keys.as_object()?.iter().find(|(_, value)| is_lost(value))?;
+        Some(format!("[{section}] {key}"))
     })
 }
 

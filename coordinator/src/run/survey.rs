@@ -128,6 +128,7 @@ impl Run {
             journal: &mut journal,
             events: &self.setting.events,
             clock: self.setting.clock.as_ref(),
+            alike: !self.setting.workers_return,
             stop: &self.setting.stop,
             committed: Default::default(),
             stored: Default::default(),

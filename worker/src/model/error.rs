@@ -41,7 +41,7 @@ pub enum ModelError {
     /// A weight is NaN or infinite.
     #[error("{path}: {tensor} holds NaN or infinity")]
     NotFinite {
-        /// The checkpoint.
+        /// The file.
         path: String,
         /// The tensor.
         tensor: String,

@@ -54,8 +54,8 @@ impl Loader {
         &self.device
     }
 
-    fn path(&self) -> String {
-        self.checkpoint.path().display().to_string()
+    fn file_of(&self, name: &str) -> String {
+        self.checkpoint.file_of(name).display().to_string()
     }
 
     /// The header of a tensor that must have this shape.
@@ -68,7 +68,7 @@ impl Loader {
         };
         if header.shape != shape {
             return Err(ModelError::Shape {
-                path: self.path(),
+                path: self.file_of(name),
                 tensor: name.to_owned(),
                 found: header.shape.clone(),
                 expected: shape.to_vec(),
@@ -161,7 +161,7 @@ impl Loader {
         if values.iter().fold(true, |finite, value| finite & value.is_finite()) {
             Ok(values)
         } else {
-            Err(ModelError::NotFinite { path: self.path(), tensor: name.to_owned() })
+            Err(ModelError::NotFinite { path: self.file_of(name), tensor: name.to_owned() })
         }
     }
 }

@@ -39,6 +39,10 @@ impl Checkpoint for Spoilt {
         &self.path
     }
 
+    fn file_of(&self, _: &str) -> &Path {
+        &self.path
+    }
+
     fn config(&self) -> &Value {
         &self.config
     }

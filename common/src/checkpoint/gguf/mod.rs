@@ -153,6 +153,10 @@ impl Checkpoint for GgufCheckpoint {
         &self.path
     }
 
+    fn file_of(&self, _: &str) -> &Path {
+        &self.path
+    }
+
     fn config(&self) -> &serde_json::Value {
         &self.config
     }

@@ -1,0 +1,135 @@
+//! What is refused before any work is done: places that would get into each other's way, models that could not be written again.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use espalier_common::checkpoint::cast::f32_from_bytes;
+use espalier_common::checkpoint::{Checkpoint, CheckpointError, check_target};
+use espalier_common::outline::ModelOutline;
+
+use crate::error::RunError;
+
+/// Read at a time when a tensor is looked through.
+const CHUNK_BYTES: usize = 16 << 20;
+
+/// What a config says of quantised weights, and would go on saying of pruned ones.
+const QUANTISATION: &str = "quantization_config";
+
+/// Checks where the output and the run are to be: the output is new or empty and no link, and holds no run.
+///
+/// # Errors
+/// `RunInOutput`, or what [`check_target`] says.
+pub(crate) fn check_places(output: &Path, run: &Path) -> Result<(), RunError> {
+    let absolute = |path: &Path| std::path::absolute(path).map_err(|error| RunError::folder(path, error));
+    if absolute(run)?.starts_with(absolute(output)?) {
+        return Err(RunError::RunInOutput { run: run.to_owned(), output: output.to_owned() });
+    }
+    // A whole folder is put in its place in one step, which would replace the link and not what it points to.
+    if output.symlink_metadata().is_ok_and(|metadata| metadata.is_symlink()) {
+        return Err(CheckpointError::OutputExists { path: output.to_owned() }.into());
+    }
+    Ok(check_target(output)?)
+}
+
+/// Checks that a checkpoint made from this one would hold all of it, as plain floats.
+///
+/// # Errors
+/// `InvalidTensor` for a tensor of integers, `InvalidKey` for a quantised model.
+pub(crate) fn check_source(dense: &dyn Checkpoint) -> Result<(), CheckpointError> {
+    if let Some(name) = dense.other_names().first() {
+        return Err(CheckpointError::InvalidTensor {
+            path: dense.file_of(name).to_owned(),
+            tensor: (*name).to_owned(),
+            problem: "holds no floats, so it could not be written again",
+        });
+    }
+    if dense.config().get(QUANTISATION).is_some_and(|value| !value.is_null()) {
+        return Err(CheckpointError::InvalidKey {
+            path: dense.path().join("config.json"),
+            key: QUANTISATION.to_owned(),
+            problem: "says that the model is quantised: pruning takes it in floats",
+        });
+    }
+    Ok(())
+}
+
+/// Checks that what goes into the output as it is (embeddings, norms, head, biases) holds no NaN and no infinity. Workers
+/// check the weights that they prune.
+///
+/// # Errors
+/// `InvalidTensor`, or what the file system says.
+pub(crate) fn check_untouched(dense: &dyn Checkpoint, outline: &ModelOutline) -> Result<(), CheckpointError> {
+    let sublayers: BTreeSet<&str> =
+        outline.layers.iter().flat_map(|layer| layer.sublayers()).map(|sublayer| sublayer.tensor.as_str()).collect();
+    dense.names().into_iter().filter(|name| !sublayers.contains(name)).try_for_each(|name| check_finite(dense, name))
+}
+
+fn check_finite(dense: &dyn Checkpoint, name: &str) -> Result<(), CheckpointError> {
+    let Some(header) = dense.header(name) else { return Ok(()) };
+    let check = |bytes: Vec<u8>| {
+        // No early exit: a pass without branches is the faster one.
+        let finite = f32_from_bytes(header.dtype, &bytes).iter().fold(true, |finite, value| finite & value.is_finite());
+        if finite {
+            return Ok(());
+        }
+        Err(CheckpointError::InvalidTensor {
+            path: dense.file_of(name).to_owned(),
+            tensor: name.to_owned(),
+            problem: "holds NaN or infinity",
+        })
+    };
+    match header.shape.split_first() {
+        Some((&rows, inner)) if rows > 0 && !inner.is_empty() => {
+            let row_bytes = (header.bytes() / rows).max(1);
+            let step = (CHUNK_BYTES / row_bytes).max(1);
+            (0..rows).step_by(step).try_for_each(|first| check(dense.read_rows(name, first..(first + step).min(rows))?))
+        }
+        _ => check(dense.read(name)?),
+    }
+}
+
+/// The folder that an output URI names: a path or a `file://` URL.
+///
+/// # Errors
+/// `BadSource` for any other URL and for an empty one.
+pub(crate) fn output_folder(uri: &str) -> Result<PathBuf, CheckpointError> {
+    let bad = |problem| CheckpointError::BadTarget { uri: uri.to_owned(), problem };
+    match uri.split_once("://") {
+        None if uri.is_empty() => Err(bad("it is empty")),
+        None => Ok(PathBuf::from(uri)),
+        Some(("file", _)) => espalier_common::store::path_of_url(uri).ok_or_else(|| bad("it has no absolute path")),
+        Some(_) => Err(bad("give a folder, or file:// and its path")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outputs_are_folders() {
+        assert_eq!(output_folder("a/b").unwrap(), Path::new("a/b"));
+        assert_eq!(output_folder("file:///a%20b").unwrap(), Path::new("/a b"));
+        for uri in ["", "s3://bucket/out", "file://host/out", "http://x/y"] {
+            let error = output_folder(uri).unwrap_err();
+            assert!(matches!(error, CheckpointError::BadTarget { .. }), "{uri}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_run_inside_its_output_and_an_output_that_is_a_link_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let output = folder.path().join("out");
+        check_places(&output, &folder.path().join("out.run")).unwrap();
+        for run in ["out", "out/run"] {
+            let error = check_places(&output, &folder.path().join(run)).unwrap_err();
+            assert!(matches!(error, RunError::RunInOutput { .. }), "{run}: {error}");
+        }
+        let target = folder.path().join("empty");
+        std::fs::create_dir(&target).unwrap();
+        check_places(&target, &folder.path().join("run")).unwrap();
+        std::os::unix::fs::symlink(&target, &output).unwrap();
+        let error = check_places(&output, &folder.path().join("run")).unwrap_err();
+        assert!(matches!(error, RunError::Checkpoint(CheckpointError::OutputExists { .. })), "{error}");
+    }
+}
