@@ -1,13 +1,21 @@
 //! What stock loaders would hold against a checkpoint, as far as files and config tell without knowing families.
 
+use std::path::Path;
+
 use espalier_common::checkpoint::Checkpoint;
 use espalier_common::checkpoint::cast::f32_from_bytes;
+use espalier_common::digest::Digest;
 use serde_json::Value;
+
+use crate::assemble::{Manifest, digest_of};
 
 /// `model_type`s whose config class refuses a hidden width that the heads do not divide, even with a head_dim.
 ///
 /// Source: transformers 5, `LlamaConfig.validate_architecture`.
 const HEADS_DIVIDE_WIDTH: [&str; 1] = ["llama"];
+
+/// `model_type`s that come with code of their own.
+const NOT_STOCK: [&str; 1] = ["nemotron-nas"];
 
 /// Every finding, one line each; none if there is nothing wrong.
 pub fn findings(checkpoint: &dyn Checkpoint) -> Vec<String> {
@@ -15,6 +23,8 @@ pub fn findings(checkpoint: &dyn Checkpoint) -> Vec<String> {
     let mut found = heads(config);
     found.extend(leftovers(config));
     found.extend(tied(config, checkpoint));
+    found.extend(foreign_classes(config));
+    found.extend(damaged(checkpoint.path()));
     found.extend(checkpoint.other_names().iter().map(|name| format!("{name} holds no floats")));
     for name in checkpoint.names() {
         let Some(header) = checkpoint.header(name) else { continue };
@@ -60,6 +70,34 @@ fn heads(config: &Value) -> Vec<String> {
     found
 }
 
+/// Config classes that stock loaders do not have, and that must lie beside the checkpoint.
+fn foreign_classes(config: &Value) -> Option<String> {
+    let kind = config["model_type"].as_str().filter(|kind| NOT_STOCK.contains(kind))?;
+    let brings_them = config.get("auto_map").is_some_and(|map| !is_empty(map));
+    (!brings_them).then(|| {
+        format!("model_type {kind} is none that transformers and vLLM know without NVIDIA's config class beside it")
+    })
+}
+
+/// Files that are not what the checkpoint's own `espalier.json` says, if it has one.
+fn damaged(folder: &Path) -> Vec<String> {
+    let manifest = std::fs::read(folder.join("espalier.json")).ok();
+    let Some(manifest) = manifest.and_then(|bytes| serde_json::from_slice::<Manifest>(&bytes).ok()) else {
+        return Vec::new();
+    };
+    let finding = |(name, digest): (String, Digest)| {
+        let is_plain = Path::new(&name).file_name().is_some_and(|plain| plain == name.as_str());
+        match is_plain.then(|| digest_of(&folder.join(&name))) {
+            None => Some(format!("espalier.json names {name}, which is no plain file name")),
+            Some(Ok(found)) => {
+                (found != digest).then(|| format!("{name} is not what espalier.json says: its SHA-256 is {found}"))
+            }
+            Some(Err(error)) => Some(format!("{name}, which espalier.json names, cannot be read: {error}")),
+        }
+    };
+    manifest.files.into_iter().filter_map(finding).collect()
+}
+
 fn leftovers(config: &Value) -> Vec<String> {
     let places = [("", config), ("quantization_config.", &config["quantization_config"])];
     let left = places.iter().filter(|(_, place)| place.get("sparsity_config").is_some_and(|left| !is_empty(left)));
@@ -96,6 +134,28 @@ mod tests {
         assert!(heads(&narrow)[0].contains("24 does not divide hidden_size = 4096"));
         let other = json!({ "model_type": "qwen3", "num_attention_heads": 24, "hidden_size": 4096, "head_dim": 128 });
         assert!(heads(&other).is_empty());
+    }
+
+    #[test]
+    fn a_class_that_no_stock_loader_has_is_found() {
+        assert!(foreign_classes(&json!({ "model_type": "llama" })).is_none());
+        let found = foreign_classes(&json!({ "model_type": "nemotron-nas" })).unwrap();
+        assert!(found.contains("nemotron-nas"), "{found}");
+        let whole = json!({ "model_type": "nemotron-nas", "auto_map": { "AutoConfig": "x.Y" } });
+        assert!(foreign_classes(&whole).is_none());
+    }
+
+    #[test]
+    fn files_that_changed_since_they_were_written_are_found() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(damaged(folder.path()).is_empty(), "not every checkpoint is ours");
+        std::fs::write(folder.path().join("a"), "whole").unwrap();
+        std::fs::write(folder.path().join("b"), "other").unwrap();
+        let files = json!({ "a": Digest::of(b"whole"), "b": Digest::of(b"whole"), "../c": Digest::of(b"whole") });
+        let manifest = json!({ "espalier": "0", "job": {}, "files": files });
+        std::fs::write(folder.path().join("espalier.json"), manifest.to_string()).unwrap();
+        let found = damaged(folder.path());
+        assert!(found.len() == 2 && found[0].contains("../c") && found[1].starts_with("b is not"), "{found:?}");
     }
 
     #[test]

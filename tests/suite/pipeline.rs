@@ -1,15 +1,19 @@
 //! The whole path with the real programs: `prune` on one machine, its workers, and what is left behind.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use espalier_common::pattern::Pattern;
-use half::bf16;
-use harness::checkpoint::{Safetensors, is_sublayer, same_files};
-use harness::process::{Workplace, wait_for_end};
+use espalier_coordinator::journal::{self, JournalRecord};
+use espalier_coordinator::schedule::Record;
+use half::{bf16, f16};
+use harness::checkpoint::{Safetensors, copy_folder, is_sublayer, same_files};
+use harness::process::{PATIENCE, Running, Workplace, kill, wait_for_end};
 use harness::{golden, tiny};
+use serde_json::Value;
 
 const SAMPLES: &str = "8";
 const SEQUENCE_LENGTH: &str = "64";
@@ -39,9 +43,20 @@ fn assert_workers_do_not_matter(model: &str, propagation: &str) {
     let one = run("1");
     for workers in ["2", "3"] {
         let many = run(workers);
+        assert_all_worked(&many, workers.parse().unwrap());
         same_files(&one.path().join("out"), &many.path().join("out"))
             .unwrap_or_else(|error| panic!("{model}, {propagation}, 1 against {workers} workers: {error:#}"));
     }
+}
+
+/// Equal bytes prove nothing of workers of which one did everything.
+fn assert_all_worked(workplace: &Workplace, workers: usize) {
+    let report = fs::read(workplace.path().join("run/report.json")).unwrap();
+    let report: Value = serde_json::from_slice(&report).unwrap();
+    let sublayers = report["sublayers"].as_array().unwrap();
+    let pruned_by: BTreeSet<u64> = sublayers.iter().map(|sublayer| sublayer["worker"].as_u64().unwrap()).collect();
+    assert_eq!(pruned_by.len(), workers, "layers were pruned by {pruned_by:?}");
+    assert!(report["totals"]["bytes_moved"].as_u64() > Some(0), "no hidden states moved: {}", report["totals"]);
 }
 
 #[test]
@@ -75,10 +90,10 @@ fn qwen2_has_the_same_bytes_from_1_2_and_3_workers_in_dense_propagation() {
 }
 
 /// Counts zeros in the written file itself, and then asks `inspect` for the same numbers.
-fn check_exact(method: &str, pattern: Pattern, flags: &[&str]) -> Result<()> {
-    let workplace = pruned("llama-tiny", &[&["--method", method, "--workers", "2"], flags].concat())?;
+fn check_exact(model: &str, method: &str, pattern: Pattern, flags: &[&str]) -> Result<()> {
+    let workplace = pruned(model, &[&["--method", method, "--workers", "2"], flags].concat())?;
     let output = workplace.path().join("out");
-    let dense = Safetensors::read(&tiny("llama-tiny").join("model.safetensors"))?;
+    let dense = Safetensors::read(&tiny(model).join("model.safetensors"))?;
     let sparse = Safetensors::read(&output.join("model.safetensors"))?;
     let report = workplace.run(["inspect", "out", "--json"])?.success()?.json()?;
     let inspected = report["tensors"].as_array().context("inspect --json has no `tensors`")?;
@@ -117,9 +132,53 @@ fn is_zero(weight: bf16) -> bool {
 fn sparsity_is_exact_to_the_weight_for_every_method() {
     for method in ["magnitude", "wanda", "sparsegpt"] {
         for (sparsity, flag) in [(0.5, "0.5"), (0.37, "0.37")] {
-            check_exact(method, Pattern::Unstructured { sparsity }, &["--sparsity", flag])
+            check_exact("llama-tiny", method, Pattern::Unstructured { sparsity }, &["--sparsity", flag])
                 .unwrap_or_else(|error| panic!("{method} at {flag}: {error:#}"));
         }
+    }
+}
+
+#[test]
+fn sparsity_is_exact_in_models_with_tied_embeddings_and_with_biases() {
+    for model in ["opt-tiny", "qwen2-tiny"] {
+        check_exact(model, "sparsegpt", Pattern::Unstructured { sparsity: 0.5 }, &["--sparsity", "0.5"])
+            .unwrap_or_else(|error| panic!("{model}: {error:#}"));
+    }
+}
+
+#[test]
+fn weights_that_half_precision_could_lose_are_kept() {
+    // Projections a thousandth as large: solutions have values below the least that f16 tells from 0.
+    let workplace = Workplace::new();
+    copy_folder(&tiny("llama-tiny"), &workplace.path().join("model")).unwrap();
+    let path = workplace.path().join("model/model.safetensors");
+    let mut file = Safetensors::read(&path).unwrap();
+    let names: Vec<String> = file.names().map(str::to_owned).collect();
+    for name in names {
+        let factor = if is_sublayer(&name) { 1e-3 } else { 1.0 };
+        let (start, end) = file.offsets(&name).unwrap();
+        let values = file.bf16(&name).unwrap();
+        let least = f16::from_bits(1).to_f32();
+        let narrow = values.iter().map(|value| {
+            let scaled = value.to_f32() * factor;
+            // Every dense weight is there, so that zeros are the method's.
+            f16::from_f32(if scaled.abs() < least { least.copysign(scaled) } else { scaled })
+        });
+        let bytes: Vec<u8> = narrow.flat_map(f16::to_le_bytes).collect();
+        file.data[start..end].copy_from_slice(&bytes);
+        file.header[&name]["dtype"] = "F16".into();
+    }
+    file.write(&path).unwrap();
+    let text = golden().join("text/wikitext2-valid-head.txt");
+    let arguments =
+        ["prune", "model", "--output", "out", "--method", "sparsegpt", "--sparsity", "0.5", "--calibration"];
+    let size = [utf8(&text), "--samples", SAMPLES, "--seq-len", SEQUENCE_LENGTH];
+    workplace.run([&arguments[..], &size].concat()).unwrap().success().unwrap();
+    let sparse = Safetensors::read(&workplace.path().join("out/model.safetensors")).unwrap();
+    for name in sparse.names().filter(|name| is_sublayer(name)) {
+        let bytes = sparse.bytes(name).unwrap();
+        let zeros = bytes.chunks_exact(2).filter(|pair| pair[0] == 0 && pair[1] & 0x7f == 0).count();
+        assert_eq!(zeros, bytes.len() / 4, "{name}");
     }
 }
 
@@ -127,7 +186,7 @@ fn sparsity_is_exact_to_the_weight_for_every_method() {
 fn every_group_of_an_nofm_pattern_holds_it() {
     for method in ["magnitude", "wanda", "sparsegpt"] {
         for (keep, of, flag) in [(2, 4, "2:4"), (3, 8, "3:8")] {
-            check_exact(method, Pattern::NofM { keep, of }, &["--pattern", flag])
+            check_exact("llama-tiny", method, Pattern::NofM { keep, of }, &["--pattern", flag])
                 .unwrap_or_else(|error| panic!("{method} at {flag}: {error:#}"));
         }
     }
@@ -178,6 +237,50 @@ fn the_environment_lies_between_a_job_file_and_the_flags() {
     assert!(finished.stderr.contains("did you mean sparsity?"), "{}", finished.stderr);
 }
 
+fn wait_for_lease(running: &mut Running, workplace: &Workplace) {
+    let journal = workplace.path().join("run/journal");
+    let leased = |record: &JournalRecord| matches!(record, JournalRecord::Prune(Record::Leased { .. }));
+    let seen = || journal::read(&journal).ok()?.iter().any(leased).then_some(());
+    running.wait_until("the first lease", seen).unwrap();
+}
+
+#[test]
+fn a_run_that_loses_all_its_workers_ends_and_can_be_resumed() {
+    let workplace = Workplace::new();
+    let (model, text) = (tiny("llama-tiny"), golden().join("text/wikitext2-valid-head.txt"));
+    let arguments = ["prune", utf8(&model), "--output", "out", "--run", "run", "--workers", "2"];
+    let work = ["--calibration", utf8(&text), "--samples", "128", "--seq-len", "256", "--method", "sparsegpt"];
+    let mut running = workplace.start(arguments.into_iter().chain(work)).unwrap();
+    let workers = running.wait_for_children(2).unwrap();
+    wait_for_lease(&mut running, &workplace);
+    workers.iter().copied().try_for_each(kill).unwrap();
+    let finished = running.finish(GRACE).unwrap();
+    assert_eq!(finished.code(), Some(75), "{}", finished.stderr);
+    let errors = finished.error_lines();
+    assert!(errors.len() == 1 && errors[0].contains("espalier resume run"), "{}", finished.stderr);
+    assert!(!workplace.path().join("out").exists());
+}
+
+#[test]
+fn what_was_pruned_is_not_lost_when_the_output_cannot_be_written() {
+    let workplace = Workplace::new();
+    let (model, text) = (tiny("llama-tiny"), golden().join("text/wikitext2-valid-head.txt"));
+    let arguments = ["prune", utf8(&model), "--output", "out", "--run", "run", "--workers", "1"];
+    let work = ["--calibration", utf8(&text), "--samples", "64", "--seq-len", "128", "--method", "sparsegpt"];
+    let mut running = workplace.start(arguments.into_iter().chain(work)).unwrap();
+    wait_for_lease(&mut running, &workplace);
+    // Somebody else puts something there meanwhile.
+    fs::create_dir(workplace.path().join("out")).unwrap();
+    fs::write(workplace.path().join("out/precious"), "kept").unwrap();
+    let finished = running.finish(PATIENCE).unwrap();
+    assert_eq!(finished.code(), Some(75), "{}", finished.stderr);
+    assert!(finished.stderr.contains("espalier resume run"), "{}", finished.stderr);
+    assert_eq!(fs::read(workplace.path().join("out/precious")).unwrap(), b"kept");
+    fs::remove_dir_all(workplace.path().join("out")).unwrap();
+    workplace.run(["resume", "run"]).unwrap().success().unwrap();
+    assert!(workplace.path().join("out/model.safetensors").exists());
+}
+
 #[test]
 fn interrupt_leaves_neither_output_nor_workers() {
     let workplace = Workplace::new();
@@ -187,6 +290,7 @@ fn interrupt_leaves_neither_output_nor_workers() {
     let work = ["--calibration", utf8(&text), "--samples", "128", "--seq-len", "256", "--method", "sparsegpt"];
     let mut running = workplace.start(arguments.into_iter().chain(work)).unwrap();
     let workers = running.wait_for_children(2).unwrap();
+    wait_for_lease(&mut running, &workplace);
     running.interrupt().unwrap();
     let finished = running.finish(GRACE).unwrap();
 

@@ -62,7 +62,7 @@ fn check(case: &Case) -> Result<()> {
     for name in case.names {
         ensure!(errors[0].contains(name), "`{name}` is not named: {}", errors[0]);
     }
-    let after: Vec<_> = entries(folder)?.into_iter().filter(|name| name != "run").collect();
+    let after = entries(folder)?;
     ensure!(after == before, "left behind: {after:?}");
     Ok(())
 }
@@ -79,7 +79,7 @@ fn entries(folder: &Path) -> Result<Vec<String>> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if entry.file_type()?.is_dir() && name != "run" {
+        if entry.file_type()?.is_dir() {
             names.extend(entries(&entry.path())?.into_iter().map(|inner| format!("{name}/{inner}")));
         }
         names.push(name);
@@ -124,6 +124,45 @@ fn poison(folder: &Path, tensor: &str, bits: u16) -> Result<()> {
     let (_, end) = file.offsets(tensor)?;
     file.data[end - 2..end].copy_from_slice(&bits.to_le_bytes());
     file.write(&path)
+}
+
+#[test]
+fn what_goes_into_the_output_as_it_is_must_be_finite_floats() {
+    const NAN: u16 = 0x7fc0;
+    check_all(&[
+        Case {
+            name: "NaN in the embedding",
+            damage: |folder| poison(folder, "model.embed_tokens.weight", NAN),
+            names: &["model.safetensors", "model.embed_tokens.weight", "NaN"],
+            ..SOUND
+        },
+        Case {
+            name: "infinity in the last norm",
+            damage: |folder| poison(folder, "model.norm.weight", 0x7f80),
+            names: &["model.safetensors", "model.norm.weight"],
+            ..SOUND
+        },
+        Case {
+            name: "a tensor of integers beside the model's",
+            damage: |folder| {
+                let path = folder.join(WEIGHTS);
+                let mut file = Safetensors::read(&path)?;
+                let start = file.data.len();
+                file.data.extend([0; 8]);
+                let entry = json!({ "dtype": "I64", "shape": [1], "data_offsets": [start, start + 8] });
+                file.header.insert("model.position_ids".to_owned(), entry);
+                file.write(&path)
+            },
+            names: &["model.safetensors", "model.position_ids"],
+            ..SOUND
+        },
+        Case {
+            name: "a quantised model",
+            damage: |folder| edit_config(folder, "quantization_config", json!({ "quant_method": "gptq" })),
+            names: &["config.json", "quantization_config"],
+            ..SOUND
+        },
+    ]);
 }
 
 #[test]
@@ -363,6 +402,26 @@ fn wrong_jobs_are_refused() {
         Case { name: "more kept than there are", flags: &["--pattern", "5:4"], names: &["5:4"], ..SOUND },
         Case { name: "nothing kept", flags: &["--pattern", "0:4"], names: &["0:4"], ..SOUND },
         Case { name: "width not divisible", flags: &["--pattern", "2:5"], names: &["2:5", "192", "q_proj"], ..SOUND },
+        Case {
+            name: "sparsity of a job file is NaN",
+            damage: |folder| Ok(fs::write(folder.join("job.toml"), "[pattern]\nsparsity = nan\n")?),
+            flags: &["--job", "job.toml"],
+            names: &["job.toml", "[pattern] sparsity"],
+            ..SOUND
+        },
+        Case {
+            name: "sparsity of a job file is no number",
+            damage: |folder| Ok(fs::write(folder.join("job.toml"), "[pattern]\nsparsity = \"half\"\n")?),
+            flags: &["--job", "job.toml"],
+            names: &["job.toml", "pattern.sparsity"],
+            ..SOUND
+        },
+        Case {
+            name: "output on a foreign store",
+            flags: &["--output", "ftp://host/out"],
+            names: &["ftp://host/out"],
+            ..SOUND
+        },
         Case { name: "no samples", flags: &["--samples", "0"], names: &["samples"], ..SOUND },
         Case { name: "no tokens", flags: &["--seq-len", "0"], names: &["sequence_length"], ..SOUND },
         Case { name: "unknown method", flags: &["--method", "guess"], names: &["guess"], ..SOUND },
@@ -396,6 +455,13 @@ fn wrong_usage_is_told_from_wrong_input() {
             ..SOUND
         },
         Case { name: "no number", flags: &["--sparsity", "half"], code: WRONG_USAGE, names: &["half"], ..SOUND },
+        Case {
+            name: "no windows",
+            flags: &["--eval", "text.txt", "--eval-max-windows", "0"],
+            code: WRONG_USAGE,
+            names: &["--eval-max-windows"],
+            ..SOUND
+        },
         Case {
             name: "two patterns",
             flags: &["--sparsity", "0.5", "--pattern", "2:4"],

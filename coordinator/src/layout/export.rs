@@ -74,6 +74,9 @@ pub fn export(asked: &Export<'_>) -> Result<BTreeMap<String, Digest>, ExportErro
     else {
         return Err(ExportError::NoRecord { path });
     };
+    if !manifest.job.get("output").is_some_and(serde_json::Value::is_object) {
+        return Err(ExportError::NoRecord { path });
+    }
     if record.layout != Layout::Masked {
         return Err(ExportError::NotMasked { path, layout: record.layout });
     }

@@ -28,6 +28,16 @@ pub struct StructuredRecord {
     pub kept: Vec<Kept>,
 }
 
+impl StructuredRecord {
+    /// The share of the layers' parameters that went: rounding and whole heads make it another than what was asked.
+    pub fn removed_share(&self) -> f64 {
+        let parameters: usize = self.structure.layers.iter().map(|layer| layer.parameters).sum();
+        let removed: usize =
+            self.structure.layers.iter().zip(&self.kept).map(|(layer, kept)| kept.removed(layer)).sum();
+        removed as f64 / parameters.max(1) as f64
+    }
+}
+
 /// Why a layout cannot hold a result.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LayoutError {
@@ -108,6 +118,10 @@ impl<'a> Narrowing<'a> {
         let mut narrowing = Self { record, cuts: BTreeMap::new(), config: BTreeMap::new(), uneven: None };
         if structure.layers.len() != kept.len() {
             return Err(LayoutError::Record(format!("a model of {} layers", structure.layers.len())));
+        }
+        // A record comes from a file, and what it says is divided by.
+        if structure.uneven.as_ref().is_some_and(|uneven| uneven.multiple == 0 || uneven.hidden == 0) {
+            return Err(LayoutError::Record("any model: its `uneven` has a zero".to_owned()));
         }
         for (layer, kept) in structure.layers.iter().zip(kept) {
             if !kept.fits(layer) {
@@ -302,6 +316,8 @@ mod tests {
         assert_eq!(config["block_configs"].as_array().unwrap().len(), 2);
         record.structure.uneven = Some(Uneven { hidden: 6, multiple: 3 });
         assert!(matches!(Narrowing::new(&record), Err(LayoutError::Multiple { layer: 0, channels: 4, .. })));
+        record.structure.uneven = Some(Uneven { hidden: 6, multiple: 0 });
+        assert!(matches!(Narrowing::new(&record), Err(LayoutError::Record(_))));
     }
 
     #[test]
@@ -331,6 +347,13 @@ mod tests {
             layer.attention.as_mut().unwrap().divides = Some(rule);
         }
         assert!(matches!(Narrowing::new(&record), Err(LayoutError::WouldNotLoad { value: 3, of: 8, .. })));
+    }
+
+    #[test]
+    fn the_share_that_went_is_counted() {
+        let record = record(Layout::Masked, [(&[0, 2], &[1, 3, 4]), (&[1, 2, 3], &[0, 1, 2, 3, 4, 5])]);
+        // Two heads of 2 and three channels of 1; one head: of 200 parameters.
+        assert!((record.removed_share() - 9.0 / 200.0).abs() < 1e-12, "{}", record.removed_share());
     }
 
     #[test]

@@ -11,6 +11,9 @@ pub struct Asked {
     pub share: f64,
     /// How it is spread over layers.
     pub allocation: Allocation,
+    /// With `log`, how much more the last layer loses than the first; if the job does not say, as much as there is when the
+    /// first loses nothing.
+    pub spread: Option<f64>,
     /// What the checkpoint will look like.
     pub layout: Layout,
     /// Channels that stay are a multiple of this, if the job says.
@@ -162,7 +165,10 @@ pub fn widths(structure: &Structure, asked: &Asked) -> Result<Vec<Pattern>, Widt
     let multiple = multiple(structure, asked)?;
     let shares = match asked.allocation {
         Allocation::Uniform | Allocation::Owl | Allocation::Measured => vec![asked.share; structure.layers.len()],
-        Allocation::Log => log_shares(structure.layers.len(), asked.share, 0.0),
+        Allocation::Log => {
+            let layers = structure.layers.len();
+            log_shares(layers, asked.share, first_share(layers, asked.share, asked.spread))
+        }
     };
     // Layers that need not be alike make up for each other's rounding.
     let carries = asked.allocation != Allocation::Uniform || asked.layout == Layout::NemotronNas;
@@ -299,6 +305,17 @@ fn channels_to_remove(
     Ok(blocks - stay)
 }
 
+/// `ln(n!)/(n·ln n)`: the mean of SlimGPT's logarithm, which goes from 0 to 1.
+fn log_mean(layers: usize) -> f64 {
+    let n = layers as f64;
+    (1..=layers).map(|i| (i as f64).ln()).sum::<f64>() / (n * n.ln())
+}
+
+/// r_0 for a `spread` of `r_{n−1} − r_0` around a mean of `share`; never below 0.
+fn first_share(layers: usize, share: f64, spread: Option<f64>) -> f64 {
+    spread.filter(|_| layers > 1).map_or(0.0, |spread| (share - spread * log_mean(layers)).max(0.0))
+}
+
 /// `r_i = r_0 + (r_{n−1} − r_0)·ln(i+1)/ln n`, the last so that the mean is `share`: `r_{n−1} = r_0 + (share − r_0)/c_n` with
 /// `c_n = ln(n!)/(n·ln n)`.
 ///
@@ -308,8 +325,7 @@ pub fn log_shares(layers: usize, share: f64, first: f64) -> Vec<f64> {
         return vec![share; layers];
     }
     let n = layers as f64;
-    let mean = (1..=layers).map(|i| (i as f64).ln()).sum::<f64>() / (n * n.ln());
-    let last = first + (share - first) / mean;
+    let last = first + (share - first) / log_mean(layers);
     (1..=layers).map(|i| first + (last - first) * (i as f64).ln() / n.ln()).collect()
 }
 
@@ -361,6 +377,7 @@ mod tests {
         Asked {
             share,
             allocation: Allocation::Uniform,
+            spread: None,
             layout: Layout::Uniform,
             round_to: Some(1),
             kv_heads: None,
@@ -496,6 +513,10 @@ mod tests {
         assert!((shares.iter().sum::<f64>() / 32.0 - 0.5).abs() < 1e-12);
         assert!((log_shares(32, 0.2, 0.0)[31] - 0.272).abs() < 5e-4);
         assert!(log_shares(7, 0.3, 0.1).is_sorted());
+        let shares = log_shares(32, 0.5, first_share(32, 0.5, Some(0.3)));
+        assert!((shares[31] - shares[0] - 0.3).abs() < 1e-9 && shares[0] > 0.2);
+        assert!((shares.iter().sum::<f64>() / 32.0 - 0.5).abs() < 1e-9);
+        assert!(first_share(32, 0.1, Some(0.9)).abs() < 1e-12, "no layer grows");
     }
 
     #[test]
