@@ -7,10 +7,9 @@ use espalier_common::job::{JobSpec, Propagation};
 use super::args::{LocalArgs, PruneArgs, ReportArgs, ResumeArgs};
 use super::{CliError, cluster, job, local, screen, table};
 use crate::fleet::Roster;
-use crate::journal::{self, JournalRecord};
+use crate::journal;
 use crate::report::{self, Report};
 use crate::run::Run;
-use crate::schedule::Record;
 
 /// The main job.
 pub(crate) async fn run(args: Box<PruneArgs>, json: bool) -> Result<(), CliError> {
@@ -56,10 +55,10 @@ async fn run_here(job: JobSpec, folder: &Path, local: &LocalArgs, json: bool) ->
     }
 }
 
-/// Says what is safe and how to go on; a run that can never succeed leaves nothing behind, unless layers were committed.
+/// Says what is safe and how to go on; a run that can never succeed leaves nothing behind.
 fn explain(error: &mut CliError, folder: &Path, existed: bool) {
     if error.code == crate::error::exit::REJECTED {
-        if !existed && !has_commits(folder) {
+        if !existed {
             // It was made by this very call; if it cannot be removed, it does no harm.
             let _ = std::fs::remove_dir_all(folder);
         }
@@ -69,11 +68,6 @@ fn explain(error: &mut CliError, folder: &Path, existed: bool) {
             "; committed layers are safe in {folder}, logs in {folder}/logs: espalier resume {folder}"
         ));
     }
-}
-
-fn has_commits(folder: &Path) -> bool {
-    let records = journal::read(&folder.join("journal")).unwrap_or_default();
-    records.iter().any(|record| matches!(record, JournalRecord::Prune(Record::Committed { .. })))
 }
 
 /// Prints the report of a run from its journal alone.
