@@ -18,10 +18,13 @@ use crate::fault::FaultClass;
 pub const ENV_PREFIX: &str = "ESPALIER";
 
 /// Top-level sections of all the programs and of a job; in the environment, those of another program are passed over.
-const SECTIONS: [&str; 10] = [
+const SECTIONS: [&str; 13] = [
     "coordinator",
     "worker",
     "log",
+    "tls",
+    "auth",
+    "client",
     "model",
     "calibration",
     "method",
@@ -31,7 +34,7 @@ const SECTIONS: [&str; 10] = [
     "evaluation",
 ];
 /// How many of [`SECTIONS`] are not a job's.
-const PROGRAM_SECTIONS: usize = 3;
+const PROGRAM_SECTIONS: usize = 6;
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]

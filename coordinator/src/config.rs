@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use espalier_common::config::{self, ConfigError, Overrides};
 use espalier_common::telemetry::LogConfig;
+use espalier_gate::{Entrance, GateError, Role, TlsSection, Tokens};
 use serde::{Deserialize, Serialize};
 
 /// The whole file.
@@ -13,15 +14,45 @@ use serde::{Deserialize, Serialize};
 pub struct CoordinatorConfig {
     /// `[coordinator]`
     pub coordinator: CoordinatorSection,
+    /// `[tls]`
+    pub tls: TlsSection,
+    /// `[auth]`
+    pub auth: AuthSection,
     /// `[log]`
     pub log: LogConfig,
+}
+
+/// `[auth]`
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AuthSection {
+    /// A file of tokens that stand in for a certificate when a run is submitted or watched; see [`espalier_gate::tokens`].
+    pub tokens: Option<PathBuf>,
+}
+
+/// What the command line is configured with when it calls a coordinator; there is no file, only environment and flags.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ClientConfig {
+    /// `ESPALIER__CLIENT__…`
+    pub client: ClientSection,
+    /// `ESPALIER__TLS__…`
+    pub tls: TlsSection,
+}
+
+/// `ESPALIER__CLIENT__…`
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ClientSection {
+    /// A file with the token to show; never the token itself, which others could see among this process' arguments.
+    pub token_file: Option<PathBuf>,
 }
 
 /// `[coordinator]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CoordinatorSection {
-    /// Where workers and the command line reach it; loopback only.
+    /// Where workers and the command line reach it; beyond loopback only with `[tls]`.
     pub listen: SocketAddr,
     /// Where runs keep their journals and artifacts.
     pub runs: PathBuf,
@@ -53,5 +84,18 @@ impl CoordinatorConfig {
     /// See [`ConfigError`].
     pub fn load(file: Option<&Path>, overrides: Overrides) -> Result<Self, ConfigError> {
         config::load(file, config::ENV_PREFIX, overrides)
+    }
+
+    /// Who is let in: the files of `[tls]` and `[auth]`, read.
+    ///
+    /// # Errors
+    /// See [`GateError`].
+    pub fn entrance(&self) -> Result<Entrance, GateError> {
+        let credentials = self.tls.open(Some(Role::Coordinator))?;
+        let tokens = self.auth.tokens.clone();
+        if tokens.is_some() && credentials.is_none() {
+            return Err(GateError::TokenWithoutTls { key: "auth.tokens" });
+        }
+        Ok(Entrance { credentials, tokens: tokens.map(Tokens::open).transpose()? })
     }
 }

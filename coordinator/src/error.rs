@@ -6,6 +6,7 @@ use espalier_common::checkpoint::CheckpointError;
 use espalier_common::fault::{Fault, FaultClass};
 use espalier_common::job::JobError;
 use espalier_common::store::StoreError;
+use espalier_gate::GateError;
 
 use crate::calibration::CalibrationError;
 use crate::driver::DriveError;
@@ -147,6 +148,9 @@ pub enum RunError {
         #[source]
         source: std::io::Error,
     },
+    /// Who may come in.
+    #[error(transparent)]
+    Gate(#[from] GateError),
     /// The coordinator's own services cannot listen.
     #[error("cannot listen on {address}")]
     Listen {
@@ -196,6 +200,7 @@ impl RunError {
             | Self::Headless(_)
             | Self::MethodVersion { .. }
             | Self::Folder { .. }
+            | Self::Gate(_)
             | Self::Listen { .. }
             | Self::Launch { .. } => exit::REJECTED,
             Self::Store(error) => of_class(error.class()),

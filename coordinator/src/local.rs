@@ -127,7 +127,7 @@ fn start_one(program: &Path, name: &str, threads: usize, launch: &Launch) -> Res
     Command::new(program)
         .arg("serve")
         .args(["--coordinator", &format!("http://{}", launch.coordinator)])
-        .args(["--listen", "127.0.0.1:0", "--name", name, "--exit-with-stdin"])
+        .args(["--listen", "127.0.0.1:0", "--name", name, "--exit-with-stdin", "--local"])
         .args(["--threads", &threads.to_string()])
         .stdin(Stdio::piped())
         .stdout(Stdio::null())

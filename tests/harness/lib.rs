@@ -1,6 +1,7 @@
 //! What the integration tests stand on: the real binaries, the bundled data, and ways to compare and to damage
 //! checkpoints.
 
+pub mod authority;
 pub mod checkpoint;
 pub mod process;
 

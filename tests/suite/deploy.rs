@@ -22,6 +22,19 @@ fn the_example_configurations_are_taken() {
 }
 
 #[test]
+fn the_example_configurations_of_a_cluster_need_certificates() {
+    let coordinator = CoordinatorConfig::load(Some(&config("coordinator-tls.toml")), Overrides::default()).unwrap();
+    assert!(!coordinator.coordinator.listen.ip().is_loopback() && coordinator.auth.tokens.is_some());
+    let worker: WorkerConfig = load(Some(&config("worker-tls.toml")), ENV_PREFIX, Overrides::default()).unwrap();
+    assert!(!worker.worker.listen.ip().is_loopback() && worker.worker.advertise.is_some());
+    let port = coordinator.coordinator.listen.port();
+    assert!(worker.worker.coordinator.unwrap().ends_with(&format!(".example:{port}")));
+    for tls in [coordinator.tls, worker.tls] {
+        assert!(tls.paths().unwrap().unwrap().identity.is_some());
+    }
+}
+
+#[test]
 fn the_example_job_is_valid_down_to_its_methods_parameters() {
     let job: JobSpec = load_document(&config("job.toml")).unwrap();
     job.validate().unwrap();

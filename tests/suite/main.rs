@@ -9,3 +9,4 @@ mod refusals;
 mod resume;
 mod structured;
 mod tidy;
+mod tls;

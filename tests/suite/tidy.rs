@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use harness::repository;
 
-const CRATES: [&str; 4] = ["proto", "common", "coordinator", "worker"];
+const CRATES: [&str; 5] = ["proto", "common", "gate", "coordinator", "worker"];
 
 /// A file is cut by responsibility long before this; its unit tests are not counted.
 const MOST_LINES: usize = 600;
@@ -120,12 +120,23 @@ fn rpc_stays_at_the_edges() {
     const FILES: [&str; 3] = ["server.rs", "session.rs", "registration.rs"];
     let allowed = |path: &str| {
         path.starts_with("proto/")
+            || path.starts_with("gate/")
             || path.contains("/src/rpc/")
             || path.contains("/src/fleet/")
             || path == "worker/src/transport/grpc.rs"
             || (path.matches('/').count() == 2 && FILES.contains(&file_name(path)))
     };
     assert_only_in(&["tonic"], allowed, "tonic is used where RPCs are served or called, and nowhere else");
+}
+
+#[test]
+fn connections_are_the_gates_alone() {
+    const RULE: &str = "listeners are opened by Entrance and connections made by Dialer";
+    // Unit tests of clients serve what they call.
+    const TESTED: [&str; 2] = ["worker/src/transport/grpc.rs", "worker/src/fleet/client.rs"];
+    let gate = |path: &str| path.starts_with("gate/");
+    assert_only_in(&["TcpListenerStream", "connect_lazy", "rustls", "tokio_rustls"], gate, RULE);
+    assert_only_in(&["TcpIncoming"], |path| gate(path) || TESTED.contains(&path), RULE);
 }
 
 #[test]
@@ -157,7 +168,7 @@ fn nothing_is_left_to_do() {
 
 #[test]
 fn files_are_named_for_what_they_hold() {
-    let vague: Vec<_> = sources(&["proto", "common", "coordinator", "worker", "tests"])
+    let vague: Vec<_> = sources(&["proto", "common", "gate", "coordinator", "worker", "tests"])
         .into_iter()
         .map(|source| source.path)
         .filter(|path| matches!(file_name(path), "utils.rs" | "util.rs" | "helpers.rs" | "types.rs" | "misc.rs"))
@@ -189,8 +200,24 @@ fn every_file_says_what_it_is() {
 fn crates_depend_in_one_direction() {
     // What each crate's manifest must not name.
     let forbidden = [
-        ("proto", &["espalier-common", "espalier-coordinator", "espalier-worker", "candle-core", "faer"][..]),
-        ("common", &["espalier-coordinator", "espalier-worker", "candle-core", "candle-nn", "faer"]),
+        (
+            "proto",
+            &["espalier-common", "espalier-gate", "espalier-coordinator", "espalier-worker", "candle-core", "faer"][..],
+        ),
+        (
+            "common",
+            &[
+                "espalier-gate",
+                "rustls",
+                "tonic",
+                "espalier-coordinator",
+                "espalier-worker",
+                "candle-core",
+                "candle-nn",
+                "faer",
+            ],
+        ),
+        ("gate", &["espalier-proto", "espalier-coordinator", "espalier-worker", "candle-core", "candle-nn", "faer"]),
         ("coordinator", &["espalier-worker", "candle-core", "candle-nn", "cudarc", "faer", "gemm"]),
         ("worker", &["espalier-coordinator"]),
     ];
@@ -205,7 +232,10 @@ fn crates_depend_in_one_direction() {
             }
         }
     }
-    assert!(offences.is_empty(), "proto ← common ← {{coordinator, worker}}, tensors in worker only:\n{offences}");
+    assert!(
+        offences.is_empty(),
+        "proto ← common ← gate ← {{coordinator, worker}}, tensors in worker only:\n{offences}"
+    );
 }
 
 #[test]

@@ -12,6 +12,7 @@ use candle_core::{Device, Tensor};
 use espalier_common::clock::Stopwatch;
 use espalier_common::ids::{Boundary, RunId};
 use espalier_common::tasks::TaskGroup;
+use espalier_gate::Dialer;
 use espalier_proto::v1::activations_server::ActivationsServer;
 use espalier_worker::calibrate::cache::ActivationCache;
 use espalier_worker::holdings::{HiddenStates, Holdings};
@@ -33,7 +34,7 @@ async fn main() -> Result<()> {
         let socket = tokio::task::spawn_blocking(over_a_socket).await??;
         let cache = ActivationCache::new(u64::MAX, std::env::temp_dir());
         let watch = Stopwatch::start();
-        let fetched = fetch(&remote, EXPECTED, &cache, &tasks.token()).await?;
+        let fetched = fetch(&remote, &Dialer::default(), EXPECTED, &cache, &tasks.token()).await?;
         let seconds = watch.seconds();
         ensure!(fetched.streams[0].len() == EXPECTED.sequences, "sequences are missing");
         // The first round touches memory for the first time.

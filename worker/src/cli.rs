@@ -1,7 +1,7 @@
 //! The command line: `serve`, `methods`, `check`.
 
 use std::io::Write as _;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -11,6 +11,7 @@ use espalier_common::config::{self, ConfigError, ENV_PREFIX, Overrides};
 use espalier_common::fault::FaultClass;
 use espalier_common::job::JobSpec;
 use espalier_common::telemetry;
+use espalier_gate::{GateError, TlsSection};
 
 use crate::config::WorkerConfig;
 use crate::prune::{self, METHODS};
@@ -56,6 +57,12 @@ struct ServeArgs {
     /// Where the worker's own services listen; port 0 takes a free one.
     #[arg(long)]
     listen: Option<SocketAddr>,
+    /// How others reach them: a host that the worker's certificate names, or host:port.
+    #[arg(long, value_name = "HOST")]
+    advertise: Option<String>,
+    /// Folder with ca.crt, tls.crt and tls.key.
+    #[arg(long, value_name = "DIR")]
+    tls_folder: Option<PathBuf>,
     /// Compute threads.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
     threads: Option<u32>,
@@ -74,6 +81,9 @@ struct ServeArgs {
     /// Ends when standard input does: for a launcher whose children must not outlive it.
     #[arg(long)]
     exit_with_stdin: bool,
+    /// Stays on this machine, without TLS, whatever the configuration says: for a launcher on the same machine.
+    #[arg(long, conflicts_with_all = ["advertise", "tls_folder"])]
+    local: bool,
 }
 
 /// Parses the arguments of this process and does what they say.
@@ -96,7 +106,8 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         let config = cause.downcast_ref::<ConfigError>().map(ConfigError::class);
         let run = || cause.downcast_ref::<RunError>().map(RunError::class);
         let serve = || cause.downcast_ref::<ServeError>().map(ServeError::class);
-        config.or_else(run).or_else(serve)
+        let gate = || cause.downcast_ref::<GateError>().map(GateError::class);
+        config.or_else(run).or_else(serve).or_else(gate)
     });
     match class {
         Some(FaultClass::Reject) => 65,
@@ -114,26 +125,22 @@ fn run_worker(args: ServeArgs) -> anyhow::Result<()> {
     let overrides = Overrides::default()
         .set("worker.coordinator", args.coordinator)
         .set("worker.listen", args.listen.map(|listen| listen.to_string()))
+        .set("worker.advertise", args.advertise)
+        .set("tls.folder", path(args.tls_folder))
         .set("worker.threads", args.threads)
         .set("worker.memory_budget", args.memory_budget)
         .set("worker.scratch", path(args.scratch))
         .set("worker.name", args.name)
         .set("log.format", log_format);
-    let config: WorkerConfig = config::load(args.config.as_deref(), ENV_PREFIX, overrides)?;
-    refuse_open_listener(config.worker.listen.ip())?;
+    let mut config: WorkerConfig = config::load(args.config.as_deref(), ENV_PREFIX, overrides)?;
+    if args.local {
+        config.tls = TlsSection::default();
+        config.worker.advertise = None;
+    }
     telemetry::init(&config.log)
         .map_err(|error| ConfigError::Invalid { origin: "configuration".to_owned(), reason: error.to_string() })?;
-    serve::run(&config.worker, args.exit_with_stdin)?;
+    serve::run(&config, args.exit_with_stdin)?;
     Ok(())
-}
-
-/// Beyond loopback, peers would have to prove who they are.
-fn refuse_open_listener(address: IpAddr) -> Result<(), ConfigError> {
-    if address.is_loopback() {
-        return Ok(());
-    }
-    let reason = format!("worker.listen is {address}, but without TLS a worker listens on loopback only");
-    Err(ConfigError::Invalid { origin: "configuration".to_owned(), reason })
 }
 
 fn list_methods(json: bool) -> anyhow::Result<()> {
@@ -183,10 +190,12 @@ mod tests {
     }
 
     #[test]
-    fn only_loopback_is_listened_on() {
-        refuse_open_listener("127.0.0.1".parse().unwrap()).unwrap();
-        refuse_open_listener("::1".parse().unwrap()).unwrap();
-        let error = refuse_open_listener("0.0.0.0".parse().unwrap()).unwrap_err();
+    fn only_loopback_is_listened_on_without_tls() {
+        let mut config = WorkerConfig::default();
+        config.worker.coordinator = Some("http://127.0.0.1:1".to_owned());
+        config.worker.listen = "0.0.0.0:0".parse().unwrap();
+        let error = serve::run(&config, false).unwrap_err();
+        assert!(error.to_string().contains("worker.listen is 0.0.0.0:0"), "{error}");
         assert_eq!(exit_code(&error.into()), 65);
     }
 

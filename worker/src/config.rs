@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use espalier_common::telemetry::LogConfig;
+use espalier_gate::TlsSection;
 use serde::{Deserialize, Serialize};
 
 /// The worker's configuration.
@@ -12,6 +13,8 @@ use serde::{Deserialize, Serialize};
 pub struct WorkerConfig {
     /// The worker itself.
     pub worker: WorkerSection,
+    /// Its certificate, and whom it believes.
+    pub tls: TlsSection,
     /// Its logs.
     pub log: LogConfig,
 }
@@ -20,10 +23,13 @@ pub struct WorkerConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct WorkerSection {
-    /// URL of the coordinator, e.g. `http://127.0.0.1:7070`.
+    /// URL of the coordinator, e.g. `https://coordinator:7433`; `http://` on loopback only.
     pub coordinator: Option<String>,
-    /// Where the worker's own services listen; port 0 takes a free one.
+    /// Where the worker's own services listen; port 0 takes a free one. Beyond loopback only with `[tls]`.
     pub listen: SocketAddr,
+    /// How others reach them: a host that the worker's certificate names, or host:port; the address of `listen` if none is
+    /// given.
+    pub advertise: Option<String>,
     /// A name for people; host and process if none is given.
     pub name: Option<String>,
     /// Compute threads; as many as the process may use if none is given.
@@ -39,6 +45,7 @@ impl Default for WorkerSection {
         Self {
             coordinator: None,
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            advertise: None,
             name: None,
             threads: None,
             memory_budget: None,

@@ -6,13 +6,15 @@ use std::time::Duration;
 
 use espalier_common::fault::FaultClass;
 use espalier_common::tasks::TaskGroup;
+use espalier_gate::settings::check_listener;
+use espalier_gate::{Credentials, Dialer, Entrance, GateError, Role};
 use espalier_proto::v1 as pb;
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::calibrate::cache::ActivationCache;
-use crate::config::WorkerSection;
+use crate::config::{WorkerConfig, WorkerSection};
 use crate::device::thread::build_compute_pool;
 use crate::device::{DeviceError, DeviceThread, memory};
 use crate::fleet::{CallError, CoordinatorClient, Membership};
@@ -37,6 +39,9 @@ pub enum ServeError {
     /// Nobody to work for.
     #[error("worker.coordinator is not set: give --coordinator URL")]
     NoCoordinator,
+    /// Who may come in.
+    #[error(transparent)]
+    Gate(#[from] GateError),
     /// The runtime or its signals cannot be had.
     #[error("cannot start the runtime")]
     Runtime(#[source] std::io::Error),
@@ -55,7 +60,9 @@ impl ServeError {
     /// What may be done about it.
     pub fn class(&self) -> FaultClass {
         match self {
-            Self::NoCoordinator | Self::Server(ServerError::Bind { .. }) => FaultClass::Reject,
+            Self::NoCoordinator | Self::Gate(_) | Self::Server(ServerError::Bind { .. } | ServerError::Gate(_)) => {
+                FaultClass::Reject
+            }
             Self::Runtime(_) | Self::Device(_) | Self::Server(ServerError::Serve(_)) => FaultClass::RetryElsewhere,
             Self::Coordinator(error) => error.class(),
         }
@@ -66,7 +73,10 @@ impl ServeError {
 ///
 /// # Errors
 /// See [`ServeError`].
-pub fn run(config: &WorkerSection, exit_with_stdin: bool) -> Result<(), ServeError> {
+pub fn run(config: &WorkerConfig, exit_with_stdin: bool) -> Result<(), ServeError> {
+    let credentials = config.tls.open(Some(Role::Worker))?;
+    let config = &config.worker;
+    check_listener("worker.listen", config.listen, credentials.is_some())?;
     let available = || std::thread::available_parallelism().map_or(1, NonZero::get);
     let threads = config.threads.unwrap_or_else(available).max(1);
     build_compute_pool(threads)?;
@@ -76,7 +86,7 @@ pub fn run(config: &WorkerSection, exit_with_stdin: bool) -> Result<(), ServeErr
         .enable_all()
         .build()
         .map_err(ServeError::Runtime)?;
-    let ended = runtime.block_on(live(config, threads, exit_with_stdin, &runtime));
+    let ended = runtime.block_on(live(config, credentials, threads, exit_with_stdin, &runtime));
     // A unit deep in a product does not hear of cancellation at once; the process does not wait for it.
     runtime.shutdown_background();
     ended
@@ -84,19 +94,21 @@ pub fn run(config: &WorkerSection, exit_with_stdin: bool) -> Result<(), ServeErr
 
 async fn live(
     config: &WorkerSection,
+    credentials: Option<Arc<Credentials>>,
     threads: usize,
     exit_with_stdin: bool,
     runtime: &Runtime,
 ) -> Result<(), ServeError> {
     let url = config.coordinator.as_deref().ok_or(ServeError::NoCoordinator)?;
-    let listener = Listener::bind(config.listen)?;
-    let client = CoordinatorClient::new(url)?;
+    let dialer = Dialer::new(credentials.clone());
+    let client = CoordinatorClient::new(url, &dialer)?;
+    let listener = Listener::open(config.listen, config.advertise.as_deref(), Entrance { credentials, tokens: None })?;
     let stop = stop_signal(exit_with_stdin)?;
     let machine_bytes = memory::machine_bytes().unwrap_or(ASSUMED_MACHINE_BYTES);
     let memory_bytes = config.memory_budget.unwrap_or(machine_bytes / 4);
     let cache = ActivationCache::new(memory_bytes, config.scratch.clone().unwrap_or_else(std::env::temp_dir));
     let (reporter, reports) = mpsc::channel(REPORTS);
-    let session = Session::new(DeviceThread::start()?, cache, reporter, runtime.handle().clone());
+    let session = Session::with_peers(DeviceThread::start()?, cache, reporter, runtime.handle().clone(), dialer);
     let offer = pb::RegisterRequest {
         name: config.name.clone().unwrap_or_else(default_name),
         endpoint: listener.endpoint(),

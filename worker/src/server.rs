@@ -9,12 +9,14 @@ use espalier_common::ids::{Boundary, Unit};
 use espalier_common::pattern::Pattern;
 use espalier_common::tasks::TaskGroup;
 use espalier_common::wire::{WireError, lease_from_wire, run_from_wire};
+use espalier_gate::settings::advertised;
+use espalier_gate::{Entrance, GateError, Guard};
 use espalier_proto::v1 as pb;
 use espalier_proto::v1::activations_server::ActivationsServer;
 use espalier_proto::v1::worker_server::{Worker, WorkerServer};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 
 use crate::evaluation::Evaluation;
@@ -34,6 +36,9 @@ pub enum ServerError {
         #[source]
         source: std::io::Error,
     },
+    /// Nobody could call it.
+    #[error(transparent)]
+    Gate(#[from] GateError),
     /// The server ended by itself.
     #[error("the server failed")]
     Serve(#[source] tonic::transport::Error),
@@ -41,25 +46,37 @@ pub enum ServerError {
 
 /// A listener that is bound, so that its address is known before anybody is told of it.
 pub struct Listener {
-    incoming: TcpIncoming,
-    address: SocketAddr,
+    listener: TcpListener,
+    entrance: Entrance,
+    endpoint: String,
 }
 
 impl Listener {
-    /// Binds the address; port 0 takes a free one.
+    /// Binds an address of loopback, without TLS.
     ///
     /// # Errors
     /// `Bind`.
     pub fn bind(address: SocketAddr) -> Result<Self, ServerError> {
+        Self::open(address, None, Entrance::default())
+    }
+
+    /// Binds the address; port 0 takes a free one. Others reach it as `advertise`, if it says anything.
+    ///
+    /// # Errors
+    /// `Bind`; `Gate` if nobody could call it.
+    pub fn open(address: SocketAddr, advertise: Option<&str>, entrance: Entrance) -> Result<Self, ServerError> {
         let failed = |source| ServerError::Bind { address, source };
-        let incoming = TcpIncoming::bind(address).map_err(failed)?;
-        let address = incoming.local_addr().map_err(failed)?;
-        Ok(Self { incoming: incoming.with_nodelay(Some(true)).with_keepalive(Some(Duration::from_secs(30))), address })
+        let listener = std::net::TcpListener::bind(address).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        let listener = TcpListener::from_std(listener).map_err(failed)?;
+        let bound = listener.local_addr().map_err(failed)?;
+        let endpoint = advertised(bound, advertise, entrance.credentials.is_some())?;
+        Ok(Self { listener, entrance, endpoint })
     }
 
     /// Where others reach the services.
     pub fn endpoint(&self) -> String {
-        format!("http://{}", self.address)
+        self.endpoint.clone()
     }
 
     /// Serves until the token is cancelled.
@@ -72,15 +89,17 @@ impl Listener {
         tasks: TaskGroup,
         token: CancellationToken,
     ) -> Result<(), ServerError> {
+        let connections = self.entrance.open(self.listener, &tasks);
         let activations = ActivationService::new(session.holdings().clone(), tasks);
         Server::builder()
             .initial_stream_window_size(HTTP2_WINDOW_BYTES)
             .initial_connection_window_size(HTTP2_WINDOW_BYTES)
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
             .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+            .layer(Guard::new(self.entrance.tokens))
             .add_service(WorkerServer::new(WorkerService { session }).max_decoding_message_size(MESSAGE_LIMIT_BYTES))
             .add_service(ActivationsServer::new(activations).max_decoding_message_size(MESSAGE_LIMIT_BYTES))
-            .serve_with_incoming_shutdown(self.incoming, token.cancelled_owned())
+            .serve_with_incoming_shutdown(connections, token.cancelled_owned())
             .await
             .map_err(ServerError::Serve)
     }

@@ -11,6 +11,7 @@ use espalier_common::ids::{Boundary, LayerIndex, Lease, RunId, Unit};
 use espalier_common::pattern::Pattern;
 use espalier_common::report::{Artifact, Outcome};
 use espalier_common::wire::Source;
+use espalier_gate::Dialer;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
@@ -120,6 +121,7 @@ pub struct Session {
     holdings: Holdings,
     reports: mpsc::Sender<UnitReport>,
     runtime: Handle,
+    peers: Dialer,
     bytes_received: AtomicU64,
     state: Mutex<State>,
 }
@@ -131,12 +133,24 @@ impl std::fmt::Debug for Session {
 }
 
 impl Session {
-    /// A session that is attached to nothing. Ends of units go to `reports`; `runtime` fetches from peers.
+    /// A session that is attached to nothing, with peers on loopback.
     pub fn new(
         device: DeviceThread,
         cache: ActivationCache,
         reports: mpsc::Sender<UnitReport>,
         runtime: Handle,
+    ) -> Arc<Self> {
+        Self::with_peers(device, cache, reports, runtime, Dialer::default())
+    }
+
+    /// A session that is attached to nothing. Ends of units go to `reports`; `runtime` fetches from peers, which are called
+    /// through `peers`.
+    pub fn with_peers(
+        device: DeviceThread,
+        cache: ActivationCache,
+        reports: mpsc::Sender<UnitReport>,
+        runtime: Handle,
+        peers: Dialer,
     ) -> Arc<Self> {
         let state = State { attachment: Attachment::Nothing, units: BTreeMap::new() };
         Arc::new(Self {
@@ -145,6 +159,7 @@ impl Session {
             holdings: Holdings::default(),
             reports,
             runtime,
+            peers,
             bytes_received: AtomicU64::new(0),
             state: Mutex::new(state),
         })
@@ -275,6 +290,7 @@ impl Session {
             cache: &self.cache,
             holdings: &self.holdings,
             runtime: &self.runtime,
+            peers: &self.peers,
             bytes_received: &self.bytes_received,
             is_survey: matches!(work, Work::Survey(..) | Work::Try(_)),
         });

@@ -9,6 +9,7 @@ use espalier_common::job::Propagation;
 use espalier_common::outline::{LayerOutline, SublayerOutline};
 use espalier_common::report::Artifact;
 use espalier_common::wire::{Source, SourceFrom};
+use espalier_gate::Dialer;
 use tokio::runtime::Handle;
 
 use crate::apply::{apply_layer, apply_named};
@@ -35,6 +36,8 @@ pub struct Workplace<'a> {
     pub holdings: &'a Holdings,
     /// The runtime that fetches.
     pub runtime: &'a Handle,
+    /// How other workers are called.
+    pub peers: &'a Dialer,
     /// Bytes received from peers so far.
     pub bytes_received: &'a AtomicU64,
     /// Whether the unit looks at the dense model before anything is pruned: on fewer sequences, and on dense inputs whatever
@@ -130,7 +133,7 @@ impl Workplace<'_> {
         let remote = Remote { endpoint: endpoint.to_owned(), run: self.run.id.clone(), boundary };
         self.control.set_progress("fetch", 0, 1);
         let watch = Stopwatch::start();
-        let fetched = self.runtime.block_on(fetch(&remote, expected, self.cache, self.control.token()))?;
+        let fetched = self.runtime.block_on(fetch(&remote, self.peers, expected, self.cache, self.control.token()))?;
         let (seconds, bytes) = (watch.seconds(), expected.bytes());
         self.bytes_received.fetch_add(bytes, Ordering::Relaxed);
         phases.add("fetch", seconds, 0.0);

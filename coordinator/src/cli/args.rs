@@ -222,6 +222,30 @@ pub(crate) struct PruneArgs {
     /// Submit to this coordinator instead of running here, and follow.
     #[arg(long, value_name = "URL")]
     pub(crate) coordinator: Option<String>,
+    #[command(flatten)]
+    pub(crate) access: AccessArgs,
+}
+
+/// How this command proves to a coordinator who it is, and whom it believes. Each flag overrides the environment, where
+/// they are ESPALIER__TLS__FOLDER and so on, and ESPALIER__CLIENT__TOKEN_FILE.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Coordinator at an https:// URL")]
+pub(crate) struct AccessArgs {
+    /// Folder with ca.crt, tls.crt and tls.key.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tls_folder: Option<PathBuf>,
+    /// Authority that the coordinator's certificate is checked against.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tls_ca: Option<PathBuf>,
+    /// This command's certificate.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tls_certificate: Option<PathBuf>,
+    /// Its private key.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tls_key: Option<PathBuf>,
+    /// File with a token to show instead of a certificate.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
 }
 
 /// Arguments of `plan`: those of `prune`, of which only the model is needed, and the cluster.
@@ -330,6 +354,8 @@ pub(crate) struct RemoteArgs {
     /// The coordinator.
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:7433")]
     pub(crate) coordinator: String,
+    #[command(flatten)]
+    pub(crate) access: AccessArgs,
 }
 
 /// Arguments of `cancel`.

@@ -1,25 +1,26 @@
 //! Serving a cluster, and talking to one.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use espalier_common::clock::SystemClock;
-use espalier_common::config::Overrides;
+use espalier_common::config::{self, Overrides};
 use espalier_common::digest::Digest;
 use espalier_common::job::JobSpec;
 use espalier_common::tasks::TaskGroup;
+use espalier_gate::Dialer;
 
-use super::args::{CancelArgs, CoordinatorArgs, RemoteArgs};
+use super::args::{AccessArgs, CancelArgs, CoordinatorArgs, RemoteArgs};
 use super::screen::Screen;
 use super::{CliError, local, prune, screen, table};
-use crate::config::CoordinatorConfig;
+use crate::config::{ClientConfig, CoordinatorConfig};
 use crate::desk::JobDesk;
 use crate::error::exit;
 use crate::events::RunEvent;
 use crate::fleet::Roster;
 use crate::rpc::admin::AdminDesk;
-use crate::rpc::client::{AdminClient, AdminError};
+use crate::rpc::client::{Access, AdminClient, AdminError};
 use crate::rpc::service::Service;
 use crate::schedule::Limits;
 
@@ -31,8 +32,9 @@ pub(crate) async fn serve(args: CoordinatorArgs) -> Result<(), CliError> {
         .set("coordinator.workers", args.workers);
     let config =
         CoordinatorConfig::load(args.config.as_deref(), overrides).map_err(|error| CliError::rejected(&error))?;
+    let entrance = config.entrance().map_err(|error| CliError::rejected(&error))?;
     let section = config.coordinator;
-    let roster = Roster::default();
+    let roster = Roster::new(Dialer::new(entrance.credentials.clone()));
     let clock = Arc::new(SystemClock::default());
     let runs = std::path::absolute(&section.runs).map_err(|error| CliError::rejected(&error))?;
     let limits = Limits { stored_every: section.stored_every, ..Limits::default() };
@@ -40,8 +42,8 @@ pub(crate) async fn serve(args: CoordinatorArgs) -> Result<(), CliError> {
         let code = if error.is_passing() { exit::INTERRUPTED } else { exit::REJECTED };
         CliError { code, ..CliError::rejected(&error) }
     })?;
-    let service = Service::start(section.listen, roster, Some(AdminDesk::new(desk.clone()))).await?;
-    screen::out(&format!("listening on http://{}", service.address));
+    let service = Service::start(section.listen, entrance, roster, Some(AdminDesk::new(desk.clone()))).await?;
+    screen::out(&format!("listening on {}", service.url()));
     let stop = local::stop_on_signal();
     let tasks = TaskGroup::new();
     let (working, token) = (desk.clone(), stop.clone());
@@ -57,19 +59,39 @@ fn failed(error: &AdminError) -> CliError {
     let code = match error {
         AdminError::BadUrl { .. } => exit::USAGE,
         AdminError::Unreachable { .. } => exit::INTERRUPTED,
-        AdminError::Refused(_) => exit::REJECTED,
+        AdminError::Gate(_) | AdminError::Untrusted { .. } | AdminError::Refused(_) => exit::REJECTED,
         AdminError::Protocol { .. } => exit::BUG,
     };
     CliError { message: error.to_string(), code }
 }
 
+async fn connect(url: &str, args: &AccessArgs) -> Result<AdminClient, CliError> {
+    let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.to_string_lossy().into_owned());
+    let overrides = Overrides::default()
+        .set("tls.folder", path(&args.tls_folder))
+        .set("tls.ca", path(&args.tls_ca))
+        .set("tls.certificate", path(&args.tls_certificate))
+        .set("tls.key", path(&args.tls_key))
+        .set("client.token_file", path(&args.token_file));
+    let config: ClientConfig =
+        config::load(None, config::ENV_PREFIX, overrides).map_err(|error| CliError::rejected(&error))?;
+    let access = Access::open(&config).map_err(|error| CliError::rejected(&error))?;
+    AdminClient::connect(url, &access).await.map_err(|error| failed(&error))
+}
+
 /// Submits a job and follows it to its end. Interrupting this leaves the run going on.
-pub(crate) async fn submit(url: &str, job: &JobSpec, run: Option<&Path>, json: bool) -> Result<(), CliError> {
-    let mut client = AdminClient::connect(url).await.map_err(|error| failed(&error))?;
+pub(crate) async fn submit(
+    url: &str,
+    access: &AccessArgs,
+    job: &JobSpec,
+    run: Option<&Path>,
+    json: bool,
+) -> Result<(), CliError> {
+    let mut client = connect(url, access).await?;
     let job_json = serde_json::to_string(job).expect("a job is plain data");
     let run_url = match run {
         Some(path) => std::path::absolute(path).map_err(|error| CliError::rejected(&error))?,
-        None => std::path::PathBuf::new(),
+        None => PathBuf::new(),
     };
     // The same job to the same output is the same job: submitting it twice follows the first.
     let key = Digest::of(job_json.as_bytes()).to_string();
@@ -107,7 +129,7 @@ pub(crate) async fn submit(url: &str, job: &JobSpec, run: Option<&Path>, json: b
 
 /// Shows a coordinator's runs and workers.
 pub(crate) async fn status(args: RemoteArgs, json: bool) -> Result<(), CliError> {
-    let mut client = AdminClient::connect(&args.coordinator).await.map_err(|error| failed(&error))?;
+    let mut client = connect(&args.coordinator, &args.access).await?;
     let (status, document) = client.status().await.map_err(|error| failed(&error))?;
     if json {
         screen::out(&document);
@@ -135,6 +157,6 @@ pub(crate) async fn status(args: RemoteArgs, json: bool) -> Result<(), CliError>
 
 /// Stops a run.
 pub(crate) async fn cancel(args: CancelArgs) -> Result<(), CliError> {
-    let mut client = AdminClient::connect(&args.remote.coordinator).await.map_err(|error| failed(&error))?;
+    let mut client = connect(&args.remote.coordinator, &args.remote.access).await?;
     client.cancel(args.run).await.map_err(|error| failed(&error))
 }

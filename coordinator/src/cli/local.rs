@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use espalier_common::clock::SystemClock;
 use espalier_common::config::Overrides;
+use espalier_gate::Entrance;
 use tokio_util::sync::CancellationToken;
 
 use super::CliError;
@@ -83,7 +84,8 @@ pub(crate) async fn with_workers<T>(
     work: impl Future<Output = Result<T, RunError>>,
 ) -> Result<T, CliError> {
     let config = CoordinatorConfig::load(None, Overrides::default()).map_err(|error| CliError::rejected(&error))?;
-    let service = Service::start(SocketAddr::from(([127, 0, 0, 1], 0)), roster.clone(), None).await?;
+    let service =
+        Service::start(SocketAddr::from(([127, 0, 0, 1], 0)), Entrance::default(), roster.clone(), None).await?;
     let available = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = local.threads.unwrap_or(available);
     let launch = Launch {

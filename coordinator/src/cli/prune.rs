@@ -15,7 +15,7 @@ use crate::run::Run;
 pub(crate) async fn run(args: Box<PruneArgs>, json: bool) -> Result<(), CliError> {
     let job = job::job(&args)?;
     match &args.coordinator {
-        Some(url) => cluster::submit(url, &job, args.run.as_deref(), json).await,
+        Some(url) => cluster::submit(url, &args.access, &job, args.run.as_deref(), json).await,
         None => {
             let folder = job::run_folder(&args, &job);
             run_here(job, &folder, &args.local, json).await

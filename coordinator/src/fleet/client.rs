@@ -8,6 +8,7 @@ use espalier_common::outline::ModelOutline;
 use espalier_common::pattern::Pattern;
 use espalier_common::report::Artifact;
 use espalier_common::wire::{self, Source};
+use espalier_gate::{Dialer, Role};
 use espalier_proto::v1 as pb;
 use espalier_proto::v1::worker_client::WorkerClient as Stub;
 use tonic::transport::{Channel, Endpoint};
@@ -114,18 +115,15 @@ impl GrpcWorkerClient {
     /// A client for the worker at `endpoint`.
     ///
     /// # Errors
-    /// `Unreachable` if the endpoint is no URL.
-    pub fn new(endpoint: &str) -> Result<Self, CallError> {
+    /// `Unreachable` if the endpoint is no URL, or none that may be called.
+    pub fn new(endpoint: &str, dialer: &Dialer) -> Result<Self, CallError> {
+        let wrong = |reason: String| CallError::Unreachable { endpoint: endpoint.to_owned(), call: "connect", reason };
+        let connector = dialer.connector(endpoint, Role::Worker).map_err(|error| wrong(error.to_string()))?;
         let channel = Endpoint::from_shared(endpoint.to_owned())
-            .map_err(|error| CallError::Unreachable {
-                endpoint: endpoint.to_owned(),
-                call: "connect",
-                reason: error.to_string(),
-            })?
+            .map_err(|error| wrong(error.to_string()))?
             .connect_timeout(Duration::from_secs(5))
-            .tcp_nodelay(true)
             .http2_keep_alive_interval(Duration::from_secs(10))
-            .connect_lazy();
+            .connect_with_connector_lazy(connector);
         let stub = Stub::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         Ok(Self { endpoint: endpoint.to_owned(), stub })
     }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use espalier_common::fault::Fault;
 use espalier_common::ids::{Boundary, Lease, RunId, WorkerId};
 use espalier_common::report::Outcome;
+use espalier_gate::Dialer;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
@@ -137,9 +138,15 @@ impl Default for Inner {
 #[derive(Clone, Default)]
 pub struct Roster {
     inner: Arc<Mutex<Inner>>,
+    dialer: Dialer,
 }
 
 impl Roster {
+    /// Nobody is there yet; workers will be called through `dialer`.
+    pub fn new(dialer: Dialer) -> Self {
+        Self { dialer, ..Self::default() }
+    }
+
     /// Names this life of the coordinator.
     pub fn life(&self) -> u64 {
         self.lock().life
@@ -158,11 +165,12 @@ impl Roster {
         if offer.build != ours {
             return Err(RosterError::Build { name: offer.name, theirs: offer.build, ours: ours.to_owned() });
         }
-        let client = GrpcWorkerClient::new(&offer.endpoint).map_err(|error: CallError| RosterError::Endpoint {
-            name: offer.name.clone(),
-            endpoint: offer.endpoint.clone(),
-            reason: error.to_string(),
-        })?;
+        let client =
+            GrpcWorkerClient::new(&offer.endpoint, &self.dialer).map_err(|error: CallError| RosterError::Endpoint {
+                name: offer.name.clone(),
+                endpoint: offer.endpoint.clone(),
+                reason: error.to_string(),
+            })?;
         let (worker, replaced) = {
             let mut inner = self.lock();
             let replaced = inner.members.iter().find(|(_, m)| m.offer.endpoint == offer.endpoint).map(|(id, _)| *id);

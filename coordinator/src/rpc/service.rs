@@ -4,10 +4,11 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use espalier_common::tasks::TaskGroup;
+use espalier_gate::settings::check_listener;
+use espalier_gate::{Entrance, Guard};
 use espalier_proto::v1::admin_server::AdminServer;
 use espalier_proto::v1::coordinator_server::CoordinatorServer;
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
 use tracing::error;
 
@@ -25,6 +26,7 @@ pub struct Service {
     pub roster: Roster,
     /// Where it listens.
     pub address: SocketAddr,
+    has_tls: bool,
     tasks: TaskGroup,
 }
 
@@ -32,15 +34,16 @@ impl Service {
     /// Listens on `address` (port 0: any) and serves workers, and `admin` if there is one.
     ///
     /// # Errors
-    /// `Listen`, also for an address beyond loopback: nothing protects the service there yet.
-    pub async fn start(address: SocketAddr, roster: Roster, admin: Option<AdminDesk>) -> Result<Self, RunError> {
+    /// `Gate` for an address beyond loopback without certificates; `Listen`.
+    pub async fn start(
+        address: SocketAddr,
+        entrance: Entrance,
+        roster: Roster,
+        admin: Option<AdminDesk>,
+    ) -> Result<Self, RunError> {
         let failed = |source| RunError::Listen { address: address.to_string(), source };
-        if !address.ip().is_loopback() {
-            return Err(failed(std::io::Error::new(
-                std::io::ErrorKind::PermissionDenied,
-                "an address beyond loopback needs TLS, which is not configured",
-            )));
-        }
+        let has_tls = entrance.credentials.is_some();
+        check_listener("coordinator.listen", address, has_tls)?;
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         let tasks = TaskGroup::new();
@@ -49,18 +52,23 @@ impl Service {
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let server = Server::builder()
-            .tcp_nodelay(true)
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
+            .layer(Guard::new(entrance.tokens.clone()))
             .add_service(workers)
             .add_optional_service(admin.map(AdminServer::new));
+        let connections = entrance.open(listener, &tasks);
         tasks.spawn(async move {
-            let served =
-                server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), token.cancelled_owned()).await;
+            let served = server.serve_with_incoming_shutdown(connections, token.cancelled_owned()).await;
             if let Err(error) = served {
                 error!(%error, "the coordinator's services ended");
             }
         });
-        Ok(Self { roster, address, tasks })
+        Ok(Self { roster, address, has_tls, tasks })
+    }
+
+    /// Where it listens, as a URL.
+    pub fn url(&self) -> String {
+        format!("{}://{}", if self.has_tls { "https" } else { "http" }, self.address)
     }
 
     /// Stops serving.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use espalier_common::fault::FaultClass;
+use espalier_gate::{DialError, Dialer, GateError, Role};
 use espalier_proto::v1 as pb;
 use espalier_proto::v1::coordinator_client::CoordinatorClient as Stub;
 use tonic::transport::{Channel, Endpoint};
@@ -22,6 +23,17 @@ pub enum CallError {
         /// What is wrong with it.
         #[source]
         source: tonic::transport::Error,
+    },
+    /// Not a URL that may be called.
+    #[error(transparent)]
+    Gate(#[from] GateError),
+    /// It is there, but one of the two does not believe the other.
+    #[error("the coordinator at {url}: {reason}")]
+    Untrusted {
+        /// The coordinator.
+        url: String,
+        /// Who does not believe what.
+        reason: String,
     },
     /// It answered, and said no.
     #[error("the coordinator refuses: {reason}")]
@@ -43,9 +55,14 @@ impl CallError {
     /// What may be done about it.
     pub fn class(&self) -> FaultClass {
         match self {
-            Self::Url { .. } | Self::Refused { .. } => FaultClass::Reject,
+            Self::Url { .. } | Self::Gate(_) | Self::Untrusted { .. } | Self::Refused { .. } => FaultClass::Reject,
             Self::Unreachable { .. } => FaultClass::RetryHere,
         }
+    }
+
+    /// Whether the next call may fare better, for a worker that was registered before: certificates may be changing.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Untrusted { .. })
     }
 }
 
@@ -60,15 +77,15 @@ impl CoordinatorClient {
     /// Prepares calls to `url`; connects with the first one, and again whenever the connection was lost.
     ///
     /// # Errors
-    /// `Url`.
-    pub fn new(url: &str) -> Result<Self, CallError> {
+    /// `Url`, `Gate`.
+    pub fn new(url: &str, dialer: &Dialer) -> Result<Self, CallError> {
+        let connector = dialer.connector(url, Role::Coordinator)?;
         let endpoint = Endpoint::from_shared(url.to_owned())
             .map_err(|source| CallError::Url { url: url.to_owned(), source })?
             .connect_timeout(Duration::from_secs(5))
-            .tcp_nodelay(true)
             .http2_keep_alive_interval(Duration::from_secs(10))
             .keep_alive_timeout(Duration::from_secs(10));
-        Ok(Self { url: url.to_owned(), stub: Stub::new(endpoint.connect_lazy()) })
+        Ok(Self { url: url.to_owned(), stub: Stub::new(endpoint.connect_with_connector_lazy(connector)) })
     }
 
     /// Where the coordinator is.
@@ -122,11 +139,17 @@ impl CoordinatorClient {
         match tokio::time::timeout(DEADLINE, call).await {
             Err(_) => Err(unreachable(format!("no answer within {} s", DEADLINE.as_secs()))),
             Ok(Ok(response)) => Ok(response.into_inner()),
-            Ok(Err(status)) => Err(match status.code() {
-                Code::InvalidArgument | Code::FailedPrecondition | Code::PermissionDenied | Code::Unimplemented => {
-                    CallError::Refused { reason: status.message().to_owned() }
-                }
-                code => unreachable(format!("{code:?}: {}", status.message())),
+            Ok(Err(status)) => Err(match (DialError::distrust(&status), status.code()) {
+                (Some(reason), _) => CallError::Untrusted { url: self.url.clone(), reason },
+                (
+                    None,
+                    Code::InvalidArgument
+                    | Code::FailedPrecondition
+                    | Code::PermissionDenied
+                    | Code::Unauthenticated
+                    | Code::Unimplemented,
+                ) => CallError::Refused { reason: status.message().to_owned() },
+                (None, code) => unreachable(format!("{code:?}: {}", status.message())),
             }),
         }
     }
@@ -208,7 +231,8 @@ mod tests {
     fn serve(tasks: &TaskGroup) -> (Arc<Forgetful>, CoordinatorClient) {
         let coordinator = Arc::new(Forgetful::default());
         let incoming = TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap();
-        let client = CoordinatorClient::new(&format!("http://{}", incoming.local_addr().unwrap())).unwrap();
+        let client = CoordinatorClient::new(&format!("http://{}", incoming.local_addr().unwrap()), &Dialer::default());
+        let client = client.unwrap();
         let (service, token) = (CoordinatorServer::from_arc(Arc::clone(&coordinator)), tasks.token());
         tasks.spawn(async move {
             let server = tonic::transport::Server::builder().add_service(service);

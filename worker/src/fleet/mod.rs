@@ -77,13 +77,19 @@ impl Membership {
                     tracing::info!(worker = answer.worker, coordinator = self.client.url(), "registered");
                     return Ok(Duration::from_millis(u64::from(answer.heartbeat_interval_ms.clamp(10, 60_000))));
                 }
-                Err(error @ CallError::Unreachable { .. }) if Instant::now() < deadline => {
+                Err(error) if self.may_register_again(&error) && Instant::now() < deadline => {
                     tracing::debug!(%error, "registering again");
                     tokio::time::sleep(backoff.next()).await;
                 }
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// A coordinator that never believed this worker, or that this worker never believed, will not do so now.
+    fn may_register_again(&self, error: &CallError) -> bool {
+        let was_registered = self.worker.load(Ordering::Relaxed) != 0;
+        matches!(error, CallError::Unreachable { .. }) || (was_registered && error.may_pass())
     }
 
     async fn beat(&self, mut interval: Duration) -> Result<std::convert::Infallible, CallError> {
@@ -99,7 +105,7 @@ impl Membership {
                         interval = self.register(UNREACHABLE).await?;
                     }
                 }
-                Err(error @ CallError::Unreachable { .. }) if heard.elapsed() < UNREACHABLE => {
+                Err(error) if error.may_pass() && heard.elapsed() < UNREACHABLE => {
                     tracing::warn!(%error, "missed a heartbeat");
                 }
                 Err(error) => return Err(error),
@@ -132,7 +138,7 @@ impl Membership {
             loop {
                 match self.client.report(message.clone()).await {
                     Ok(()) => break,
-                    Err(error @ CallError::Unreachable { .. }) => {
+                    Err(error) if error.may_pass() => {
                         tracing::warn!(%lease, %error, "reporting again");
                         tokio::time::sleep(backoff.next()).await;
                     }

@@ -7,6 +7,7 @@ use espalier_common::fault::FaultClass;
 use espalier_common::ids::{Boundary, RunId};
 use espalier_common::tasks::TaskGroup;
 use espalier_common::wire::run_from_wire;
+use espalier_gate::{Dialer, GateError, Role};
 use espalier_proto::v1::activations_client::ActivationsClient;
 use espalier_proto::v1::activations_server::Activations;
 use espalier_proto::v1::{Chunk, FetchRequest, Open, fetch_request};
@@ -14,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Endpoint;
+use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::chunk::{Assembler, Expected, cut};
@@ -144,6 +145,9 @@ pub enum LinkError {
         #[source]
         source: tonic::transport::Error,
     },
+    /// Not a URL that may be called.
+    #[error(transparent)]
+    Gate(#[from] GateError),
     /// The peer does not hold the boundary (any more).
     #[error("{endpoint} does not hold boundary {boundary}")]
     NotHeld {
@@ -194,7 +198,7 @@ impl LinkError {
     pub fn class(&self) -> FaultClass {
         match self {
             Self::Endpoint { .. } => FaultClass::Bug,
-            Self::NotHeld { .. } | Self::Silent { .. } | Self::Cancelled => FaultClass::RetryElsewhere,
+            Self::Gate(_) | Self::NotHeld { .. } | Self::Silent { .. } | Self::Cancelled => FaultClass::RetryElsewhere,
             Self::Call { .. } | Self::Chunk { .. } => FaultClass::RetryHere,
         }
     }
@@ -217,17 +221,23 @@ pub enum FetchError {
 /// See [`LinkError`] and [`CacheError`].
 pub async fn fetch(
     remote: &Remote,
+    peers: &Dialer,
     expected: Expected,
     cache: &ActivationCache,
     token: &CancellationToken,
 ) -> Result<HiddenStates, FetchError> {
     tokio::select! {
-        fetched = receive(remote, expected, cache) => fetched,
+        fetched = receive(remote, peers, expected, cache) => fetched,
         () = token.cancelled() => Err(LinkError::Cancelled.into()),
     }
 }
 
-async fn receive(remote: &Remote, expected: Expected, cache: &ActivationCache) -> Result<HiddenStates, FetchError> {
+async fn receive(
+    remote: &Remote,
+    peers: &Dialer,
+    expected: Expected,
+    cache: &ActivationCache,
+) -> Result<HiddenStates, FetchError> {
     let Remote { endpoint, run, boundary } = remote;
     let failed = |source: Status| match source.code() {
         Code::NotFound => LinkError::NotHeld { endpoint: endpoint.clone(), boundary: *boundary },
@@ -236,7 +246,7 @@ async fn receive(remote: &Remote, expected: Expected, cache: &ActivationCache) -
     let silent =
         |_| LinkError::Silent { endpoint: endpoint.clone(), boundary: *boundary, seconds: INACTIVITY.as_secs() };
     let wrong = |source| LinkError::Chunk { endpoint: endpoint.clone(), boundary: *boundary, source };
-    let channel = channel(endpoint)?.connect_lazy();
+    let channel = channel(endpoint, peers)?;
     let mut client = ActivationsClient::new(channel).max_decoding_message_size(MESSAGE_LIMIT_BYTES);
     let (grants, queue) = mpsc::channel(QUEUE);
     let open = Open { run: run.0.clone(), boundary: boundary.0, credit_bytes: WINDOW_BYTES };
@@ -262,16 +272,17 @@ async fn receive(remote: &Remote, expected: Expected, cache: &ActivationCache) -
 }
 
 /// How a worker calls another.
-fn channel(endpoint: &str) -> Result<Endpoint, LinkError> {
+fn channel(endpoint: &str, peers: &Dialer) -> Result<Channel, LinkError> {
+    let connector = peers.connector(endpoint, Role::Worker)?;
     let parsed = Endpoint::from_shared(endpoint.to_owned());
     Ok(parsed
         .map_err(|source| LinkError::Endpoint { endpoint: endpoint.to_owned(), source })?
         .connect_timeout(Duration::from_secs(5))
-        .tcp_nodelay(true)
         .initial_stream_window_size(HTTP2_WINDOW_BYTES)
         .initial_connection_window_size(HTTP2_WINDOW_BYTES)
         .http2_keep_alive_interval(Duration::from_secs(10))
-        .keep_alive_timeout(Duration::from_secs(10)))
+        .keep_alive_timeout(Duration::from_secs(10))
+        .connect_with_connector_lazy(connector))
 }
 
 #[cfg(test)]
@@ -325,7 +336,7 @@ mod tests {
         let tasks = TaskGroup::new();
         let sent = states(EXPECTED);
         let remote = serve(&tasks, sent.clone());
-        let fetched = fetch(&remote, EXPECTED, &cache(), &tasks.token()).await.unwrap();
+        let fetched = fetch(&remote, &Dialer::default(), EXPECTED, &cache(), &tasks.token()).await.unwrap();
         for (sent, fetched) in sent.streams.iter().flatten().zip(fetched.streams.iter().flatten()) {
             let values = |entry: &crate::calibrate::cache::Entry| entry.load().unwrap().to_vec2::<f32>().unwrap();
             assert!(values(sent) == values(fetched));
@@ -339,12 +350,12 @@ mod tests {
         let small = Expected { streams: 1, sequences: 2, tokens: 4, hidden: 8 };
         let remote = serve(&tasks, states(small));
         let elsewhere = Remote { boundary: Boundary(4), ..remote.clone() };
-        let error = fetch(&elsewhere, small, &cache(), &tasks.token()).await.unwrap_err();
+        let error = fetch(&elsewhere, &Dialer::default(), small, &cache(), &tasks.token()).await.unwrap_err();
         assert!(matches!(error, FetchError::Link(LinkError::NotHeld { .. })), "{error}");
         for wrong in
             [Expected { hidden: 9, ..small }, Expected { sequences: 3, ..small }, Expected { streams: 2, ..small }]
         {
-            let error = fetch(&remote, wrong, &cache(), &tasks.token()).await.unwrap_err();
+            let error = fetch(&remote, &Dialer::default(), wrong, &cache(), &tasks.token()).await.unwrap_err();
             assert!(matches!(error, FetchError::Link(LinkError::Chunk { .. })), "{error}");
         }
         assert!(tasks.shut_down(Duration::from_secs(5)).await);
