@@ -300,7 +300,7 @@ impl GroupSolver for Group {
             let weight = matrix(values, n, problem.weight.device())?;
             let damping = self.compensation.as_ref().map_or(0.0, Compensation::damping);
             let damping_raised = self.compensation.as_ref().map_or(0, Compensation::damping_raised);
-            Ok(Solution { weight, iterations, damping, damping_raised, dead_channels, flops })
+            Ok(Solution { weight, iterations, damping, damping_raised, dead_channels, alpha: None, flops })
         };
         if problem.pattern.zeros(rows, n) == 0 {
             return finish(weight, 0, 0.0);

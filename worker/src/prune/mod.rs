@@ -2,6 +2,7 @@
 
 mod admm;
 pub mod alps;
+mod blend;
 mod condition;
 pub mod espalier;
 pub mod fista;
@@ -49,6 +50,10 @@ pub trait Solver: Send + Sync {
     /// The checkpoint whose zeros and weights the method starts from, if it is one that does; empty if the job names none.
     fn imports(&self) -> Option<&str> {
         None
+    }
+    /// Whether, with these parameters, the method chooses between solutions on held-out inputs, so that there must be some.
+    fn needs_held_out(&self) -> bool {
+        false
     }
 }
 
