@@ -49,7 +49,7 @@ real: build ## Prune SmolLM2-135M three ways and hold the perplexities against t
 	tests/reference/real.sh "$(TARGET)"
 	$(CARGO) test --release -p espalier-tests --test suite -- --ignored --exact --nocapture real::smollm2_matches_the_reference
 
-real-methods: build ## Prune SmolLM2-135M with every method, 50 %, 70 % and 2:4: the table of the README (more than an hour)
+real-methods: build ## Prune SmolLM2-135M to 50 %, 70 % and 2:4 with the iterative methods, and as `make real` does not with others (hours)
 	tests/reference/real.sh "$(TARGET)"
 	$(CARGO) test --release -p espalier-tests --test suite -- --ignored --nocapture --test-threads 1 real::methods_
 

@@ -345,6 +345,14 @@ pub enum JobError {
         "[calibration] samples is 1, but allocation = \"measured\" needs at least 2: it tries its plans on one of them"
     )]
     NothingToTryOn,
+    /// Nothing is left to solve on.
+    #[error("[calibration] held_out is {held_out}, but samples is {samples}: holding one out takes at least 2")]
+    NothingToHoldOut {
+        /// The share.
+        held_out: f64,
+        /// Number of sequences.
+        samples: usize,
+    },
     /// Not a size.
     #[error("[output] shard_size `{0}` is not a size such as 5GB or 512MiB")]
     Size(String),
@@ -443,6 +451,9 @@ impl JobSpec {
         if !(0.0..1.0).contains(&held_out) {
             return Err(JobError::ShareOutOfRange { key: "[calibration] held_out", value: held_out });
         }
+        if held_out > 0.0 && self.calibration.samples < 2 {
+            return Err(JobError::NothingToHoldOut { held_out, samples: self.calibration.samples });
+        }
         Ok(())
     }
 }
@@ -538,6 +549,16 @@ mod tests {
         }
         job.calibration.samples = 1;
         assert_eq!(job.validate(), Err(JobError::NothingToTryOn));
+    }
+
+    #[test]
+    fn one_sequence_cannot_be_held_out() {
+        let mut job: JobSpec = toml::from_str(JOB).unwrap();
+        (job.calibration.samples, job.calibration.held_out) = (1, 0.9);
+        assert_eq!(job.validate(), Err(JobError::NothingToHoldOut { held_out: 0.9, samples: 1 }));
+        job.calibration.samples = 2;
+        job.validate().unwrap();
+        assert_eq!(job.held_out_samples(), 1);
     }
 
     #[test]

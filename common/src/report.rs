@@ -21,7 +21,9 @@ pub struct Artifact {
 pub struct SublayerReport {
     /// Full tensor name.
     pub tensor: String,
-    /// ‖W'X̂ − WX‖² / ‖WX‖² on the calibration inputs, after the cast to the stored type.
+    /// ‖W'X̂ − Y‖² / ‖Y‖² on the calibration inputs, after the cast to the stored type; 0 if ‖Y‖ is. Y is the dense weight's
+    /// outputs WX̂ on the same inputs or, for methods that compare these with the dense model's (some do when they are asked
+    /// for a target blend), the dense model's WX. Errors compare where Y is the same.
     pub rel_error: f64,
     /// The same on the held-out inputs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -40,6 +42,9 @@ pub struct SublayerReport {
     pub damping_raised: u32,
     /// Input channels that were never active.
     pub dead_channels: u32,
+    /// The target blend α that was taken, if one was asked for: less than that where it is better on the held-out inputs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alpha: Option<f64>,
     /// How the half of the layer that the sublayer belongs to was tuned afterwards, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reconstruction: Option<Reconstruction>,

@@ -206,6 +206,7 @@ impl From<SublayerReport> for pb::SublayerReport {
             damping: report.damping,
             damping_raised: report.damping_raised,
             dead_channels: report.dead_channels,
+            alpha: report.alpha,
             reconstruction: report.reconstruction.map(|Reconstruction { error_before, error_after, epochs }| {
                 pb::Reconstruction { error_before, error_after, epochs }
             }),
@@ -226,6 +227,7 @@ impl From<pb::SublayerReport> for SublayerReport {
             damping: report.damping,
             damping_raised: report.damping_raised,
             dead_channels: report.dead_channels,
+            alpha: report.alpha,
             reconstruction: report.reconstruction.map(|pb::Reconstruction { error_before, error_after, epochs }| {
                 Reconstruction { error_before, error_after, epochs }
             }),

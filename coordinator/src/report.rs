@@ -96,7 +96,8 @@ pub struct SublayerEntry {
     pub layer: u32,
     /// Full tensor name.
     pub name: String,
-    /// ‖W'X̂ − WX‖² / ‖WX‖², after the cast to the stored type.
+    /// ‖W'X̂ − Y‖² / ‖Y‖², after the cast to the stored type. Y is the dense weight's outputs WX̂ on the same inputs, or the dense
+    /// model's WX for methods that look at those: see `SublayerReport`.
     pub rel_error: f64,
     /// The same on held-out tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -117,6 +118,9 @@ pub struct SublayerEntry {
     pub damping_raised: u32,
     /// Input channels that were never active.
     pub dead_channels: u32,
+    /// The target blend α that was taken, if one was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alpha: Option<f64>,
     /// Who solved it.
     pub worker: WorkerId,
     /// How its half of the layer was tuned afterwards, if it was.
@@ -403,6 +407,7 @@ fn entry(layer: u32, worker: WorkerId, sublayer: &SublayerReport) -> SublayerEnt
         damping: sublayer.damping,
         damping_raised: sublayer.damping_raised,
         dead_channels: sublayer.dead_channels,
+        alpha: sublayer.alpha,
         worker,
         reconstruction: sublayer.reconstruction,
     }

@@ -35,17 +35,17 @@ fn utf8(path: &Path) -> &str {
     path.to_str().expect("the repository's path is UTF-8")
 }
 
-fn assert_workers_do_not_matter(model: &str, propagation: &str) {
+fn assert_workers_do_not_matter(model: &str, flags: &[&str]) {
     let run = |workers| {
-        pruned(model, &["--method", "sparsegpt", "--propagation", propagation, "--workers", workers])
-            .unwrap_or_else(|error| panic!("{model}, {propagation}, {workers} workers: {error:#}"))
+        pruned(model, &[flags, &["--workers", workers]].concat())
+            .unwrap_or_else(|error| panic!("{model}, {flags:?}, {workers} workers: {error:#}"))
     };
     let one = run("1");
     for workers in ["2", "3"] {
         let many = run(workers);
         assert_all_worked(&many, workers.parse().unwrap());
         same_files(&one.path().join("out"), &many.path().join("out"))
-            .unwrap_or_else(|error| panic!("{model}, {propagation}, 1 against {workers} workers: {error:#}"));
+            .unwrap_or_else(|error| panic!("{model}, {flags:?}, 1 against {workers} workers: {error:#}"));
     }
 }
 
@@ -59,34 +59,79 @@ fn assert_all_worked(workplace: &Workplace, workers: usize) {
     assert!(report["totals"]["bytes_moved"].as_u64() > Some(0), "no hidden states moved: {}", report["totals"]);
 }
 
+fn assert_workers_do_not_matter_to_sparsegpt(model: &str, propagation: &str) {
+    assert_workers_do_not_matter(model, &["--method", "sparsegpt", "--propagation", propagation]);
+}
+
 #[test]
 fn llama_has_the_same_bytes_from_1_2_and_3_workers_in_pruned_propagation() {
-    assert_workers_do_not_matter("llama-tiny", "pruned");
+    assert_workers_do_not_matter_to_sparsegpt("llama-tiny", "pruned");
 }
 
 #[test]
 fn llama_has_the_same_bytes_from_1_2_and_3_workers_in_dense_propagation() {
-    assert_workers_do_not_matter("llama-tiny", "dense");
+    assert_workers_do_not_matter_to_sparsegpt("llama-tiny", "dense");
 }
 
 #[test]
 fn opt_has_the_same_bytes_from_1_2_and_3_workers_in_pruned_propagation() {
-    assert_workers_do_not_matter("opt-tiny", "pruned");
+    assert_workers_do_not_matter_to_sparsegpt("opt-tiny", "pruned");
 }
 
 #[test]
 fn opt_has_the_same_bytes_from_1_2_and_3_workers_in_dense_propagation() {
-    assert_workers_do_not_matter("opt-tiny", "dense");
+    assert_workers_do_not_matter_to_sparsegpt("opt-tiny", "dense");
 }
 
 #[test]
 fn qwen2_has_the_same_bytes_from_1_2_and_3_workers_in_pruned_propagation() {
-    assert_workers_do_not_matter("qwen2-tiny", "pruned");
+    assert_workers_do_not_matter_to_sparsegpt("qwen2-tiny", "pruned");
 }
 
 #[test]
 fn qwen2_has_the_same_bytes_from_1_2_and_3_workers_in_dense_propagation() {
-    assert_workers_do_not_matter("qwen2-tiny", "dense");
+    assert_workers_do_not_matter_to_sparsegpt("qwen2-tiny", "dense");
+}
+
+/// On the smallest model.
+fn assert_workers_do_not_matter_to(method: &str, flags: &[&str]) {
+    assert_workers_do_not_matter("qwen2-tiny", &[&["--method", method], flags].concat());
+}
+
+#[test]
+fn magnitude_gives_the_same_bytes_from_1_2_and_3_workers() {
+    assert_workers_do_not_matter_to("magnitude", &[]);
+}
+
+#[test]
+fn wanda_gives_the_same_bytes_from_1_2_and_3_workers() {
+    assert_workers_do_not_matter_to("wanda", &[]);
+}
+
+#[test]
+fn fista_gives_the_same_bytes_from_1_2_and_3_workers() {
+    assert_workers_do_not_matter_to("fista", &["--propagation", "dense"]);
+}
+
+#[test]
+fn alps_gives_the_same_bytes_from_1_2_and_3_workers() {
+    assert_workers_do_not_matter_to("alps", &[]);
+}
+
+#[test]
+fn espalier_gives_the_same_bytes_from_1_2_and_3_workers() {
+    assert_workers_do_not_matter_to("espalier", &["--pattern", "2:4"]);
+}
+
+#[test]
+fn espalier_gives_the_same_bytes_from_1_2_and_3_workers_with_a_target_blend() {
+    assert_workers_do_not_matter_to("espalier", &["--set", "method.alpha=0.5", "--held-out", "0.25"]);
+}
+
+#[test]
+fn a_reconstruction_gives_the_same_bytes_from_1_2_and_3_workers() {
+    let tuned = ["--set", "method.reconstruct=submodule", "--set", "method.reconstruct_epochs=2"];
+    assert_workers_do_not_matter_to("espalier", &tuned);
 }
 
 /// Counts zeros in the written file itself, and then asks `inspect` for the same numbers.
@@ -128,9 +173,11 @@ fn is_zero(weight: bf16) -> bool {
     weight.to_bits() & 0x7FFF == 0
 }
 
-#[test]
-fn sparsity_is_exact_to_the_weight_for_every_method() {
-    for method in ["magnitude", "wanda", "sparsegpt"] {
+/// Every method that places zeros.
+const METHODS: [&str; 6] = ["magnitude", "wanda", "sparsegpt", "fista", "alps", "espalier"];
+
+fn check_unstructured(methods: &[&str]) {
+    for method in methods {
         for (sparsity, flag) in [(0.5, "0.5"), (0.37, "0.37")] {
             check_exact("llama-tiny", method, Pattern::Unstructured { sparsity }, &["--sparsity", flag])
                 .unwrap_or_else(|error| panic!("{method} at {flag}: {error:#}"));
@@ -182,14 +229,42 @@ fn weights_that_half_precision_could_lose_are_kept() {
     }
 }
 
-#[test]
-fn every_group_of_an_nofm_pattern_holds_it() {
-    for method in ["magnitude", "wanda", "sparsegpt"] {
+fn check_nofm(methods: &[&str]) {
+    for method in methods {
         for (keep, of, flag) in [(2, 4, "2:4"), (3, 8, "3:8")] {
             check_exact("llama-tiny", method, Pattern::NofM { keep, of }, &["--pattern", flag])
                 .unwrap_or_else(|error| panic!("{method} at {flag}: {error:#}"));
         }
     }
+}
+
+#[test]
+fn every_method_that_places_zeros_is_tested() {
+    let listed = espalier_worker::prune::METHODS.iter().filter(|method| {
+        let (solver, _) = (method.build)(&serde_json::Value::Null).expect("defaults are sound");
+        solver.structured().is_none() && solver.imports().is_none()
+    });
+    assert_eq!(listed.map(|method| method.name).collect::<Vec<_>>(), METHODS);
+}
+
+#[test]
+fn sparsity_is_exact_to_the_weight_for_every_one_shot_method() {
+    check_unstructured(&METHODS[..3]);
+}
+
+#[test]
+fn sparsity_is_exact_to_the_weight_for_every_iterative_method() {
+    check_unstructured(&METHODS[3..]);
+}
+
+#[test]
+fn every_group_of_an_nofm_pattern_holds_it_for_every_one_shot_method() {
+    check_nofm(&METHODS[..3]);
+}
+
+#[test]
+fn every_group_of_an_nofm_pattern_holds_it_for_every_iterative_method() {
+    check_nofm(&METHODS[3..]);
 }
 
 #[test]

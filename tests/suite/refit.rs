@@ -80,7 +80,8 @@ fn the_same_bytes_come_from_1_2_and_3_workers_and_nothing_tells_where_the_mask_l
     let workplace = Workplace::new();
     report(&workplace, "llama-tiny", "mask", &["--method", "wanda", "--sparsity", "0.7"]).unwrap();
     let refit = |output: &str, workers: &str| {
-        let more = ["--method", "refit", "--mask", "mask", "--set", "method.alpha=0.5", "--workers", workers];
+        let more = ["--method", "refit", "--mask", "mask", "--set", "method.alpha=0.5"];
+        let more = [&more[..], &["--held-out", "0.25", "--workers", workers]].concat();
         report(&workplace, "llama-tiny", output, &more).unwrap()
     };
     let report = refit("one", "1");
@@ -89,6 +90,8 @@ fn the_same_bytes_come_from_1_2_and_3_workers_and_nothing_tells_where_the_mask_l
         same_files(&workplace.path().join("one"), &workplace.path().join(workers)).unwrap();
     }
     assert_eq!(report["pattern"], "imported");
+    let alphas: Vec<_> = report["sublayers"].as_array().unwrap().iter().map(|entry| entry["alpha"].as_f64()).collect();
+    assert!(alphas.iter().all(|alpha| [Some(0.5), Some(0.25), Some(0.0)].contains(alpha)), "{alphas:?}");
     let card = fs::read_to_string(workplace.path().join("one/README.md")).unwrap();
     assert!(card.contains("the zeros of another checkpoint") && !card.contains(utf8(workplace.path())), "{card}");
 }

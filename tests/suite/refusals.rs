@@ -423,6 +423,30 @@ fn wrong_jobs_are_refused() {
             ..SOUND
         },
         Case { name: "no samples", flags: &["--samples", "0"], names: &["samples"], ..SOUND },
+        Case {
+            name: "one sequence held out of one",
+            flags: &["--samples", "1", "--held-out", "0.9"],
+            names: &["held_out", "samples"],
+            ..SOUND
+        },
+        Case {
+            name: "one sequence to tune on and to judge by",
+            flags: &["--samples", "1", "--set", "method.reconstruct=submodule"],
+            names: &["reconstruct", "samples"],
+            ..SOUND
+        },
+        Case {
+            name: "a target blend that nothing is held out for",
+            flags: &["--method", "espalier", "--set", "method.alpha=0.5"],
+            names: &["espalier", "held_out"],
+            ..SOUND
+        },
+        Case {
+            name: "a row block that overflows",
+            flags: &["--method", "espalier", "--set", "method.row_block=9223372036854775808"],
+            names: &["row_block"],
+            ..SOUND
+        },
         Case { name: "no tokens", flags: &["--seq-len", "0"], names: &["sequence_length"], ..SOUND },
         Case { name: "unknown method", flags: &["--method", "guess"], names: &["guess"], ..SOUND },
         Case {

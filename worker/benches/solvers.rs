@@ -1,5 +1,5 @@
-//! Seconds, arithmetic and error of every method on a real layer problem and on made ones, against the speed of a plain matrix
-//! product measured in the same process: `cargo bench --workspace --bench solvers [-- --method NAME] [--columns WIDTH]`.
+//! Seconds, arithmetic and error of every method on a real layer problem and on made ones, against the fastest plain matrix
+//! product that the same process finds, of the problem's own shape or of 1536 by 1536 by 1536: `cargo bench --workspace --bench solvers [-- --method NAME] [--columns WIDTH]`.
 
 #![allow(clippy::print_stdout, reason = "a table is what this program is for")]
 
@@ -10,8 +10,10 @@ use candle_core::{DType, Device, Tensor};
 use espalier_common::clock::Stopwatch;
 use espalier_common::pattern::Pattern;
 use espalier_worker::calibrate::gram::GramAccumulator;
-use espalier_worker::linalg::{factor, gemm, matrix, select};
-use espalier_worker::prune::{self, InputStats, Problem, SolveCtx, verify};
+use espalier_worker::linalg::gemm::View;
+use espalier_worker::linalg::pcg::{self, Limits, Quadratic};
+use espalier_worker::linalg::{factor, gemm, matrix, select, spectral, values};
+use espalier_worker::prune::{self, InputStats, Problem, Solution, SolveCtx, verify};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
@@ -19,7 +21,11 @@ use serde_json::{Value, json};
 /// A solve is repeated this often, or until it has taken this many seconds.
 const REPEATS: usize = 5;
 const MOST_SECONDS: f64 = 2.0;
-/// Wider problems than this are solved for few rows, at one sparsity, by the methods that finish within the minute.
+/// Width of the square product that peak speed is also looked for with.
+const SQUARE: usize = 1536;
+/// Steps of conjugate gradients that are timed.
+const STEPS: usize = 10;
+/// Wider problems than this are solved for few rows and at one sparsity.
 const WIDE: usize = 2048;
 
 /// What to leave out.
@@ -53,19 +59,24 @@ fn main() -> Result<()> {
 fn table(title: &str, weight: &Tensor, stats: &Arc<InputStats>, choice: &Choice) -> Result<()> {
     let (rows, columns) = weight.dims2()?;
     println!("\n{title} [{rows}, {columns}]");
-    kernels(rows, columns);
+    kernels(&values(weight)?, &values(&stats.gram)?, columns);
     if columns > WIDE {
-        println!("512 of 4096 rows, 50 % only; fista left out");
+        println!("512 of 4096 rows, 50 % only");
     }
     println!("method                  pattern   seconds  GEMMs  GFLOP/s  of peak      error");
     for (name, params) in methods() {
-        if choice.method.as_ref().is_some_and(|only| only != name) || columns > WIDE && name == "fista" {
+        if choice.method.as_ref().is_some_and(|only| only != name) {
             continue;
         }
         let profile = params.get("profile").and_then(Value::as_str).unwrap_or_default();
         let patterns = [half(), Pattern::Unstructured { sparsity: 0.7 }, Pattern::NofM { keep: 2, of: 4 }];
         for pattern in patterns.into_iter().take(if columns > WIDE { 1 } else { 3 }) {
-            let run = solve(name, &params, weight, stats, pattern)?;
+            // A mask of Wanda's, which has the pattern.
+            let mask =
+                (name == "refit").then(|| solution("wanda", &Value::Null, &problem(weight, pattern, None), stats));
+            let mask = mask.transpose()?.map(|solution| solution.weight);
+            let asked = if mask.is_some() { Pattern::Imported } else { pattern };
+            let run = solve(name, &params, &problem(weight, asked, mask.as_ref()), stats)?;
             let gemms = run.flops / (2.0 * rows as f64 * (columns as f64).powi(2));
             println!(
                 "{:<22} {:>8} {:>9.4} {gemms:>6.1} {:>8.1} {:>7.0}% {:>10.6}",
@@ -106,6 +117,7 @@ fn methods() -> Vec<(&'static str, Value)> {
         ("espalier", json!({ "profile": "fast" })),
         ("espalier", json!({ "profile": "balanced" })),
         ("espalier", json!({ "profile": "best" })),
+        ("refit", json!({})),
     ]
 }
 
@@ -118,20 +130,28 @@ struct Run {
     error: f64,
 }
 
-/// Prepares and solves, nothing shared with an earlier run.
-fn solve(name: &str, params: &Value, weight: &Tensor, stats: &Arc<InputStats>, pattern: Pattern) -> Result<Run> {
+fn problem<'a>(weight: &'a Tensor, pattern: Pattern, imported: Option<&'a Tensor>) -> Problem<'a> {
+    Problem { tensor: "bench.weight", weight, pattern, imported }
+}
+
+/// Prepares and solves, nothing shared with an earlier solve.
+fn solution(name: &str, params: &Value, problem: &Problem<'_>, stats: &Arc<InputStats>) -> Result<Solution> {
     let (solver, _) = prune::build(name, params)?;
     let ctx = SolveCtx::default();
-    let problem = Problem { tensor: "bench.weight", weight, pattern, imported: None };
-    let (rows, columns) = weight.dims2()?;
+    Ok(solver.prepare(Arc::clone(stats), &ctx)?.solve(problem, &ctx)?)
+}
+
+/// Solves again and again.
+fn solve(name: &str, params: &Value, problem: &Problem<'_>, stats: &Arc<InputStats>) -> Result<Run> {
+    let (rows, columns) = problem.weight.dims2()?;
     let (mut runs, mut spent) = (Vec::new(), 0.0);
     while runs.len() < REPEATS && spent < MOST_SECONDS {
         let before = peak(rows, columns);
         let watch = Stopwatch::start();
-        let solution = solver.prepare(Arc::clone(stats), &ctx)?.solve(&problem, &ctx)?;
+        let solution = solution(name, params, problem, stats)?;
         let seconds = watch.seconds();
         let peak = before.max(peak(rows, columns));
-        let error = verify::verify(&problem, stats, &solution.weight)?.rel_error;
+        let error = verify::verify(problem, stats, &solution.weight)?.rel_error;
         runs.push(Run { seconds, flops: solution.flops, share: solution.flops / seconds / peak, error });
         spent += seconds;
     }
@@ -140,13 +160,22 @@ fn solve(name: &str, params: &Value, weight: &Tensor, stats: &Arc<InputStats>, p
     runs.into_iter().nth(median).ok_or_else(|| anyhow::anyhow!("no repeats"))
 }
 
-/// The speed of the product `[rows, columns]·[columns, columns]` right now: the best of ten or of a fifth of a second.
+/// The speed of plain products right now, all threads on one product: of the shape `[rows, columns]·[columns, columns]` or of a
+/// large square, whichever is faster.
 fn peak(rows: usize, columns: usize) -> f64 {
+    plain_product(rows, columns).max(plain_product(SQUARE, SQUARE))
+}
+
+/// The best of ten products or of a fifth of a second.
+fn plain_product(rows: usize, columns: usize) -> f64 {
     let (a, b) = (random(1, rows * columns), random(2, columns * columns));
+    let mut out = vec![0.0; rows * columns];
+    let (left, right) = (View::new(&a, rows, columns, columns), View::new(&b, columns, columns, columns));
     let (mut best, mut spent) = (f64::INFINITY, 0.0);
     for _ in 0..10 {
         let watch = Stopwatch::start();
-        std::hint::black_box(gemm::product(&a, &b, columns, columns));
+        gemm::gemm_parallel(&mut out, columns, 0.0, left, right, 1.0);
+        std::hint::black_box(&out);
         best = watch.seconds().min(best);
         spent += watch.seconds();
         if spent > 0.2 {
@@ -156,32 +185,45 @@ fn peak(rows: usize, columns: usize) -> f64 {
     2.0 * rows as f64 * (columns as f64).powi(2) / best
 }
 
-/// Measures the kernels.
-fn kernels(rows: usize, columns: usize) {
-    let a = random(1, rows * columns);
-    let b = random(2, columns * columns);
-    let peak = peak(rows, columns) / 1e9;
-    let mut matrix: Vec<f32> = b.iter().map(|value| value / columns as f32).collect();
+/// Measures the kernels on a problem of this shape.
+fn kernels(weight: &[f32], gram: &[f32], columns: usize) {
+    let rows = weight.len() / columns;
+    let right = random(2, columns * columns);
+    let peak = peak(rows, columns);
+    let speed = |flops: f64, seconds: f64| {
+        format!("{:.0} GFLOP/s, {:.0} % of peak", flops / seconds / 1e9, 100.0 * flops / seconds / peak)
+    };
+    let mut matrix: Vec<f32> = right.iter().map(|value| value / columns as f32).collect();
     (0..columns).for_each(|j| matrix[j * (columns + 1)] = 1.0);
     (0..columns).for_each(|i| (0..i).for_each(|j| matrix[i * columns + j] = matrix[j * columns + i]));
-    let inverse = seconds(|| factor::inverse(matrix.clone(), columns));
-    let several = seconds(|| factor::inverses(vec![matrix.clone(); 4], columns)) / 4.0;
-    let upper = seconds(|| factor::upper_of_inverse(&matrix, columns));
-    let mut keep = vec![0; a.len()];
-    let whole = seconds(|| select::keep_largest(&a, a.len() / 2, &mut keep));
-    let groups = seconds(|| select::keep_n_of_m(&a, 2, 4, &mut keep));
-    let (cube, milli) = ((columns as f64).powi(3), 1e3);
-    println!(
-        "product {peak:.0} GFLOP/s · inverse {:.1} ms ({:.0} GFLOP/s), of four {:.1} ms ({:.0} GFLOP/s) · upper factor {:.1} ms · \
-         select {:.2} ms · 2:4 {:.2} ms",
-        inverse * milli,
-        cube / inverse / 1e9,
-        several * milli,
-        cube / several / 1e9,
-        upper * milli,
-        whole * milli,
-        groups * milli
-    );
+    let (square, cube) = (2.0 * rows as f64 * (columns as f64).powi(2), (columns as f64).powi(3));
+    println!("peak of plain products: {:.0} GFLOP/s", peak / 1e9);
+    let line = |name: &str, seconds: f64, flops: Option<f64>| {
+        let speed = flops.map_or(String::new(), |flops| speed(flops, seconds));
+        println!("{name:<34} {:>9.3} ms  {speed}", 1e3 * seconds);
+    };
+    line("product in row tiles", seconds(|| gemm::product(weight, &right, columns, columns)), Some(square));
+    line("inverse", seconds(|| factor::inverse(matrix.clone(), columns)), Some(cube));
+    let four = seconds(|| factor::inverses(vec![matrix.clone(); 4], columns));
+    line("inverses, four at once", four, Some(4.0 * cube));
+    line("upper factor of the inverse", seconds(|| factor::upper_of_inverse(&matrix, columns)), None);
+    line("largest eigenvalue", seconds(|| spectral::largest_eigenvalue(gram, columns)), None);
+
+    let mut keep = vec![0; weight.len()];
+    let half = weight.len() / 2;
+    line("select per row", seconds(|| select::keep_largest_per_row(weight, columns, |_| columns / 2, &mut keep)), None);
+    let drop = |first: usize, end: usize| (end - first) * columns / 2;
+    let blocks = || select::keep_largest_per_row_block(weight, columns, 64, drop, &mut keep);
+    line("select per 64 rows", seconds(blocks), None);
+    line("select 2:4", seconds(|| select::keep_n_of_m(weight, 2, 4, &mut keep)), None);
+    line("select", seconds(|| select::keep_largest(weight, half, &mut keep)), None);
+
+    let mut start = weight.to_vec();
+    select::zero_dropped(&mut start, &keep);
+    let quadratic = Quadratic { anchor: weight, shift: None, gram, n: columns };
+    let refit = || pcg::refit(quadratic, &start, &keep, Limits { steps: STEPS, tolerance: 0.0 });
+    let flops = refit().flops;
+    line(&format!("conjugate gradients, {STEPS} steps"), seconds(refit), Some(flops));
 }
 
 /// The best of some repeats, after one that warms up.

@@ -280,6 +280,7 @@ fn check(
         damping: solution.damping,
         damping_raised: solution.damping_raised,
         dead_channels: solution.dead_channels,
+        alpha: solution.alpha,
         reconstruction: None,
     };
     Ok(Pruned { group, member, stored, report })

@@ -39,6 +39,21 @@ pub enum RunError {
     /// See the options.
     #[error("[method]")]
     Reconstruct(#[from] reconstruct::OptionsError),
+    /// The method has nothing to choose its solutions on.
+    #[error(
+        "[method] {method} with these parameters chooses between solutions on held-out sequences, but [calibration] held_out \
+         is 0: set it to a share of the samples such as 0.125"
+    )]
+    NothingHeldOut {
+        /// The method.
+        method: String,
+    },
+    /// One sequence cannot both be tuned on and judge the tuning.
+    #[error("[method] reconstruct needs at least 2 calibration sequences, but [calibration] samples is {samples}")]
+    NothingToTuneOn {
+        /// `[calibration] samples`.
+        samples: usize,
+    },
     /// The method does not cover the pattern.
     #[error(transparent)]
     Unsupported(#[from] SolveError),
@@ -91,6 +106,8 @@ impl RunError {
             | Self::Pattern(_)
             | Self::Method(_)
             | Self::Reconstruct(_)
+            | Self::NothingHeldOut { .. }
+            | Self::NothingToTuneOn { .. }
             | Self::TokenShape { .. } => FaultClass::Reject,
             Self::Unsupported(error) => error.class(),
             Self::Checkpoint(error) => error.class(),
@@ -128,7 +145,7 @@ pub fn parse_job(json: &str) -> Result<JobSpec, RunError> {
 /// Builds the job's method and asks whether it covers the job's pattern.
 ///
 /// # Errors
-/// `Method`, `Unsupported`, `Mask`.
+/// `Method`, `Unsupported`, `Mask`; `NothingHeldOut`, `NothingToTuneOn` if the calibration has too few sequences for it.
 pub fn build_method(job: &JobSpec) -> Result<Method, RunError> {
     let name = job.method.name.as_str();
     let mut own = job.method.params.clone();
@@ -137,6 +154,12 @@ pub fn build_method(job: &JobSpec) -> Result<Method, RunError> {
     let mut version =
         prune::METHODS.iter().find(|method| method.name == name).expect("it was just built").version.to_owned();
     solver.supports(pattern(job, &*solver)?)?;
+    if solver.needs_held_out() && job.held_out_samples() == 0 {
+        return Err(RunError::NothingHeldOut { method: name.to_owned() });
+    }
+    if reconstruct.is_some() && job.calibration.samples < 2 {
+        return Err(RunError::NothingToTuneOn { samples: job.calibration.samples });
+    }
     if let (Some(options), serde_json::Value::Object(params)) = (&reconstruct, &mut params) {
         params.extend(options.filled());
         version = format!("{version}+{}", reconstruct::VERSION);

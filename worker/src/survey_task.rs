@@ -189,7 +189,7 @@ fn error_curves(
             let problem = Problem { tensor, weight: &weight, pattern, imported: None };
             let solved = solver.solve(&problem, &ctx).map_err(failed(tensor))?.weight;
             rel_error(&values(&solved)?, &dense, &stats)
-                .map_err(|source| TaskError::Verify { tensor: tensor.to_owned(), source })
+                .map_err(|source| TaskError::Verify { tensor: tensor.to_owned(), source: source.into() })
         };
         let errors = sparsities.iter().map(error).collect::<Result<_, TaskError>>()?;
         // The share is known once the half is through.

@@ -34,7 +34,12 @@ pub(crate) fn summary(report: &Report, run_folder: &str) -> String {
         }
         kinds.entry(kind).or_default().push(sublayer);
     }
-    let mut errors = table(&["sublayer", "mean error", "worst error", "sparsity", "solve s"]);
+    let mut header = vec!["sublayer", "mean error", "worst error", "sparsity", "solve s"];
+    let is_held_out = report.sublayers.iter().any(|entry| entry.held_out_error.is_some());
+    if is_held_out {
+        header.insert(3, "held-out error");
+    }
+    let mut errors = table(&header);
     for kind in order {
         let entries = &kinds[kind];
         let count = entries.len() as f64;
@@ -43,13 +48,18 @@ pub(crate) fn summary(report: &Report, run_folder: &str) -> String {
         let zeros: u64 = entries.iter().map(|entry| entry.zeros).sum();
         let elements: u64 = entries.iter().map(|entry| entry.elements).sum();
         let seconds: f64 = entries.iter().map(|entry| entry.seconds).sum();
-        errors.add_row([
+        let mut row = vec![
             kind.to_owned(),
             format!("{mean:.5}"),
             format!("{worst:.5}"),
             format!("{:.2} %", 100.0 * zeros as f64 / elements.max(1) as f64),
             format!("{seconds:.2}"),
-        ]);
+        ];
+        if is_held_out {
+            let measured = || entries.iter().filter_map(|entry| entry.held_out_error);
+            row.insert(3, format!("{:.5}", measured().sum::<f64>() / measured().count().max(1) as f64));
+        }
+        errors.add_row(row);
     }
     text.push_str(&format!("{errors}\n"));
     let phases: Vec<String> = report

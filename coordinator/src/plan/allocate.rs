@@ -23,7 +23,7 @@ pub fn logarithmic(outline: &ModelOutline, sparsity: f64, spread: f64) -> Vec<Pa
     let shape: Vec<f64> = (0..layers).map(|layer| spread * rise(layer, layers)).collect();
     let sizes: Vec<f64> = outline.layers.iter().map(|layer| size(layer) as f64).collect();
     let level = balance(&shape, &sizes, sparsity);
-    exact(&outline.layers, &level, sparsity)
+    exact(&outline.layers, &level, sparsity, (0.0, SPARSEST.max(sparsity)))
 }
 
 /// ln(i+1) / ln n: 0 at the first layer, 1 at the last.
@@ -59,15 +59,15 @@ pub(super) fn zeros(layer: &LayerOutline, sparsity: f64) -> i64 {
     layer.sublayers().map(|sublayer| pattern.zeros(sublayer.rows, sublayer.columns) as i64).sum()
 }
 
-/// Sparsities next to `sparsity`, by the number of zeros that they add to a layer; `sparsity` itself adds none.
-fn neighbours(layer: &LayerOutline, sparsity: f64, target: f64) -> BTreeMap<i64, f64> {
+/// Sparsities next to `sparsity` and within bounds, by the number of zeros that they add to a layer; `sparsity` itself adds none.
+fn neighbours(layer: &LayerOutline, sparsity: f64, (least, largest): (f64, f64)) -> BTreeMap<i64, f64> {
     let here = zeros(layer, sparsity);
     let mut found = BTreeMap::from([(0, sparsity)]);
     for sublayer in layer.sublayers() {
         let elements = sublayer.elements() as f64;
         for moved in -MOST_MOVED..=MOST_MOVED {
             let near = ((elements * sparsity).round() + moved as f64 + OFF_THE_HALF) / elements;
-            if near > 0.0 && near <= SPARSEST.max(target) {
+            if near >= least && near <= largest {
                 found.entry(zeros(layer, near) - here).or_insert(near);
             }
         }
@@ -76,13 +76,14 @@ fn neighbours(layer: &LayerOutline, sparsity: f64, target: f64) -> BTreeMap<i64,
 }
 
 /// Moves a few zeros between layers so that the model has as many as with `target` everywhere. Tensors of one layer that are
-/// of one size change together, so where all have the same sizes the nearest count is what can be had.
-pub(super) fn exact(layers: &[LayerOutline], level: &[f64], target: f64) -> Vec<Pattern> {
+/// of one size change together, so where all have the same sizes the nearest count is what can be had. No layer is moved out of
+/// `bounds`, the least and the largest sparsity, in which all of `level` lie.
+pub(super) fn exact(layers: &[LayerOutline], level: &[f64], target: f64, bounds: (f64, f64)) -> Vec<Pattern> {
     let budget: i64 = layers.iter().map(|layer| zeros(layer, target)).sum();
     let have: i64 = layers.iter().zip(level).map(|(layer, &sparsity)| zeros(layer, sparsity)).sum();
     let gap = budget - have;
     let options: Vec<_> =
-        layers.iter().zip(level).map(|(layer, &sparsity)| neighbours(layer, sparsity, target)).collect();
+        layers.iter().zip(level).map(|(layer, &sparsity)| neighbours(layer, sparsity, bounds)).collect();
     let widest = options.iter().flat_map(|options| options.keys()).map(|moved| moved.abs()).max().unwrap_or(0);
     // What a prefix of the layers can add up to, and the last layer's part in it. Sums that stray further from the way to the
     // gap than one layer can bring back are not needed.

@@ -56,7 +56,7 @@ pub fn by_damage(
 ) -> Vec<Pattern> {
     let sizes: Vec<f64> = outline.layers.iter().map(|layer| size(layer) as f64).collect();
     let weights: Vec<f64> = (0..damage.len()).map(|layer| (-depth_weight * layer as f64).exp()).collect();
-    exact(&outline.layers, &levels(damage, &weights, &sizes, sparsity, spread), sparsity)
+    exact(&outline.layers, &levels(damage, &weights, &sizes, sparsity, spread), sparsity, bounds(sparsity, spread))
 }
 
 /// The trial with the least loss; the first of equals. A loss that is no number loses.
@@ -266,6 +266,9 @@ mod tests {
             prop_assert!((mean - sparsity).abs() < 1e-6, "{mean}");
 
             let patterns = by_damage(&outline, &damage, sparsity, spread, depth);
+            for pattern in &patterns {
+                prop_assert!((least..=largest).contains(&pattern.sparsity()), "{pattern} from {least} to {largest}");
+            }
             let budget: i64 = outline.layers.iter().map(|layer| zeros(layer, sparsity)).sum();
             prop_assert!((total(&outline, &patterns) - budget).abs() <= 1);
         }

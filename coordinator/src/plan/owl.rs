@@ -7,7 +7,7 @@
 use espalier_common::outline::ModelOutline;
 use espalier_common::pattern::Pattern;
 
-use super::allocate::{balance, exact, size};
+use super::allocate::{SPARSEST, balance, exact, size};
 
 /// One pattern a layer: the one with most outliers is less sparse by `spread` (the paper's 2λ) than the one with fewest, the
 /// others lie between, in proportion. `outliers` has one share a layer, of any scale.
@@ -19,7 +19,7 @@ pub fn by_outliers(outline: &ModelOutline, outliers: &[f64], sparsity: f64, spre
     let shape: Vec<f64> =
         outliers.iter().map(|share| if range > 0.0 { spread * (most - share) / range } else { 0.0 }).collect();
     let sizes: Vec<f64> = outline.layers.iter().map(|layer| size(layer) as f64).collect();
-    exact(&outline.layers, &balance(&shape, &sizes, sparsity), sparsity)
+    exact(&outline.layers, &balance(&shape, &sizes, sparsity), sparsity, (0.0, SPARSEST.max(sparsity)))
 }
 
 #[cfg(test)]
@@ -27,7 +27,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::allocate::tests::{SMOL, layer, model, total};
-    use super::super::allocate::{SPARSEST, zeros};
+    use super::super::allocate::zeros;
     use super::*;
 
     /// The authors' rule on layers of one size: ρ = 2λ(D − min)/(max − min), moved so that its mean is 1 − S.

@@ -28,7 +28,7 @@ def arguments():
     parser.add_argument("--model", type=pathlib.Path, required=True)
     parser.add_argument("--calibration", type=pathlib.Path, required=True)
     parser.add_argument("--text", type=pathlib.Path, required=True)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compress-to", type=pathlib.Path, help=argparse.SUPPRESS)

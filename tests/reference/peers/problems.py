@@ -15,8 +15,11 @@ import transformers
 from safetensors.torch import save_file
 
 SUBLAYERS = {
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
     "v_proj": "self_attn.v_proj",
     "o_proj": "self_attn.o_proj",
+    "gate_proj": "mlp.gate_proj",
     "up_proj": "mlp.up_proj",
     "down_proj": "mlp.down_proj",
 }

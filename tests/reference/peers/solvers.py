@@ -4,7 +4,7 @@
 
 ALPS and SPARSEGPT are checkouts of github.com/mazumder-lab/ALPS and github.com/IST-DASLab/sparsegpt. A problem holds `weight`
 and `gram`: see problems.py. A round runs every program once on a problem; what counts is the median over rounds of the ratio of
-two times in the same round. On a machine that is busy with other work wall times mean little: times on the processor, summed
+two times in the same round; `totals` adds up all problems of a layer. On a machine that is busy with other work wall times mean little: times on the processor, summed
 over threads, are given beside them (ours with reading the request and writing the solution). Prints one JSON document. Needs
 torch, transformers, numpy and safetensors, and Linux.
 """
@@ -108,6 +108,10 @@ def measure(options, path, pattern, peers):
             for name, method, params, _ in OURS:
                 note(name, ours.solve(method, params, pattern))
         ours.close()
+    return summary(seconds, errors), seconds
+
+
+def summary(seconds, errors=None):
     rows = {}
     for name, runs in seconds.items():
         wall, processor = zip(*runs)
@@ -116,8 +120,9 @@ def measure(options, path, pattern, peers):
             "fastest": min(wall),
             "slowest": max(wall),
             "processor_seconds": statistics.median(processor),
-            "error": errors[name],
         }
+        if errors:
+            rows[name]["error"] = errors[name]
     for name, _, _, peer in OURS:
         walls, processors = (
             [theirs[clock] / ours[clock] for theirs, ours in zip(seconds[peer], seconds[name])] for clock in (0, 1)
@@ -127,9 +132,18 @@ def measure(options, path, pattern, peers):
             "least_times_faster": min(walls),
             "times_less_processor": statistics.median(processors),
             "least_times_less_processor": min(processors),
-            "error_against_peer": errors[name] / errors[peer],
         }
+        if errors:
+            rows[name]["error_against_peer"] = errors[name] / errors[peer]
     return rows
+
+
+def added(rounds):
+    """Rounds of several problems as rounds of all of them: seconds of the same round are added up."""
+    return {
+        name: [tuple(sum(clock) for clock in zip(*runs)) for runs in zip(*(seconds[name] for seconds in rounds))]
+        for name in rounds[0]
+    }
 
 
 def main():
@@ -139,10 +153,11 @@ def main():
         "alps (authors)": authors.Alps(options.alps),
         "sparsegpt (authors)": authors.SparseGpt(options.sparsegpt),
     }
-    results = []
+    results, rounds = [], {}
     for path in options.problems:
         for pattern in options.pattern or ["0.5"]:
-            rows = measure(options, path, pattern, peers)
+            rows, seconds = measure(options, path, pattern, peers)
+            rounds.setdefault(pattern, []).append(seconds)
             shape = list(load_file(path)["weight"].shape)
             results.append({"problem": path.stem, "shape": shape, "pattern": pattern, "runs": rows})
             for name, row in rows.items():
@@ -152,7 +167,14 @@ def main():
                     more = (more + "error x{error_against_peer:.4f}").format(**row)
                 taken = f"{row['seconds']:8.4f} s {row['processor_seconds']:8.4f} s"
                 print(f"{path.stem:10} {pattern:4} {name:20} {taken} {row['error']:.6f} {more}", file=sys.stderr, flush=True)
-    document = {"torch": torch.__version__, "threads": options.threads, "rounds": options.rounds, "results": results}
+    totals = {pattern: summary(added(of_problems)) for pattern, of_problems in rounds.items()}
+    document = {
+        "torch": torch.__version__,
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "results": results,
+        "totals": totals,
+    }
     print(json.dumps(document, indent=2))
 
 

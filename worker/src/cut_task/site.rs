@@ -104,6 +104,7 @@ impl Site<'_> {
             damping: solution.damping,
             damping_raised: solution.damping_raised,
             dead_channels: solution.dead_channels,
+            alpha: None,
             reconstruction,
         };
         Ok(Done { kept, stored, report, moved, stats })

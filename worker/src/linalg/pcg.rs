@@ -322,6 +322,20 @@ mod tests {
     }
 
     #[test]
+    fn the_residual_is_orthogonal_to_the_support() {
+        let n = 40;
+        let (gram, w, keep, start) = problem(11, 6, n);
+        let solved = refit(Quadratic { anchor: &w, shift: None, gram: &gram, n }, &start, &keep, TIGHT);
+        let delta: Vec<f64> = solved.values.iter().zip(&w).map(|(v, w)| f64::from(*w) - f64::from(*v)).collect();
+        let residual = oracle::product(&delta, &oracle::wide(&gram), n, n);
+        let largest = |on: u8| {
+            let part = residual.iter().zip(&keep).filter(|(_, keep)| **keep == on);
+            part.fold(0.0f64, |largest, (r, _)| largest.max(r.abs()))
+        };
+        assert!(largest(1) <= 1e-4 * largest(0), "{} on the support, {} off it", largest(1), largest(0));
+    }
+
+    #[test]
     fn rows_with_an_empty_or_a_full_support_are_handled() {
         let (gram, w, _, _) = problem(6, 2, 10);
         let keep = [[0; 10], [1; 10]].concat();

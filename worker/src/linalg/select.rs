@@ -240,9 +240,9 @@ pub fn keep_largest_per_row_block(
     drop: impl Fn(usize, usize) -> usize,
     keep: &mut [u8],
 ) {
-    let size = (columns * row_block).max(1);
+    let size = columns.saturating_mul(row_block).max(1);
     for (block, (keep, values)) in keep.chunks_mut(size).zip(values.chunks(size)).enumerate() {
-        let first = block * row_block;
+        let first = block.saturating_mul(row_block);
         keep_largest(values, drop(first, first + values.len() / columns.max(1)), keep);
     }
 }

@@ -270,23 +270,23 @@ mod tests {
     use crate::linalg::oracle;
     use crate::prune::fixture;
 
-    /// One iteration as ALGORITHMS.md §4 prints it, in f64: returns (B, D, Λ).
+    /// One iteration as ALGORITHMS.md §4 prints it, in f64, with B over-relaxed by σ where D and Λ follow it: returns (B, D, Λ).
     fn naive_step(
         c: &[f64],
-        d: &[f64],
-        dual: &[f64],
+        (d, dual): (&[f64], &[f64]),
         inverse: &[f64],
-        rho: f64,
+        (rho, sigma): (f64, f64),
         n: usize,
         budget: Budget,
     ) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
         let right: Vec<f64> = (0..c.len()).map(|i| c[i] - dual[i] + rho * d[i]).collect();
         let b = oracle::product(&right, inverse, n, n);
-        let sum: Vec<f64> = b.iter().zip(dual).map(|(b, l)| b + l / rho).collect();
+        let relaxed: Vec<f64> = b.iter().zip(d).map(|(b, d)| sigma * b + (1.0 - sigma) * d).collect();
+        let sum: Vec<f64> = relaxed.iter().zip(dual).map(|(b, l)| b + l / rho).collect();
         let mut keep = vec![1; sum.len()];
         budget.project(&sum.iter().map(|&x| x as f32).collect::<Vec<_>>(), n, &mut keep);
         let d: Vec<f64> = sum.iter().zip(keep).map(|(x, keep)| x * f64::from(keep)).collect();
-        let dual = (0..c.len()).map(|i| dual[i] + rho * (b[i] - d[i])).collect();
+        let dual = (0..c.len()).map(|i| dual[i] + rho * (relaxed[i] - d[i])).collect();
         (b, d, dual)
     }
 
@@ -301,7 +301,8 @@ mod tests {
         let mut c = oracle::product(&oracle::wide(&anchor), &gram, n, n);
         c.iter_mut().zip(&shift).for_each(|(c, t)| *c += f64::from(*t));
         let inverses = Inverses::new(Arc::new(conditioned));
-        for pattern in fixture::patterns() {
+        let cases = fixture::patterns().into_iter().flat_map(|pattern| [1.0, 1.5].map(|sigma| (pattern, sigma)));
+        for (pattern, sigma) in cases {
             let budget = Budget { pattern, row_block: None };
             let mut search = Search::new(anchor.clone(), &anchor, Some(&shift), n, budget);
             let mut d = oracle::wide(&search.merged);
@@ -311,14 +312,14 @@ mod tests {
                 (0..n).for_each(|j| shifted[j * (n + 1)] += f64::from(rho));
                 let exact = oracle::inverse(&shifted, n);
                 let b;
-                (b, d, dual) = naive_step(&c, &d, &dual, &exact, f64::from(rho), n, budget);
-                search.step(&inverses.at(rho).unwrap().0, rho, 1.0);
+                (b, d, dual) = naive_step(&c, (&d, &dual), &exact, (f64::from(rho), sigma), n, budget);
+                search.step(&inverses.at(rho).unwrap().0, rho, sigma as f32);
                 let (primal, _) = search.primal();
-                assert!(primal.iter().zip(&b).all(|(x, y)| (f64::from(*x) - y).abs() < 1e-4), "{pattern}");
+                assert!(primal.iter().zip(&b).all(|(x, y)| (f64::from(*x) - y).abs() < 1e-4), "{pattern}, {sigma}");
                 fixture::assert_obeys(&search.clone().finish().0, n, pattern);
             }
             let (found, _) = search.finish();
-            assert!(found.iter().zip(&d).all(|(x, y)| (f64::from(*x) - y).abs() < 1e-4), "{pattern}");
+            assert!(found.iter().zip(&d).all(|(x, y)| (f64::from(*x) - y).abs() < 1e-4), "{pattern}, {sigma}");
         }
     }
 

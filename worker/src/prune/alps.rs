@@ -298,6 +298,11 @@ mod tests {
     }
 
     #[test]
+    fn the_support_beats_magnitudes() {
+        assert!(fixture::better_supports_than_magnitude(NAME) >= 19);
+    }
+
+    #[test]
     fn bad_parameters_are_refused() {
         for params in [json!({ "rho": 0.0 }), json!({ "max_iters": 0 }), json!({ "damping": "much" })] {
             assert!(build(&params).is_err(), "{params}");

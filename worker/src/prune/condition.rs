@@ -161,6 +161,7 @@ impl Conditioned {
             damping: self.damping,
             damping_raised: self.raised,
             dead_channels: self.dead_channels(),
+            alpha: None,
             flops,
         })
     }

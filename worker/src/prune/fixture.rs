@@ -7,7 +7,9 @@ use candle_core::{DType, Device, Tensor};
 use espalier_common::pattern::Pattern;
 use serde_json::Value;
 
+use super::problem::DenseStats;
 use super::{InputStats, Problem, Solution, SolveCtx, build};
+use crate::linalg::pcg::{self, Limits, Quadratic};
 use crate::linalg::{matrix, oracle, quadratic, values};
 
 /// A weight and the gram of its inputs.
@@ -55,6 +57,86 @@ pub(crate) fn random(seed: u64, rows: usize, columns: usize, tokens: usize) -> L
     let x = oracle::inputs(seed, tokens, columns);
     let gram = oracle::gram(&x, &x, columns).iter().map(|&v| v as f32).collect();
     LayerProblem::new(oracle::random(seed + 100, rows * columns), gram, columns, tokens)
+}
+
+/// A problem whose inputs were changed by what was pruned before, token by token.
+pub(crate) struct Corrected {
+    /// The problem, with both sides' statistics.
+    pub(crate) problem: LayerProblem,
+    /// X, `[tokens, columns]`.
+    pub(crate) dense: Vec<f32>,
+    /// X̂, `[tokens, columns]`.
+    pub(crate) inputs: Vec<f32>,
+}
+
+impl Corrected {
+    /// `‖V·X̂ᵀ − W·Xᵀ‖²` on the tokens themselves, in f64.
+    pub(crate) fn error(&self, solved: &[f32]) -> f64 {
+        let n = self.problem.columns;
+        let (solved, weight) = (oracle::wide(solved), oracle::wide(&self.problem.weight));
+        let mut error = 0.0;
+        for (inputs, dense) in self.inputs.chunks(n).zip(self.dense.chunks(n)) {
+            for (v, w) in solved.chunks(n).zip(weight.chunks(n)) {
+                let output = |weight: &[f64], inputs: &[f32]| -> f64 {
+                    weight.iter().zip(inputs).map(|(w, x)| w * f64::from(*x)).sum()
+                };
+                error += (output(v, inputs) - output(w, dense)).powi(2);
+            }
+        }
+        error
+    }
+
+    /// `(αC + (1 − α)WG + δW)(G + δI)⁻¹` in f64, δ being `damping` times the mean of G's diagonal: the best weights towards
+    /// the blended target when there is no pattern.
+    pub(crate) fn unconstrained(&self, alpha: f64, damping: f64) -> Vec<f64> {
+        let n = self.problem.columns;
+        let mut gram = oracle::gram(&self.inputs, &self.inputs, n);
+        // C = W·XᵀX̂.
+        let dense = oracle::gram(&self.dense, &self.inputs, n);
+        let ridge = damping * (0..n).map(|j| gram[j * (n + 1)]).sum::<f64>() / n as f64;
+        let mut target: Vec<f64> = dense.iter().zip(&gram).map(|(k, g)| alpha * k + (1.0 - alpha) * g).collect();
+        (0..n).for_each(|j| target[j * (n + 1)] += ridge);
+        (0..n).for_each(|j| gram[j * (n + 1)] += ridge);
+        let right = oracle::product(&oracle::wide(&self.problem.weight), &target, n, n);
+        oracle::product(&right, &oracle::inverse(&gram, n), n, n)
+    }
+
+    /// The tokens but the last `held_out`, whose statistics are held out, and those.
+    pub(crate) fn split(self, held_out: usize) -> (Self, Self) {
+        let Self { problem: LayerProblem { weight, columns, .. }, dense, inputs } = self;
+        let solving = inputs.len() - held_out * columns;
+        let part = |range: std::ops::Range<usize>| {
+            corrected(weight.clone(), inputs[range.clone()].to_vec(), dense[range].to_vec(), columns)
+        };
+        let (mut first, last) = (part(0..solving), part(solving..inputs.len()));
+        let stats = InputStats { held_out: Some(Arc::clone(&last.problem.stats)), ..(*first.problem.stats).clone() };
+        first.problem.stats = Arc::new(stats);
+        (first, last)
+    }
+}
+
+/// A random problem whose inputs are the dense ones mixed with their neighbours and with noise.
+pub(crate) fn random_corrected(seed: u64, rows: usize, columns: usize, tokens: usize) -> Corrected {
+    let dense = oracle::inputs(seed, tokens, columns);
+    let noise = oracle::random(seed + 300, dense.len());
+    let inputs = (0..dense.len()).map(|at| {
+        let neighbour = if (at + 1) % columns == 0 { at + 1 - columns } else { at + 1 };
+        0.9 * dense[at] + 0.2 * dense[neighbour] + 0.1 * noise[at]
+    });
+    let inputs = inputs.collect();
+    corrected(oracle::random(seed + 100, rows * columns), inputs, dense, columns)
+}
+
+fn corrected(weight: Vec<f32>, inputs: Vec<f32>, dense: Vec<f32>, columns: usize) -> Corrected {
+    let moments = |a: &[f32], b: &[f32]| {
+        let sums: Vec<f32> = oracle::gram(a, b, columns).iter().map(|&v| v as f32).collect();
+        matrix(sums, columns, &Device::Cpu).unwrap()
+    };
+    let statistics = DenseStats { cross: moments(&inputs, &dense), gram: moments(&dense, &dense) };
+    let gram = values(&moments(&inputs, &inputs)).unwrap();
+    let mut problem = LayerProblem::new(weight, gram, columns, inputs.len() / columns);
+    problem.stats = Arc::new(InputStats { dense: Some(statistics), ..(*problem.stats).clone() });
+    Corrected { problem, dense, inputs }
 }
 
 /// Unstructured and N:M patterns; the latter need widths divisible by 4 and 8.
@@ -131,6 +213,47 @@ pub(crate) fn assert_obeys_invariants(method: &str, params: Value, pattern: Patt
             "{method}: sparsity 0 changes weights"
         );
     }
+}
+
+/// ALGORITHMS.md §11, *All*: pruning a pruned matrix to the same pattern moves no zero, and rows in another order give the same
+/// rows in another order. Weights are not tied, for ties go by place.
+pub(crate) fn assert_is_idempotent_and_indifferent_to_the_order_of_rows(method: &str, pattern: Pattern) {
+    for (seed, rows, columns, tokens) in [(1, 7, 24, 60), (2, 33, 136, 400), (4, 1, 8, 30)] {
+        let problem = random(seed, rows, columns, tokens);
+        let on = |weight: Vec<f32>| LayerProblem::new(weight, problem.gram.clone(), columns, tokens);
+        let support = |solved: &[f32]| solved.iter().map(|v| v.to_bits() != 0).collect::<Vec<_>>();
+        let solved = solve(method, Value::Null, &problem, pattern);
+
+        let again = solve(method, Value::Null, &on(solved.clone()), pattern);
+        assert_eq!(support(&again), support(&solved), "{method} {pattern}: pruning again moves zeros");
+
+        let upside_down = |rows: &[f32]| rows.rchunks(columns).flatten().copied().collect::<Vec<f32>>();
+        let turned = upside_down(&solve(method, Value::Null, &on(upside_down(&problem.weight)), pattern));
+        assert_eq!(support(&turned), support(&solved), "{method} {pattern}: the order of rows matters");
+        let size = solved.iter().fold(0.0f32, |size, v| size.max(v.abs()));
+        for (turned, v) in turned.iter().zip(&solved) {
+            assert!((turned - v).abs() <= 1e-3 * size, "{method} {pattern}: {turned} in another order, {v} before");
+        }
+    }
+}
+
+/// How many of twenty problems there are on which the support that `method` finds is better than magnitude's, each with its best
+/// weights.
+pub(crate) fn better_supports_than_magnitude(method: &str) -> usize {
+    let is_better = |seed: &u64| {
+        let (rows, n) = (24, 48);
+        let problem = random(*seed, rows, n, 150);
+        let pattern = Pattern::Unstructured { sparsity: 0.6 };
+        let refitted = |solved: &[f32]| {
+            let keep: Vec<u8> = solved.iter().map(|v| u8::from(v.abs() > 0.0)).collect();
+            let quadratic = Quadratic { anchor: &problem.weight, shift: None, gram: &problem.gram, n };
+            let limits = Limits { steps: 200, tolerance: 1e-12 };
+            problem.rel_error(&pcg::refit(quadratic, solved, &keep, limits).values)
+        };
+        let of = |method: &str| refitted(&solve(method, Value::Null, &problem, pattern));
+        of(method) < of("magnitude")
+    };
+    (0..20).filter(is_better).count()
 }
 
 /// What the authors' code made of a golden problem.

@@ -64,6 +64,7 @@ impl GroupSolver for Magnitude {
             damping: 0.0,
             damping_raised: 0,
             dead_channels: 0,
+            alpha: None,
             flops: 0.0,
         })
     }

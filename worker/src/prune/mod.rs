@@ -2,6 +2,7 @@
 
 mod admm;
 pub mod alps;
+mod blend;
 mod condition;
 pub mod espalier;
 pub mod fista;
@@ -49,6 +50,10 @@ pub trait Solver: Send + Sync {
     /// The checkpoint whose zeros and weights the method starts from, if it is one that does; empty if the job names none.
     fn imports(&self) -> Option<&str> {
         None
+    }
+    /// Whether, with these parameters, the method chooses between solutions on held-out inputs, so that there must be some.
+    fn needs_held_out(&self) -> bool {
+        false
     }
 }
 
@@ -224,6 +229,21 @@ mod tests {
             message.contains("sparsgpt") && METHODS.iter().all(|method| message.contains(method.name)),
             "{message}"
         );
+    }
+
+    #[test]
+    fn pruning_again_moves_no_zero_and_the_order_of_rows_does_not_matter() {
+        let places_zeros = |method: &&Method| {
+            let (solver, _) = build(method.name, &json!({})).unwrap();
+            solver.structured().is_none() && solver.imports().is_none()
+        };
+        let methods: Vec<_> = METHODS.iter().filter(places_zeros).collect();
+        assert_eq!(methods.len(), 6);
+        for method in methods {
+            for pattern in fixture::patterns() {
+                fixture::assert_is_idempotent_and_indifferent_to_the_order_of_rows(method.name, pattern);
+            }
+        }
     }
 
     #[test]

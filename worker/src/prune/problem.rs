@@ -72,6 +72,8 @@ pub struct Solution {
     pub damping_raised: u32,
     /// Input channels that were never active (zero on the gram's diagonal).
     pub dead_channels: u32,
+    /// The target blend that was taken, if one was asked for: it is less if that is better on held-out inputs.
+    pub alpha: Option<f64>,
     /// Floating-point operations of the matrix products and factorisations (shared ones are counted by the first user).
     pub flops: f64,
 }

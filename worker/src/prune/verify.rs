@@ -8,11 +8,12 @@ use super::{InputStats, Problem};
 use crate::linalg::quadratic::{self, Correction};
 use crate::linalg::values;
 
-/// What is wrong with a solution. All of these are bugs of ours, but for a failing backend.
+/// What is wrong with a solution. All of these are bugs of ours, but for a failing backend. Messages say it of `it`: whoever asked for
+/// the check says which solution that is.
 #[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
     /// Another shape than the dense weight's.
-    #[error("solution of {tensor} has shape {found:?}, but its weight has {expected:?}")]
+    #[error("its shape is {found:?}, but its weight's is {expected:?}")]
     Shape {
         /// The sublayer.
         tensor: String,
@@ -22,7 +23,7 @@ pub enum VerifyError {
         expected: Vec<usize>,
     },
     /// NaN or infinity.
-    #[error("solution of {tensor} is not finite at row {row}, column {column}")]
+    #[error("it is not finite at row {row}, column {column}")]
     NotFinite {
         /// The sublayer.
         tensor: String,
@@ -32,7 +33,7 @@ pub enum VerifyError {
         column: usize,
     },
     /// Too few zeros, or more than the pattern and the zeros of the dense weight explain.
-    #[error("solution of {tensor} has {found} zeros, but pattern {pattern} asks for {expected}")]
+    #[error("it has {found} zeros, but pattern {pattern} asks for {expected}")]
     Zeros {
         /// The sublayer.
         tensor: String,
@@ -44,7 +45,7 @@ pub enum VerifyError {
         expected: usize,
     },
     /// A group keeps too many.
-    #[error("solution of {tensor} breaks pattern {pattern} at row {row}, column {column}")]
+    #[error("it breaks pattern {pattern} at row {row}, column {column}")]
     Group {
         /// The sublayer.
         tensor: String,
@@ -56,7 +57,7 @@ pub enum VerifyError {
         column: usize,
     },
     /// A zero of the mask is none of the solution.
-    #[error("solution of {tensor} is not zero at row {row}, column {column}, where its mask is")]
+    #[error("it is not zero at row {row}, column {column}, where its mask is")]
     Revived {
         /// The sublayer.
         tensor: String,
@@ -66,7 +67,7 @@ pub enum VerifyError {
         column: usize,
     },
     /// A column that was to go is not zero.
-    #[error("solution of {tensor} is not zero in column {column}, which was removed")]
+    #[error("it is not zero in column {column}, which was removed")]
     Column {
         /// The sublayer.
         tensor: String,
@@ -74,7 +75,7 @@ pub enum VerifyError {
         column: usize,
     },
     /// A row that was to go is not zero.
-    #[error("solution of {tensor} is not zero in row {row}, which was removed")]
+    #[error("it is not zero in row {row}, which was removed")]
     Row {
         /// The sublayer.
         tensor: String,
@@ -99,7 +100,7 @@ impl VerifyError {
 /// A solution that was found to be in order.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Verified {
-    /// ‖W'X̂ − WX‖² / ‖WX‖² on the calibration inputs; 0 if ‖WX‖ is.
+    /// ‖W'X̂ − Y‖² / ‖Y‖² on the calibration inputs; 0 if ‖Y‖ is. Y is WX where the statistics have the dense inputs X, else WX̂.
     pub rel_error: f64,
     /// The same on the held-out inputs.
     pub held_out_error: Option<f64>,
@@ -206,8 +207,11 @@ pub fn verify_rows(tensor: &str, solution: &Tensor, stays: impl Fn(usize) -> boo
     Ok(())
 }
 
-/// ‖V·X̂ᵀ − W·Xᵀ‖² / ‖W·Xᵀ‖² of matrices `[rows, n]`, whichever rows they are.
-pub(crate) fn rel_error(solved: &[f32], dense: &[f32], stats: &InputStats) -> Result<f64, VerifyError> {
+/// ‖V·X̂ᵀ − W·Xᵀ‖² / ‖W·Xᵀ‖² of matrices `[rows, n]`, whichever rows they are; X is X̂ where the statistics have no dense side.
+///
+/// # Errors
+/// What the tensor backend says.
+pub(crate) fn rel_error(solved: &[f32], dense: &[f32], stats: &InputStats) -> candle_core::Result<f64> {
     let n = stats.gram.dim(0)?;
     let gram = values(&stats.gram)?;
     let (error, total) = match &stats.dense {

@@ -101,6 +101,7 @@ impl GroupSolver for Group {
             damping: 0.0,
             damping_raised: 0,
             dead_channels: self.norms.iter().filter(|norm| **norm <= 0.0).count() as u32,
+            alpha: None,
             flops: 0.0,
         })
     }

@@ -61,3 +61,56 @@ fn surviving_scale(weight: &Matrix) -> f64 {
     let (count, sum) = kept.fold((0u64, 0.0), |(count, sum), value| (count + 1, sum + f64::from(*value).powi(2)));
     (sum / count.max(1) as f64).sqrt()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linalg::oracle;
+
+    #[test]
+    fn five_steps_follow_the_printed_algorithm() {
+        let shapes = [(3, 5), (2, 4)];
+        let start: Vec<Matrix> = shapes
+            .iter()
+            .enumerate()
+            .map(|(index, &(rows, columns))| {
+                let mut values = oracle::random(index as u64 + 1, rows * columns);
+                values.iter_mut().step_by(3).for_each(|value| *value = 0.0);
+                Matrix { values, columns }
+            })
+            .collect();
+        let mut weights = start.clone();
+        let mut adam = Adam::new(&start);
+        let wide = |weights: &[Matrix]| weights.iter().map(|weight| oracle::wide(&weight.values)).collect::<Vec<_>>();
+        let mut exact = wide(&start);
+        let zeros = || start.iter().map(|weight| vec![0.0; weight.values.len()]).collect::<Vec<Vec<f64>>>();
+        let (mut first, mut second) = (zeros(), zeros());
+        for step in 1..=5 {
+            let rate = 0.02 / f64::from(step);
+            let gradients: Vec<Vec<f32>> = (0..start.len())
+                .map(|matrix| oracle::random(10 * step as u64 + matrix as u64, start[matrix].values.len()))
+                .collect();
+            adam.step(&mut weights, &gradients, &start, rate);
+            for (matrix, gradient) in gradients.iter().enumerate() {
+                let kept: Vec<f64> =
+                    oracle::wide(&start[matrix].values).into_iter().filter(|w| w.abs() > 0.0).collect();
+                let scale = (kept.iter().map(|w| w * w).sum::<f64>() / kept.len() as f64).sqrt();
+                for (at, g) in gradient.iter().map(|g| f64::from(*g)).enumerate() {
+                    let (m, v) = (&mut first[matrix][at], &mut second[matrix][at]);
+                    *m = 0.9 * *m + 0.1 * g;
+                    *v = 0.999 * *v + 0.001 * g * g;
+                    let unbiased = (*m / (1.0 - 0.9f64.powi(step)), *v / (1.0 - 0.999f64.powi(step)));
+                    if start[matrix].values[at].abs() > 0.0 {
+                        exact[matrix][at] -= rate * scale * unbiased.0 / (unbiased.1.sqrt() + 1e-8);
+                    }
+                }
+            }
+        }
+        for (found, (exact, start)) in wide(&weights).iter().zip(exact.iter().zip(wide(&start))) {
+            for ((found, exact), start) in found.iter().zip(exact).zip(start) {
+                assert!((found - exact).abs() <= 1e-6, "{found} {exact}");
+                assert!((found.abs() > 0.0) == (start.abs() > 0.0), "{found} from {start}");
+            }
+        }
+    }
+}

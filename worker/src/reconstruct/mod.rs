@@ -100,9 +100,7 @@ impl Draft {
             samples => samples,
         };
         let training = self.before[0].len().saturating_sub(held_out);
-        if training == 0 {
-            return Ok(());
-        }
+        assert!(training > 0, "a job that reconstructs was refused unless a sequence is left to tune on");
         let tokens = place.run.tokens.sequence_length();
         let anatomy = lanes[0].layer().anatomy(tokens)?;
         let module = SubModule { half: self.half, anatomy: &anatomy, tokens };
