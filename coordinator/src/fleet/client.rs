@@ -37,6 +37,14 @@ pub enum CallError {
 }
 
 impl CallError {
+    /// Whether the same call may go well later.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } => true,
+            Self::Fault(fault) => matches!(fault.class, FaultClass::RetryHere | FaultClass::RetryElsewhere),
+        }
+    }
+
     /// The fault it amounts to for the scheduler.
     pub fn into_fault(self) -> Fault {
         match self {
@@ -125,6 +133,7 @@ impl GrpcWorkerClient {
             .connect_timeout(Duration::from_secs(5))
             .tcp_nodelay(true)
             .http2_keep_alive_interval(Duration::from_secs(10))
+            .keep_alive_timeout(Duration::from_secs(10))
             .connect_lazy();
         let stub = Stub::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         Ok(Self { endpoint: endpoint.to_owned(), stub })
