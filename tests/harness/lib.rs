@@ -2,6 +2,9 @@
 //! checkpoints.
 
 pub mod checkpoint;
+mod compiled;
+pub mod fault;
+pub mod network;
 pub mod process;
 
 use std::path::{Path, PathBuf};
