@@ -108,6 +108,9 @@ impl Faults {
 
     /// The environment variables that programs have to be started with.
     pub fn variables(&self) -> Vec<(&'static str, String)> {
+        if self.rules.is_empty() {
+            return Vec::new();
+        }
         let rules: Vec<String> = self.rules.iter().map(Fault::rule).collect();
         vec![
             ("LD_PRELOAD", self.library.display().to_string()),

@@ -51,7 +51,7 @@ impl Network {
         if let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
             return Some(format!("/dev/net/tun: {error}"));
         }
-        let name = format!("espalier-{}-probe", std::process::id());
+        let name = format!("espalier-{}-probe-{}", std::process::id(), NETWORKS.fetch_add(1, Ordering::Relaxed));
         let made = ip(&["netns", "add", &name]);
         let gone = ip(&["netns", "delete", &name]);
         made.and(gone).err().map(|error| format!("{error:#}"))
