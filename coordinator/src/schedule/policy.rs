@@ -7,8 +7,8 @@
 //! | `RetryElsewhere` | that worker is given up on for this unit; another has it at once; without another, as `RetryHere` |
 //! | `Reject`, `Bug` | the run ends |
 //!
-//! A unit that three different workers were given up on for is poisoned: the run ends with the last fault. So it does if
-//! nobody is left to give it to.
+//! A unit that three different workers were given up on for is poisoned: the run ends with the last fault. So is one that
+//! failed as often as those three could, on however many workers; and the run also ends if nobody is left to give it to.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -79,10 +79,11 @@ impl Trouble {
         }
     }
 
-    /// Whether as many workers were given up on for this unit as may be.
+    /// Whether as many workers were given up on for this unit as may be, or it failed as often as they all may.
     pub(super) fn is_poisoned(&self, limits: &Limits) -> bool {
         let given_up = self.workers.values().filter(|grudge| grudge.is_given_up).count();
         u32::try_from(given_up).unwrap_or(u32::MAX) >= limits.poisoned_on
+            || self.failures >= limits.attempts.saturating_mul(limits.poisoned_on)
     }
 
     /// Whether the unit goes to this worker only if there is nobody else.
@@ -161,6 +162,16 @@ mod tests {
         assert_eq!(note(&mut trouble, C, FaultClass::RetryHere, &present), Verdict::Again);
         assert_eq!(note(&mut trouble, C, FaultClass::RetryElsewhere, &present), Verdict::End);
         assert_eq!(trouble.failures, 4);
+    }
+
+    #[test]
+    fn a_unit_does_not_go_round_a_large_cluster() {
+        let mut trouble = Trouble::default();
+        let present: Vec<WorkerId> = (1..100).map(WorkerId).collect();
+        let end = present
+            .iter()
+            .position(|worker| note(&mut trouble, *worker, FaultClass::RetryHere, &present) == Verdict::End);
+        assert_eq!((end, trouble.failures), (Some(8), 9));
     }
 
     #[test]
