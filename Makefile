@@ -4,7 +4,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 TEXT := tests/golden/text
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint bench bench-peers docs real real-methods real-structured
+.PHONY: help build demo test soak lint bench bench-peers docs real real-methods real-structured
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,9 @@ test: build ## Run every test, the integration tests against the real binaries i
 		then set -x; $(CARGO) nextest run --release --workspace; \
 		else set -x; $(CARGO) test --release --workspace --lib --bins --tests; fi
 	$(CARGO) test --release --workspace --doc
+
+soak: build ## Run under random trouble for SECONDS=1800, drawn from SEED; the first loss fails (needs root for bad networks)
+	SECONDS="$(SECONDS)" SEED="$(SEED)" $(CARGO) test --release -p espalier-tests --test suite -- --ignored --exact --nocapture soak::nothing_is_lost
 
 lint: ## Check formatting, clippy, documentation, licences and sources; any warning fails
 	$(CARGO) fmt --all --check

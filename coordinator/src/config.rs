@@ -2,11 +2,17 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use espalier_common::config::{self, ConfigError, Overrides};
 use espalier_common::telemetry::LogConfig;
 use espalier_gate::{Entrance, GateError, Role, TlsSection, Tokens};
 use serde::{Deserialize, Serialize};
+
+use crate::schedule::Limits;
+
+/// Twice the interval of heartbeats.
+const LEAST_SILENCE_SECONDS: u32 = 2;
 
 /// The whole file.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -61,6 +67,9 @@ pub struct CoordinatorSection {
     /// In `pruned` propagation, the hidden states behind every so many layers, and those that go to another worker, are also
     /// stored, so that a run which loses all its workers need not begin at the tokens again; 0: never.
     pub stored_every: u32,
+    /// A worker that says nothing for so many seconds is taken for lost, and its work is given to others; they say something
+    /// every second, so 2 is the least.
+    pub worker_silence_seconds: u32,
     /// The worker program that `prune` and `eval` start; empty: `espalier-worker` beside this program.
     pub worker_program: PathBuf,
 }
@@ -72,6 +81,7 @@ impl Default for CoordinatorSection {
             runs: PathBuf::from("espalier-runs"),
             workers: 1,
             stored_every: 0,
+            worker_silence_seconds: 15,
             worker_program: PathBuf::new(),
         }
     }
@@ -83,7 +93,38 @@ impl CoordinatorConfig {
     /// # Errors
     /// See [`ConfigError`].
     pub fn load(file: Option<&Path>, overrides: Overrides) -> Result<Self, ConfigError> {
-        config::load(file, config::ENV_PREFIX, overrides)
+        let config: Self = config::load(file, config::ENV_PREFIX, overrides)?;
+        let seconds = config.coordinator.worker_silence_seconds;
+        if seconds < LEAST_SILENCE_SECONDS {
+            let reason = format!(
+                "coordinator.worker_silence_seconds is {seconds}, but must be {LEAST_SILENCE_SECONDS} at least"
+            );
+            return Err(ConfigError::Invalid { origin: "configuration".to_owned(), reason });
+        }
+        Ok(config)
+    }
+
+    /// The patience that the scheduler is to have.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            worker_silence: Duration::from_secs(self.coordinator.worker_silence_seconds.into()),
+            stored_every: self.coordinator.stored_every,
+            ..Limits::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_silence_shorter_than_heartbeats_is_refused() {
+        let load = |seconds: u32| {
+            CoordinatorConfig::load(None, Overrides::default().set("coordinator.worker_silence_seconds", Some(seconds)))
+        };
+        assert_eq!(load(2).unwrap().limits().worker_silence, Duration::from_secs(2));
+        assert!(load(1).unwrap_err().to_string().contains("worker_silence_seconds is 1"));
     }
 
     /// Who is let in: the files of `[tls]` and `[auth]`, read.

@@ -289,8 +289,8 @@ impl Driver<'_> {
             Answer::Prepared(worker, Err(error)) => {
                 let (name, reason) = (self.name_of(worker), error.to_string());
                 warn!(%worker, name, reason, "worker cannot be used");
-                if matches!(error, CallError::Unreachable { .. }) {
-                    // If it lives, it registers again and is asked again.
+                if error.is_passing() {
+                    // If it lives, it registers again with its next heartbeat and is asked again.
                     self.roster.forget(worker);
                 }
                 self.events.note(RunEvent::WorkerLost { worker, name, reason });

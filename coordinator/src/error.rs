@@ -172,6 +172,25 @@ impl From<DriveError> for RunError {
     }
 }
 
+/// Whether a file system may take tomorrow what it does not take today: a full disk does, a path that is wrong does not.
+fn is_passing(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind;
+    !matches!(
+        error.kind(),
+        ErrorKind::NotFound
+            | ErrorKind::PermissionDenied
+            | ErrorKind::ReadOnlyFilesystem
+            | ErrorKind::AlreadyExists
+            | ErrorKind::NotADirectory
+            | ErrorKind::IsADirectory
+            | ErrorKind::DirectoryNotEmpty
+            | ErrorKind::InvalidInput
+            | ErrorKind::InvalidFilename
+            | ErrorKind::InvalidData
+            | ErrorKind::UnexpectedEof
+    )
+}
+
 impl RunError {
     pub(crate) fn folder(path: &Path, source: std::io::Error) -> Self {
         Self::Folder { path: path.to_owned(), source }
@@ -194,15 +213,19 @@ impl RunError {
             | Self::Layout(_)
             | Self::JobText(_)
             | Self::Calibration(_)
-            | Self::Checkpoint(_)
             | Self::RunInOutput { .. }
             | Self::Differs { .. }
             | Self::Headless(_)
             | Self::MethodVersion { .. }
-            | Self::Folder { .. }
             | Self::Gate(_)
             | Self::Listen { .. }
             | Self::Launch { .. } => exit::REJECTED,
+            Self::Checkpoint(CheckpointError::Io { source, .. }) | Self::Folder { source, .. }
+                if is_passing(source) =>
+            {
+                exit::INTERRUPTED
+            }
+            Self::Checkpoint(_) | Self::Folder { .. } => exit::REJECTED,
             Self::Store(error) => of_class(error.class()),
             Self::Journal(JournalError::Foreign { .. } | JournalError::Damaged { .. }) => exit::REJECTED,
             Self::Journal(_) => exit::INTERRUPTED,

@@ -42,18 +42,30 @@ pub fn windows(spec: &EvaluationSpec, model: &dyn Checkpoint) -> Result<TokenBlo
     Ok(calibration::windows(&source, model, spec.sequence_length, spec.max_windows)?)
 }
 
-/// One share a worker, but never more than windows; as many as before if any share was committed before, so that a resumed
-/// run cuts the same way.
-pub fn shares(model: EvaluatedModel, done: &[Record], workers: usize, windows: usize) -> u32 {
-    let before = done.iter().find_map(|record| match record {
-        Record::Committed { lease, outcome: Outcome::Evaluated { window_nll, .. } }
-            if lease.unit == Unit::Evaluate(model.first_share()) =>
-        {
-            Some(windows.div_ceil(window_nll.len().max(1)))
-        }
+/// How the windows of an evaluation were cut in an earlier life of the run, if they were.
+pub fn shares_before(model: EvaluatedModel, past: &[JournalRecord], windows: usize) -> Option<u32> {
+    let recorded = past.iter().find_map(|record| match record {
+        JournalRecord::Shared { model: shared, shares } if *shared == model => Some(*shares),
         _ => None,
     });
-    before.unwrap_or_else(|| workers.clamp(1, windows.max(1))) as u32
+    // Journals of earlier versions do not say; there the first share tells, once it is committed.
+    let committed = || {
+        past.iter().find_map(|record| match record {
+            JournalRecord::Evaluate {
+                model: evaluated,
+                record: Record::Committed { lease, outcome: Outcome::Evaluated { window_nll, .. } },
+            } if *evaluated == model && lease.unit == Unit::Evaluate(model.first_share()) => {
+                Some(windows.div_ceil(window_nll.len().max(1)) as u32)
+            }
+            _ => None,
+        })
+    };
+    recorded.or_else(committed)
+}
+
+/// One share a worker, but never more than windows.
+pub fn shares_for(workers: usize, windows: usize) -> u32 {
+    workers.clamp(1, windows.max(1)) as u32
 }
 
 /// What the driver needs to know of an evaluation.
@@ -135,7 +147,7 @@ impl Standalone {
         let count = self.block.sequences();
         let phase = Phase::Evaluate { model: EvaluatedModel::Dense, windows: count };
         setting.events.note(RunEvent::Phase { phase });
-        let shares = shares(EvaluatedModel::Dense, &[], setting.roster.members().len(), count);
+        let shares = shares_for(setting.roster.members().len(), count);
         let purpose = Evaluation {
             model: EvaluatedModel::Dense,
             uri: self.uri,
@@ -181,5 +193,33 @@ struct Forgetful;
 impl Journal for Forgetful {
     fn append(&mut self, _: &JournalRecord) -> Result<(), JournalError> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use espalier_common::ids::{Attempt, WorkerId};
+
+    use super::*;
+
+    /// Two shares of five windows; the second was committed before the coordinator died.
+    #[test]
+    fn a_run_with_other_workers_cuts_its_windows_as_before() {
+        let model = EvaluatedModel::Pruned;
+        let lease = |share| Lease {
+            unit: Unit::Evaluate(model.first_share() + share),
+            worker: WorkerId(1),
+            attempt: Attempt(1),
+        };
+        let record = |record| JournalRecord::Evaluate { model, record };
+        let outcome = Outcome::Evaluated { window_nll: vec![1.0; 2], phases: Vec::new() };
+        let second = record(Record::Committed { lease: lease(1), outcome });
+        let past = [JournalRecord::Shared { model, shares: 2 }, record(Record::Leased { lease: lease(0) }), second];
+        assert_eq!(shares_before(model, &past, 5), Some(2));
+        assert_eq!(shares_before(EvaluatedModel::Dense, &past, 5), None);
+        let outcome = Outcome::Evaluated { window_nll: vec![1.0; 3], phases: Vec::new() };
+        let first = record(Record::Committed { lease: lease(0), outcome });
+        assert_eq!(shares_before(model, &[first], 5), Some(2), "a journal of an earlier version");
+        assert_eq!((shares_for(3, 5), shares_for(9, 5), shares_for(0, 0)), (3, 5, 1));
     }
 }

@@ -246,6 +246,7 @@ impl<'a> Facts<'a> {
                 self.eval_sequence_length = created.job.evaluation.as_ref().map_or(0, |spec| spec.sequence_length);
             }
             JournalRecord::Planned { outline, patterns } => (self.outline, self.patterns) = (Some(outline), patterns),
+            JournalRecord::Shared { .. } => {}
             JournalRecord::Survey(record) => self.take_survey(record),
             JournalRecord::Prune(record) => self.take_pruning(record),
             JournalRecord::Evaluate { model, record } => {

@@ -309,7 +309,14 @@ impl Run {
         let count = block.sequences();
         self.setting.events.note(RunEvent::Phase { phase: Phase::Evaluate { model, windows: count } });
         let done: Vec<Record> = self.past.iter().filter_map(|record| evaluation_record(record, model)).collect();
-        let shares = evaluate::shares(model, &done, self.setting.roster.members().len(), count);
+        let shares = match evaluate::shares_before(model, &self.past, count) {
+            Some(shares) => shares,
+            None => {
+                let shares = evaluate::shares_for(self.setting.roster.members().len(), count);
+                self.append(JournalRecord::Shared { model, shares })?;
+                shares
+            }
+        };
         let tokens = evaluate::put_block(self.store.as_ref(), &block)?;
         let purpose = evaluate::Evaluation {
             model,
@@ -345,7 +352,7 @@ impl Run {
                 self.store.delete(&name)?;
             }
         }
-        Ok(())
+        Ok(self.store.sweep()?)
     }
 }
 

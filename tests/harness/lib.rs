@@ -3,6 +3,9 @@
 
 pub mod authority;
 pub mod checkpoint;
+mod compiled;
+pub mod fault;
+pub mod network;
 pub mod process;
 
 use std::path::{Path, PathBuf};

@@ -85,14 +85,43 @@ impl Workplace {
         program: &str,
         arguments: impl IntoIterator<Item = A>,
     ) -> Result<Running> {
+        self.start_with(program, arguments, &[])
+    }
+
+    /// Starts a program as [`Self::start_program`] does, with more environment variables.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_with<A: AsRef<OsStr>>(
+        &self,
+        program: &str,
+        arguments: impl IntoIterator<Item = A>,
+        variables: &[(&'static str, String)],
+    ) -> Result<Running> {
+        self.start_on(&[], program, arguments, variables)
+    }
+
+    /// Starts a program as [`Self::start_with`] does, by a command that becomes it; see [`crate::network::Network::on`].
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_on<A: AsRef<OsStr>>(
+        &self,
+        by: &[String],
+        program: &str,
+        arguments: impl IntoIterator<Item = A>,
+        variables: &[(&'static str, String)],
+    ) -> Result<Running> {
         // Into files, not pipes: a full pipe would stop the process, and a worker that outlives it would keep one open.
         let output = tempfile::tempdir()?;
-        let mut command = Command::new(binary(program));
-        command.args(arguments).current_dir(self.path()).env("HF_HUB_OFFLINE", "1").stdin(Stdio::null());
+        let path = binary(program);
+        let mut words = by.iter().map(OsStr::new).chain([path.as_os_str()]);
+        let mut command = Command::new(words.next().expect("the program is one of them"));
+        command.args(words).args(arguments).current_dir(self.path()).env("HF_HUB_OFFLINE", "1").stdin(Stdio::null());
         for (variable, _) in std::env::vars().filter(|(name, _)| name.starts_with("ESPALIER__")) {
             command.env_remove(variable);
         }
-        command.envs(self.settings.iter().map(|(variable, value)| (variable, value)));
+        command.envs(self.settings.iter().chain(variables).map(|(variable, value)| (variable, value)));
         let child = command
             .stdout(File::create(output.path().join("stdout"))?)
             .stderr(File::create(output.path().join("stderr"))?)
@@ -124,6 +153,11 @@ pub struct Running {
 }
 
 impl Running {
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Process ids of its children that live now.
     ///
     /// # Errors
@@ -193,6 +227,19 @@ impl Running {
             let (line, _) = text.split_once(prefix)?.1.split_once('\n')?;
             Some(line.to_owned())
         })
+    }
+
+    /// How it ended, if it has.
+    ///
+    /// # Errors
+    /// If the system does not say.
+    pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
+    }
+
+    /// What it complained of so far.
+    pub fn errors(&self) -> String {
+        self.read("stderr")
     }
 
     /// Sends it SIGINT, as Ctrl-C does.
@@ -281,6 +328,11 @@ impl Finished {
 /// Whether a process lives, one that has ended but was not waited for not counted.
 pub fn is_alive(process: u32) -> bool {
     stat(process).is_some_and(|(state, _)| state != 'Z')
+}
+
+/// Whether a process stands still, stopped by a signal.
+pub fn is_stopped(process: u32) -> bool {
+    stat(process).is_some_and(|(state, _)| state == 'T')
 }
 
 /// Waits until none of `processes` lives.

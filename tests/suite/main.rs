@@ -1,12 +1,17 @@
 //! The one integration-test binary (one link step). `make test` builds the programs that it starts.
 
 mod allocation;
+mod cluster;
 mod deploy;
+mod kill;
+mod network;
+mod past;
 mod pipeline;
 mod real;
 mod refit;
 mod refusals;
 mod resume;
+mod soak;
 mod structured;
 mod tidy;
 mod tls;

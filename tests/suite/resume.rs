@@ -1,22 +1,23 @@
 //! Killed and taken up again: whatever dies on the way, the checkpoint has the bytes of the undisturbed run, and no layer is
 //! committed twice.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use espalier_common::ids::{LayerIndex, Lease, Unit, WorkerId};
-use espalier_coordinator::journal::{self, JournalRecord};
+use espalier_common::ids::Lease;
 use espalier_coordinator::schedule::Record;
 use harness::checkpoint::same_files;
+use harness::fault::{Deed, Fault, Faults, Place};
 use harness::process::{Running, Workplace, kill, pause, proceed, wait_for_end};
 use harness::{golden, tiny};
 
+use crate::cluster::Cluster;
+use crate::past::{LAYERS, commits, each_layer_once, files, outstanding, process_of, schedule};
+
 /// Enough work in each layer that a kill right after a commit comes long before the next one.
 const WORK: [&str; 6] = ["--samples", "32", "--seq-len", "128", "--method", "espalier"];
-const LAYERS: usize = 4;
 const GRACE: Duration = Duration::from_secs(20);
 
 fn utf8(path: &Path) -> &str {
@@ -36,75 +37,8 @@ fn undisturbed(model: &str, more: &[&str]) -> Result<Workplace> {
     Ok(workplace)
 }
 
-fn records(run: &Path) -> Vec<JournalRecord> {
-    journal::read(&run.join("journal")).unwrap_or_default()
-}
-
-fn schedule(run: &Path) -> Vec<Record> {
-    let records = records(run).into_iter().filter_map(|record| match record {
-        JournalRecord::Prune(record) => Some(record),
-        _ => None,
-    });
-    records.collect()
-}
-
-/// Leases of layers that were committed, in order.
-fn commits(run: &Path) -> Vec<Lease> {
-    let commits = schedule(run).into_iter().filter_map(|record| match record {
-        Record::Committed { lease, .. } if matches!(lease.unit, Unit::Prune(_)) => Some(lease),
-        _ => None,
-    });
-    commits.collect()
-}
-
-/// Checks that every layer was committed exactly once, and none was leased after it was.
-fn each_layer_once(run: &Path) -> Result<()> {
-    let mut committed = BTreeMap::new();
-    for record in schedule(run) {
-        match record {
-            Record::Committed { lease, .. } => {
-                ensure!(committed.insert(lease.unit, lease).is_none(), "{} was committed twice", lease.unit);
-            }
-            Record::Leased { lease } => {
-                ensure!(!committed.contains_key(&lease.unit), "{} was leased though committed", lease.unit);
-            }
-            Record::Failed { .. } => {}
-        }
-    }
-    for layer in 0..LAYERS as u32 {
-        ensure!(committed.contains_key(&Unit::Prune(LayerIndex(layer))), "layer {layer} was never committed");
-    }
-    Ok(())
-}
-
 fn same_output(reference: &Workplace, other: &Workplace) -> Result<()> {
     same_files(&reference.path().join("out"), &other.path().join("out"))
-}
-
-/// The local worker process that the coordinator numbered `worker`: its log says so, its command line has its name.
-fn process_of(run: &Path, children: &[u32], worker: WorkerId) -> Option<u32> {
-    children.iter().copied().find(|process| {
-        let command = fs::read_to_string(format!("/proc/{process}/cmdline")).unwrap_or_default();
-        let name = command.split('\0').find(|argument| argument.starts_with("local-")).unwrap_or_default();
-        let log = fs::read_to_string(run.join(format!("logs/{name}.log"))).unwrap_or_default();
-        log.lines().any(|line| line.contains("registered") && line.contains(&format!("worker={worker} ")))
-    })
-}
-
-/// A lease that is neither committed nor failed; the latest.
-fn outstanding(run: &Path) -> Option<Lease> {
-    let schedule = schedule(run);
-    let ended = |lease: &Lease| {
-        schedule.iter().any(|record| match record {
-            Record::Committed { lease: other, .. } | Record::Failed { lease: other, .. } => other == lease,
-            Record::Leased { .. } => false,
-        })
-    };
-    let leased = schedule.iter().rev().filter_map(|record| match record {
-        Record::Leased { lease } => Some(*lease),
-        _ => None,
-    });
-    leased.into_iter().find(|lease| !ended(lease))
 }
 
 /// Kills a worker while it has a lease. All workers are stopped meanwhile, so that none ends its unit under our eyes.
@@ -225,6 +159,44 @@ fn a_torn_journal_loses_no_commit_and_repeats_no_layer() {
     same_output(&reference, &workplace).unwrap();
 }
 
+/// A full disk is nothing that the job is to blame for: the run stops, keeps what it has, and goes on once there is space.
+#[test]
+fn a_full_disk_costs_no_layer_wherever_it_is_met() {
+    let more = ["--propagation", "pruned"];
+    let reference = undisturbed("llama-tiny", &more).unwrap();
+    for file in ["/.out.partial-", "/run/journal", "/run/tokens/.put-"] {
+        let number = if file == "/run/journal" { 6 } else { 1 };
+        let place = Place::Written { file, text: "", number };
+        let faults = Faults::new(vec![Fault { program: "espalier", place, deed: Deed::Fail }]).unwrap();
+        let workplace = Workplace::new();
+        let command = prune("llama-tiny", &more);
+        let running = workplace.start_with("espalier", &command, &faults.variables()).unwrap();
+        let finished = running.finish(harness::process::PATIENCE).unwrap();
+        assert!(faults.happened(0).is_some(), "{file} was not written");
+        assert_eq!(finished.code(), Some(75), "{file}: {}", finished.stderr);
+        assert!(finished.stderr.contains("No space left"), "{file}: {}", finished.stderr);
+        let before = commits(&workplace.path().join("run"));
+        workplace.run(&command).unwrap().success().unwrap();
+        assert!(commits(&workplace.path().join("run")).starts_with(&before), "{file}: commits were lost");
+        assert_eq!(before.len(), if file == "/.out.partial-" { LAYERS } else { before.len() }, "{file}");
+        each_layer_once(&workplace.path().join("run")).unwrap();
+        same_output(&reference, &workplace).unwrap();
+    }
+}
+
+#[test]
+fn a_worker_that_could_not_read_the_tokens_is_asked_again() {
+    let more = ["--propagation", "dense"];
+    let reference = undisturbed("qwen2-tiny", &more).unwrap();
+    let place = Place::Read { file: "/run/tokens/", number: 1 };
+    let faults = Faults::new(vec![Fault { program: "espalier-worker", place, deed: Deed::Fail }]).unwrap();
+    let workplace = Workplace::new();
+    let running = workplace.start_with("espalier", prune("qwen2-tiny", &more), &faults.variables()).unwrap();
+    running.finish(harness::process::PATIENCE).unwrap().success().unwrap();
+    assert!(faults.happened(0).is_some(), "nothing failed");
+    same_output(&reference, &workplace).unwrap();
+}
+
 #[test]
 fn a_run_of_another_job_is_refused_and_says_what_differs() {
     let workplace = Workplace::new();
@@ -247,64 +219,14 @@ fn a_run_of_another_job_is_refused_and_says_what_differs() {
     assert_eq!(fs::read(workplace.path().join("run/journal")).unwrap(), before, "a refusal changes nothing");
 }
 
-/// A coordinator with its workers, all of them processes of their own.
-struct Cluster {
-    workplace: Workplace,
-    coordinator: Running,
-    url: String,
-    workers: Vec<Running>,
-}
-
-impl Cluster {
-    fn start(workers: usize) -> Result<Self> {
-        let workplace = Workplace::new();
-        let (coordinator, url) = Self::coordinator(&workplace, "127.0.0.1:0", workers)?;
-        let mut cluster = Self { workplace, coordinator, url, workers: Vec::new() };
-        for _ in 0..workers {
-            cluster.add_worker()?;
-        }
-        Ok(cluster)
-    }
-
-    fn coordinator(workplace: &Workplace, address: &str, workers: usize) -> Result<(Running, String)> {
-        let workers = workers.to_string();
-        let arguments = ["coordinator", "--listen", address, "--runs", "runs", "--workers", &workers];
-        let mut coordinator = workplace.start(arguments)?;
-        let url = coordinator.wait_for_line("listening on ")?;
-        Ok((coordinator, url))
-    }
-
-    fn add_worker(&mut self) -> Result<()> {
-        let arguments = ["serve", "--coordinator", &self.url, "--threads", "1"];
-        self.workers.push(self.workplace.start_program("espalier-worker", arguments)?);
-        Ok(())
-    }
-
-    /// Kills the coordinator and starts it again with the same command.
-    fn restart(&mut self) -> Result<()> {
-        let address = self.url.trim_start_matches("http://").to_owned();
-        self.coordinator.kill()?;
-        (self.coordinator, self.url) = Self::coordinator(&self.workplace, &address, self.workers.len())?;
-        Ok(())
-    }
-
-    fn submit(&self, model: &str, more: &[&str]) -> Result<Running> {
-        self.workplace.start(prune(model, &[more, &["--coordinator", &self.url]].concat()))
-    }
-
-    fn run(&self) -> PathBuf {
-        self.workplace.path().join("run")
-    }
-}
-
 #[test]
 fn a_cluster_gives_the_bytes_of_one_machine() {
     let reference = undisturbed("llama-tiny", &[]).unwrap();
     let cluster = Cluster::start(2).unwrap();
-    cluster.submit("llama-tiny", &[]).unwrap().finish(harness::process::PATIENCE).unwrap().success().unwrap();
+    cluster.submit(&prune("llama-tiny", &[])).unwrap().finish(harness::process::PATIENCE).unwrap().success().unwrap();
     same_output(&reference, &cluster.workplace).unwrap();
     // The same job again is the same job: nothing is computed, and the report is the same.
-    let again = cluster.submit("llama-tiny", &[]).unwrap().finish(GRACE).unwrap().success().unwrap();
+    let again = cluster.submit(&prune("llama-tiny", &[])).unwrap().finish(GRACE).unwrap().success().unwrap();
     assert!(again.stdout.contains("sparsity"), "{}", again.stdout);
     each_layer_once(&cluster.run()).unwrap();
 }
@@ -314,7 +236,7 @@ fn a_restarted_coordinator_goes_on_with_its_job_and_the_workers_that_outlived_it
     let more = ["--propagation", "pruned"];
     let reference = undisturbed("llama-tiny", &more).unwrap();
     let mut cluster = Cluster::start(2).unwrap();
-    let mut follower = cluster.submit("llama-tiny", &more).unwrap();
+    let mut follower = cluster.submit(&prune("llama-tiny", &more)).unwrap();
     let run = cluster.run();
     follower.wait_until("a commit", || (!commits(&run).is_empty()).then_some(())).unwrap();
     cluster.restart().unwrap();
@@ -323,18 +245,11 @@ fn a_restarted_coordinator_goes_on_with_its_job_and_the_workers_that_outlived_it
     let lost = follower.finish(GRACE).unwrap();
     assert_eq!(lost.code(), Some(75), "a follower says that it lost its coordinator: {}", lost.stderr);
     // Submitted again under the same key: it follows the job that goes on.
-    let follower = cluster.submit("llama-tiny", &more).unwrap();
+    let follower = cluster.submit(&prune("llama-tiny", &more)).unwrap();
     follower.finish(harness::process::PATIENCE).unwrap().success().unwrap();
     assert!(commits(&run).starts_with(&before));
     each_layer_once(&run).unwrap();
     same_output(&reference, &cluster.workplace).unwrap();
-}
-
-/// Files below a folder, if it is there.
-fn files(folder: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
-    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-    paths.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
 }
 
 /// A run that stores every boundary and was killed after two layers.

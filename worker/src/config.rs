@@ -36,6 +36,9 @@ pub struct WorkerSection {
     pub threads: Option<usize>,
     /// Bytes of hidden states kept in memory, the rest goes to `scratch`; a quarter of the machine's memory if none is given.
     pub memory_budget: Option<u64>,
+    /// Speed of f32 matrix products in GFLOP/s that the worker offers, by which layers are shared out; measured at the start if
+    /// none is given, which a busy machine makes less of than it is.
+    pub gflops: Option<f64>,
     /// Folder for what does not fit; the system's temporary folder if none is given.
     pub scratch: Option<PathBuf>,
 }
@@ -49,6 +52,7 @@ impl Default for WorkerSection {
             name: None,
             threads: None,
             memory_budget: None,
+            gflops: None,
             scratch: None,
         }
     }

@@ -117,7 +117,7 @@ async fn live(
         threads: threads as u32,
         memory_bytes,
         device: "cpu".to_owned(),
-        gflops: memory::measure_gflops(),
+        gflops: config.gflops.unwrap_or_else(memory::measure_gflops),
     };
     tracing::info!(endpoint = %offer.endpoint, threads, memory_bytes, gflops = offer.gflops, "serving");
     let membership = Membership::new(client, Arc::clone(&session), offer);

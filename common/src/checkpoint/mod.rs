@@ -12,6 +12,7 @@ pub mod hub;
 mod hub_tests;
 mod index;
 mod json;
+mod partial;
 mod reader;
 #[cfg(test)]
 mod reader_tests;

@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, ErrorKind, Write};
 use std::ops::Range;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
 use serde_json::{Value, json};
 
 use super::index::{INDEX_FILE, Index, SINGLE_FILE};
+use super::partial::Partial;
 use super::{CheckpointError, Dtype, TensorHeader};
 use crate::digest::{Digest, Hasher};
 
@@ -49,11 +49,12 @@ pub fn check_target(target: &Path) -> Result<(), CheckpointError> {
 /// A checkpoint being written.
 ///
 /// Everything goes to a hidden directory beside the target, which takes the target's name in [`Self::finish`]: a reader
-/// sees the whole checkpoint or none. Dropped before that, it leaves nothing behind.
+/// sees the whole checkpoint or none. Dropped before that, it leaves nothing behind; what a killed process left goes when the
+/// next one writes to the same target.
 #[derive(Debug)]
 pub struct CheckpointWriter {
     target: PathBuf,
-    partial: tempfile::TempDir,
+    partial: Partial,
     /// All tensors, in the order in which they are due.
     plan: Vec<(String, TensorHeader)>,
     /// Each shard's name and its part of the plan.
@@ -91,12 +92,7 @@ impl CheckpointWriter {
         let shards = parts.into_iter().enumerate().map(|(index, part)| (name(index + 1), part)).collect();
         let (parent, name) = parent_and_name(target)?;
         fs::create_dir_all(&parent).map_err(failed)?;
-        let partial = tempfile::Builder::new()
-            .prefix(&format!(".{name}.partial-"))
-            // As any directory would be created; the umask still applies.
-            .permissions(fs::Permissions::from_mode(0o777))
-            .tempdir_in(&parent)
-            .map_err(failed)?;
+        let partial = Partial::create(&parent, &name).map_err(failed)?;
         let target = target.to_owned();
         Ok(Self { target, partial, plan, shards, done: 0, shard: None, written: Vec::new(), closed: false })
     }
@@ -135,7 +131,7 @@ impl CheckpointWriter {
         let mut file = match self.shard.take() {
             Some(file) => file,
             None => {
-                let mut file = HashedFile::create(self.partial.path(), shard)?;
+                let mut file = HashedFile::create(self.partial.folder.path(), shard)?;
                 file.write(&header_bytes(&self.plan[part.clone()]))?;
                 file
             }
@@ -196,21 +192,21 @@ impl CheckpointWriter {
     pub fn finish(mut self) -> Result<Vec<WrittenFile>, CheckpointError> {
         self.close_tensors()?;
         let (parent, _) = parent_and_name(&self.target)?;
-        sync_directory(self.partial.path())?;
+        sync_directory(self.partial.folder.path())?;
         // Replaces an empty directory and nothing else.
-        fs::rename(self.partial.path(), &self.target).map_err(|source| match source.kind() {
+        fs::rename(self.partial.folder.path(), &self.target).map_err(|source| match source.kind() {
             ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists | ErrorKind::NotADirectory => {
                 CheckpointError::OutputExists { path: self.target.clone() }
             }
             _ => CheckpointError::Io { path: self.target.clone(), source },
         })?;
-        let _ = self.partial.keep();
+        let _ = self.partial.folder.keep();
         sync_directory(&parent)?;
         Ok(self.written)
     }
 
     fn write_whole(&mut self, name: &str, bytes: &[u8]) -> Result<(), CheckpointError> {
-        let mut file = HashedFile::create(self.partial.path(), name)?;
+        let mut file = HashedFile::create(self.partial.folder.path(), name)?;
         file.write(bytes)?;
         self.written.push(file.finish()?);
         Ok(())

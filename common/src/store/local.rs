@@ -123,6 +123,18 @@ fn collect_names(root: &Path, folder: &Path, names: &mut Vec<String>) -> io::Res
     Ok(())
 }
 
+fn remove_unfinished(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_unfinished(&entry.path())?;
+        } else if entry.file_name().to_str().is_some_and(|name| name.starts_with(UNFINISHED_PREFIX)) {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 impl BlobStore for LocalStore {
     fn put(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
         let path = self.locate(name)?;
@@ -167,6 +179,10 @@ impl BlobStore for LocalStore {
         }
     }
 
+    fn sweep(&self) -> Result<(), StoreError> {
+        remove_unfinished(&self.root).map_err(|source| self.failed("the store's directory", source))
+    }
+
     fn url(&self) -> &str {
         &self.url
     }
@@ -207,6 +223,12 @@ mod tests {
         store.put("whole", b"all").unwrap();
         assert_eq!(store.list("").unwrap(), ["whole"]);
         assert!(matches!(store.get(".put-left-by-a-crash"), Err(StoreError::BadName { .. })));
+        store.put("folder/whole", b"all").unwrap();
+        fs::write(directory.path().join("folder/.put-left-too"), b"half").unwrap();
+        store.sweep().unwrap();
+        let left = |folder: &str| fs::read_dir(directory.path().join(folder)).unwrap().count();
+        assert_eq!((left("."), left("folder")), (2, 1));
+        assert_eq!(store.list("").unwrap(), ["folder/whole", "whole"]);
     }
 
     #[test]

@@ -111,6 +111,11 @@ pub trait BlobStore: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// `BadName`, `Io`.
     fn delete(&self, name: &str) -> Result<(), StoreError>;
+    /// Removes what killed processes left half written. Nobody may be writing meanwhile.
+    ///
+    /// # Errors
+    /// `Io`.
+    fn sweep(&self) -> Result<(), StoreError>;
     /// The URL that opens this store again, in this or another process.
     fn url(&self) -> &str;
 }

@@ -22,7 +22,6 @@ use crate::fleet::Roster;
 use crate::rpc::admin::AdminDesk;
 use crate::rpc::client::{Access, AdminClient, AdminError};
 use crate::rpc::service::Service;
-use crate::schedule::Limits;
 
 /// Serves until a signal comes; a run that is going on is stopped so that it can be resumed.
 pub(crate) async fn serve(args: CoordinatorArgs) -> Result<(), CliError> {
@@ -33,11 +32,11 @@ pub(crate) async fn serve(args: CoordinatorArgs) -> Result<(), CliError> {
     let config =
         CoordinatorConfig::load(args.config.as_deref(), overrides).map_err(|error| CliError::rejected(&error))?;
     let entrance = config.entrance().map_err(|error| CliError::rejected(&error))?;
+    let limits = config.limits();
     let section = config.coordinator;
     let roster = Roster::new(Dialer::new(entrance.credentials.clone()));
     let clock = Arc::new(SystemClock::default());
     let runs = std::path::absolute(&section.runs).map_err(|error| CliError::rejected(&error))?;
-    let limits = Limits { stored_every: section.stored_every, ..Limits::default() };
     let desk = JobDesk::open(roster.clone(), runs, clock, section.workers, limits).map_err(|error| {
         let code = if error.is_passing() { exit::INTERRUPTED } else { exit::REJECTED };
         CliError { code, ..CliError::rejected(&error) }

@@ -22,8 +22,9 @@ use crate::rpc::service::Service;
 use crate::run::Setting;
 use crate::schedule::Limits;
 
-/// Workers of this machine do not come back: there is no point in waiting long.
-const WITHOUT_WORKERS: Duration = Duration::from_secs(3);
+/// Workers of this machine that ended do not come back: there is no point in waiting long. One that was too busy to be heard,
+/// or is asked a second time, does.
+const WITHOUT_WORKERS: Duration = Duration::from_secs(10);
 
 /// The setting of a run on this machine.
 pub(crate) fn setting(
@@ -33,14 +34,13 @@ pub(crate) fn setting(
     stop: CancellationToken,
 ) -> Result<Setting, CliError> {
     let config = CoordinatorConfig::load(None, Overrides::default()).map_err(|error| CliError::rejected(&error))?;
-    let stored_every = config.coordinator.stored_every;
     Ok(Setting {
         folder: folder.to_owned(),
         roster,
         workers_wanted: local.workers,
         events: EventLog::default(),
         clock: Arc::new(SystemClock::default()),
-        limits: Limits { without_workers: WITHOUT_WORKERS, stored_every, ..Limits::default() },
+        limits: Limits { without_workers: WITHOUT_WORKERS, ..config.limits() },
         workers_return: false,
         stop,
     })

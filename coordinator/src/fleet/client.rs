@@ -38,6 +38,14 @@ pub enum CallError {
 }
 
 impl CallError {
+    /// Whether the same call may go well later.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } => true,
+            Self::Fault(fault) => matches!(fault.class, FaultClass::RetryHere | FaultClass::RetryElsewhere),
+        }
+    }
+
     /// The fault it amounts to for the scheduler.
     pub fn into_fault(self) -> Fault {
         match self {
@@ -123,6 +131,7 @@ impl GrpcWorkerClient {
             .map_err(|error| wrong(error.to_string()))?
             .connect_timeout(Duration::from_secs(5))
             .http2_keep_alive_interval(Duration::from_secs(10))
+            .keep_alive_timeout(Duration::from_secs(10))
             .connect_with_connector_lazy(connector);
         let stub = Stub::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         Ok(Self { endpoint: endpoint.to_owned(), stub })

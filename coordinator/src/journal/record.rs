@@ -44,6 +44,13 @@ pub enum JournalRecord {
     Survey(Record),
     /// Pruning moved on.
     Prune(Record),
+    /// The windows of an evaluation were cut into so many shares; every life of the run cuts them the same way.
+    Shared {
+        /// Which model is evaluated.
+        model: EvaluatedModel,
+        /// How many.
+        shares: u32,
+    },
     /// Evaluation of `dense` or `pruned` moved on.
     Evaluate {
         /// Which model.

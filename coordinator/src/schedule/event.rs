@@ -165,8 +165,10 @@ pub struct Limits {
     pub worker_silence: Duration,
     /// Without any worker for this long, the run is given up.
     pub without_workers: Duration,
-    /// Leases given for one unit before the run fails with its last fault.
+    /// Failures of one unit on one worker after which that worker is given up on for it.
     pub attempts: u32,
+    /// Workers given up on for one unit after which the run ends with its last fault.
+    pub poisoned_on: u32,
     /// In a chain, the hidden states behind every so many layers, and those that go to another worker, are also stored, so
     /// that a run which loses its workers begins there again and not at the tokens; 0: never.
     pub stored_every: u32,
@@ -178,6 +180,7 @@ impl Default for Limits {
             worker_silence: Duration::from_secs(15),
             without_workers: Duration::from_secs(60),
             attempts: 3,
+            poisoned_on: 3,
             stored_every: 0,
         }
     }

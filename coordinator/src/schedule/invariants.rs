@@ -25,6 +25,18 @@ pub enum Broken {
         /// The unit.
         unit: Unit,
     },
+    /// A unit is leased to a worker that it must not have yet.
+    #[error("{unit} is leased before its wait is over")]
+    TooEarly {
+        /// The unit.
+        unit: Unit,
+    },
+    /// A unit that ends the run is still tried.
+    #[error("{unit} is poisoned, but the schedule goes on")]
+    Poisoned {
+        /// The unit.
+        unit: Unit,
+    },
     /// A boundary is said to be held by nobody, or by a worker that is gone.
     #[error("boundary {boundary} is held by nobody that is there")]
     HeldByNobody {
@@ -44,7 +56,14 @@ pub fn check(scheduler: &Scheduler) -> Result<(), Broken> {
             if !runs || lease.unit != *unit {
                 return Err(Broken::LeaseWithoutWorker { unit: *unit });
             }
+            if !scheduler.trouble.get(unit).is_none_or(|trouble| trouble.may_have(lease.worker, scheduler.now)) {
+                return Err(Broken::TooEarly { unit: *unit });
+            }
         }
+    }
+    let poisoned = scheduler.trouble.iter().find(|(_, trouble)| trouble.is_poisoned(&scheduler.limits));
+    if let Some((unit, _)) = poisoned.filter(|_| !scheduler.ended) {
+        return Err(Broken::Poisoned { unit: *unit });
     }
     for worker in scheduler.workers.values() {
         if let Some(lease) = worker.running

@@ -2,6 +2,7 @@
 
 mod event;
 pub mod invariants;
+mod policy;
 #[cfg(test)]
 mod sim;
 #[cfg(test)]
@@ -10,12 +11,13 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 
 use espalier_common::clock::Millis;
-use espalier_common::fault::{Fault, FaultClass};
+use espalier_common::fault::Fault;
 use espalier_common::ids::{Attempt, Boundary, LayerIndex, Lease, Unit, WorkerId};
 use espalier_common::report::Outcome;
 
 pub use event::{Action, Event, Failure, Limits, Origin, Record, Shape};
 
+use self::policy::{Trouble, Verdict};
 use crate::plan::partition;
 
 /// Where a unit stands.
@@ -32,7 +34,7 @@ pub enum UnitState {
         /// The other unit.
         on: Unit,
     },
-    /// May be leased.
+    /// May be leased, to a worker that it just failed on after a while.
     Ready,
     /// A worker has it.
     Leased {
@@ -50,14 +52,6 @@ struct WorkerState {
     running: Option<Lease>,
     /// What the unit it runs began with.
     began_with: Origin,
-}
-
-/// What went wrong with a unit so far.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct Trouble {
-    leases: u32,
-    failures: u32,
-    failed_on: BTreeSet<WorkerId>,
 }
 
 /// The scheduler of one run (or of one evaluation).
@@ -282,16 +276,8 @@ impl Scheduler {
         self.units.insert(lease.unit, UnitState::Ready);
         actions.push(Action::Record(Record::Failed { lease, fault: fault.clone() }));
         let trouble = self.trouble.entry(lease.unit).or_default();
-        trouble.failures += 1;
-        let final_ = match fault.class {
-            FaultClass::Reject | FaultClass::Bug => true,
-            FaultClass::RetryHere => trouble.failures >= self.limits.attempts,
-            FaultClass::RetryElsewhere => {
-                trouble.failed_on.insert(lease.worker);
-                trouble.failures >= self.limits.attempts
-            }
-        };
-        if final_ {
+        let verdict = trouble.note(lease, fault.class, self.now, self.workers.keys().copied(), &self.limits);
+        if verdict == Verdict::End {
             let attempts = trouble.failures;
             self.end(Action::Fail(Failure::Unit { lease, fault, attempts }), actions);
         }
@@ -332,13 +318,14 @@ impl Scheduler {
     }
 
     fn is_ready_for(&self, unit: Unit, worker: WorkerId) -> bool {
-        self.units[&unit] == UnitState::Ready && !self.is_shunned(unit, worker)
+        let is_over = self.trouble.get(&unit).is_none_or(|trouble| trouble.may_have(worker, self.now));
+        self.units[&unit] == UnitState::Ready && is_over && !self.is_shunned(unit, worker)
     }
 
-    /// A unit that failed on a worker goes elsewhere, as long as there is an elsewhere.
+    /// A unit for which a worker was given up on goes elsewhere, as long as there is an elsewhere.
     fn is_shunned(&self, unit: Unit, worker: WorkerId) -> bool {
         self.trouble.get(&unit).is_some_and(|trouble| {
-            trouble.failed_on.contains(&worker) && self.workers.keys().any(|other| !trouble.failed_on.contains(other))
+            trouble.is_given_up(worker) && self.workers.keys().any(|other| !trouble.is_given_up(*other))
         })
     }
 

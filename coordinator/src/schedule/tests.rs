@@ -1,6 +1,7 @@
 //! Schedules, written out and drawn at random.
 
 use espalier_common::digest::Digest;
+use espalier_common::fault::FaultClass;
 use espalier_common::report::Artifact;
 use proptest::prelude::*;
 
@@ -166,16 +167,86 @@ fn a_rejected_job_ends_at_once_and_a_passing_fault_goes_elsewhere() {
 }
 
 #[test]
-fn a_unit_that_fails_everywhere_ends_the_run_with_its_cause() {
+fn a_passing_fault_is_tried_again_by_the_same_worker_after_a_wait() {
+    let mut scheduler = chain(1);
+    let (first, _) = started(&scheduler.step(joined(A)))[0];
+    let _ = scheduler.step(joined(B));
+    let actions = scheduler.step(Event::UnitFailed { lease: first, fault: fault(FaultClass::RetryHere) });
+    assert!(started(&actions).is_empty(), "{actions:?}");
+    assert!(
+        started(&scheduler.step(Event::Tick { now: Millis(499) })).is_empty(),
+        "the shortest wait is half a second"
+    );
+    let again = started(&scheduler.step(Event::Tick { now: Millis(1000) }));
+    assert_eq!(again[0].0, Lease { attempt: Attempt(2), ..first });
+}
+
+#[test]
+fn a_unit_that_fails_wherever_it_goes_ends_the_run_with_its_cause() {
     let mut scheduler = chain(1);
     let mut running = started(&scheduler.step(joined(A)));
-    for _ in 0..Limits::default().attempts - 1 {
+    let _ = scheduler.step(joined(B));
+    let _ = scheduler.step(joined(WorkerId(3)));
+    let _ = scheduler.step(joined(WorkerId(4)));
+    let mut had = BTreeSet::new();
+    let (mut now, mut failures) = (0, 0);
+    let end = loop {
         let (lease, _) = running[0];
-        running = started(&scheduler.step(Event::UnitFailed { lease, fault: fault(FaultClass::RetryHere) }));
+        had.insert(lease.worker);
+        failures += 1;
+        let actions = scheduler.step(Event::UnitFailed { lease, fault: fault(FaultClass::RetryHere) });
+        if let Some(Action::Fail(failure)) = actions.last() {
+            break failure.clone();
+        }
+        running = started(&actions);
+        while running.is_empty() {
+            now += 500;
+            assert!(now < 600_000, "nobody has it any more");
+            let all: Vec<WorkerId> = scheduler.workers().collect();
+            for worker in all {
+                let _ = scheduler.step(Event::Heartbeat { worker });
+            }
+            running = started(&scheduler.step(Event::Tick { now: Millis(now) }));
+        }
+    };
+    // Its owner has it until it is given up on, then whoever is free.
+    assert!(had.len() >= 3 && failures == 9, "{failures} failures on {had:?}");
+    assert!(
+        matches!(end, Failure::Unit { attempts: 9, fault: Fault { class: FaultClass::RetryHere, .. }, .. }),
+        "{end:?}"
+    );
+}
+
+#[test]
+fn a_unit_that_three_workers_cannot_do_ends_the_run() {
+    let mut scheduler = chain(1);
+    let mut running = started(&scheduler.step(joined(A)));
+    for worker in [B, WorkerId(3), WorkerId(4)] {
+        let _ = scheduler.step(joined(worker));
     }
-    let lease = running[0].0;
-    let actions = scheduler.step(Event::UnitFailed { lease, fault: fault(FaultClass::RetryHere) });
-    assert!(matches!(actions.last(), Some(Action::Fail(Failure::Unit { attempts: 3, .. }))));
+    for _ in 0..2 {
+        let event = Event::UnitFailed { lease: running[0].0, fault: fault(FaultClass::RetryElsewhere) };
+        running = started(&scheduler.step(event));
+    }
+    let event = Event::UnitFailed { lease: running[0].0, fault: fault(FaultClass::RetryElsewhere) };
+    let actions = scheduler.step(event);
+    assert!(matches!(actions.last(), Some(Action::Fail(Failure::Unit { attempts: 3, .. }))), "{actions:?}");
+}
+
+#[test]
+fn a_unit_that_its_only_worker_fails_at_ends_the_run_with_its_cause() {
+    for class in [FaultClass::RetryHere, FaultClass::RetryElsewhere] {
+        let mut scheduler = chain(1);
+        let mut running = started(&scheduler.step(joined(A)));
+        for wait in [1000, 5000] {
+            let _ = scheduler.step(Event::Heartbeat { worker: A });
+            let actions = scheduler.step(Event::UnitFailed { lease: running[0].0, fault: fault(class) });
+            assert!(started(&actions).is_empty(), "{actions:?}");
+            running = started(&scheduler.step(Event::Tick { now: Millis(wait) }));
+        }
+        let actions = scheduler.step(Event::UnitFailed { lease: running[0].0, fault: fault(class) });
+        assert!(matches!(actions.last(), Some(Action::Fail(Failure::Unit { attempts: 3, .. }))), "{actions:?}");
+    }
 }
 
 #[test]
@@ -240,7 +311,7 @@ proptest! {
     fn every_schedule_commits_each_unit_once(dense in any::<bool>(), layers in 1usize..7, chances in prop::collection::vec(chance(), 0..80)) {
         let layer_bytes = vec![1; layers];
         let shape = if dense { Shape::PruneApart { layer_bytes } } else { Shape::PruneChain { layer_bytes } };
-        let limits = Limits { attempts: u32::MAX, ..Limits::default() };
+        let limits = Limits { attempts: u32::MAX, poisoned_on: u32::MAX, ..Limits::default() };
         let mut scheduler = Scheduler::new(shape.clone(), limits);
         let mut journal: Vec<Record> = Vec::new();
         let (mut running, mut past): (Vec<Lease>, Vec<Lease>) = (Vec::new(), Vec::new());

@@ -9,6 +9,7 @@ mod process;
 use std::collections::{BTreeMap, BTreeSet};
 
 use espalier_common::digest::Digest;
+use espalier_common::fault::FaultClass;
 use rand::seq::IndexedRandom as _;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -21,6 +22,10 @@ const STORM: usize = 60;
 /// Steps of calm within which it must.
 const CALM: usize = 4000;
 const MOST_PROCESSES: usize = 4;
+/// Milliseconds: no worker has a unit again before so many have passed since it failed on it.
+const SHORTEST_WAIT: u64 = 500;
+/// Milliseconds that a message takes over a slow link, at most: longer than a worker may be silent.
+const SLOWEST_LINK: u64 = 20_000;
 
 /// A fault that the coordinator could have if it were written wrongly; the simulator must see each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,7 +69,10 @@ struct World {
     processes: Vec<Process>,
     /// The process that a number was given to in the present life of the coordinator.
     numbers: BTreeMap<WorkerId, usize>,
-    network: Vec<Message>,
+    /// What is under way, and when it arrives at the earliest.
+    network: Vec<(u64, Message)>,
+    /// When a unit last failed on a worker, in the present life of the coordinator.
+    failed: BTreeMap<(Unit, WorkerId), u64>,
     now: u64,
     next_number: u64,
     next_artifact: u64,
@@ -78,6 +86,7 @@ fn limits() -> Limits {
     Limits {
         stored_every: 2,
         attempts: u32::MAX,
+        poisoned_on: u32::MAX,
         without_workers: std::time::Duration::from_secs(1 << 30),
         ..Limits::default()
     }
@@ -101,6 +110,7 @@ impl World {
             processes: Vec::new(),
             numbers: BTreeMap::new(),
             network: Vec::new(),
+            failed: BTreeMap::new(),
             now: 0,
             next_number: 0,
             next_artifact: 0,
@@ -154,7 +164,7 @@ impl World {
                 Action::Discard { boundary } => self.store.retain(|(stored, _), _| *stored != boundary),
                 Action::Release { worker, boundaries } => {
                     if let Some(&process) = self.numbers.get(&worker) {
-                        self.network.push(Message::ToWorker { process, order: Order::Release(boundaries) });
+                        self.send(Message::ToWorker { process, order: Order::Release(boundaries) });
                     }
                 }
                 Action::Finish => self.is_finished = true,
@@ -201,7 +211,15 @@ impl World {
             Record::Leased { lease } if committed.contains_key(&lease.unit) => {
                 return Err(format!("{lease} is given though the unit is committed"));
             }
-            Record::Leased { .. } | Record::Failed { .. } => {}
+            Record::Leased { lease } => {
+                let failed = self.failed.get(&(lease.unit, lease.worker));
+                if let Some(failed) = failed.filter(|failed| self.now < **failed + SHORTEST_WAIT) {
+                    return Err(format!("{lease} is given at {}, after a failure at {failed}", self.now));
+                }
+            }
+            Record::Failed { lease, .. } => {
+                self.failed.insert((lease.unit, lease.worker), self.now);
+            }
         }
         self.journal.push(record);
         Ok(())
@@ -243,7 +261,7 @@ impl World {
         }
         let process = self.numbers[&lease.worker];
         let order = Order::Start { lease, from, replay, keeps_output };
-        self.network.push(Message::ToWorker { process, order });
+        self.send(Message::ToWorker { process, order });
         Ok(())
     }
 
@@ -268,6 +286,7 @@ impl World {
         self.scheduler = Scheduler::replay(Self::shape(self.layers, self.kind), limits(), &self.journal)
             .starting_at(Millis(self.now));
         self.numbers.clear();
+        self.failed.clear();
         for process in &mut self.processes {
             process.number = None;
         }
@@ -334,6 +353,18 @@ impl World {
 
     // The schedule.
 
+    /// Puts a message under way; over a slow link it arrives long after others that left later.
+    fn send(&mut self, message: Message) {
+        let delay = match self.rng.random_bool(0.1) {
+            true => {
+                self.fault("slow link");
+                self.rng.random_range(0..SLOWEST_LINK)
+            }
+            false => 0,
+        };
+        self.network.push((self.now + delay, message));
+    }
+
     fn storm(&mut self) -> Result<(), String> {
         let living = self.living();
         match self.rng.random_range(0..100) {
@@ -366,7 +397,8 @@ impl World {
             }
             30..60 => {
                 if let Some(&index) = living.choose(&mut self.rng) {
-                    self.work(index);
+                    let fails = self.rng.random_bool(0.1);
+                    self.work(index, fails);
                 }
                 Ok(())
             }
@@ -376,11 +408,9 @@ impl World {
 
     /// Delivers a message, whichever it is; in a storm some stay and come again, and some starts are taken for lost.
     fn deliver_any(&mut self, is_storm: bool) -> Result<(), String> {
-        if self.network.is_empty() {
-            return Ok(());
-        }
-        let index = self.rng.random_range(0..self.network.len());
-        let message = if is_storm && self.rng.random_bool(0.2) {
+        let arrived: Vec<usize> = (0..self.network.len()).filter(|&index| self.network[index].0 <= self.now).collect();
+        let Some(&index) = arrived.choose(&mut self.rng) else { return Ok(()) };
+        let (_, message) = if is_storm && self.rng.random_bool(0.2) {
             self.fault("duplicate");
             self.network[index].clone()
         } else {
@@ -415,7 +445,7 @@ impl World {
                 0 => self.deliver_any(false)?,
                 1 => {
                     if let Some(&index) = living.choose(&mut self.rng) {
-                        self.work(index);
+                        self.work(index, false);
                     }
                 }
                 _ => self.pass_time(500, &living, false)?,
@@ -460,7 +490,16 @@ fn ten_thousand_schedules_lose_nothing_and_commit_nothing_wrong() {
             *faults.entry(name).or_default() += count;
         }
     }
-    for name in ["killed worker", "crash", "crash before an action", "torn record", "duplicate", "lost start"] {
+    for name in [
+        "killed worker",
+        "crash",
+        "crash before an action",
+        "torn record",
+        "duplicate",
+        "lost start",
+        "slow link",
+        "passing fault",
+    ] {
         assert!(faults.get(name).is_some_and(|count| *count > 500), "{name} is too rare: {faults:?}");
     }
 }

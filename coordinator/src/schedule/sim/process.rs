@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use espalier_common::digest::Digest;
+use espalier_common::fault::FaultClass;
 use espalier_common::report::{Artifact, LayerSurvey};
 
 use super::super::*;
@@ -77,14 +78,19 @@ impl World {
         }
     }
 
-    /// A process does the first unit of its queue and reports it.
-    pub(super) fn work(&mut self, index: usize) {
+    /// A process does the first unit of its queue and reports it; if `fails`, that it may be tried again.
+    pub(super) fn work(&mut self, index: usize, fails: bool) {
         if self.processes[index].is_dead || self.processes[index].queue.is_empty() {
             return;
         }
         let task = self.processes[index].queue.remove(0);
         let lease = task.lease;
         let event = match self.compute(index, &task) {
+            Some(_) if fails => {
+                self.fault("passing fault");
+                let fault = Fault { class: FaultClass::RetryHere, message: "no space".to_owned() };
+                Event::UnitFailed { lease, fault }
+            }
             Some(outcome) => {
                 Event::UnitDone { lease, outcome, held: self.processes[index].holdings.keys().copied().collect() }
             }
@@ -93,7 +99,7 @@ impl World {
                 Event::UnitFailed { lease, fault }
             }
         };
-        self.network.push(Message::ToCoordinator(event));
+        self.send(Message::ToCoordinator(event));
     }
 
     /// What a unit computes; `None` if its input is not there.
