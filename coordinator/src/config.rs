@@ -112,6 +112,19 @@ impl CoordinatorConfig {
             ..Limits::default()
         }
     }
+
+    /// Who is let in: the files of `[tls]` and `[auth]`, read.
+    ///
+    /// # Errors
+    /// See [`GateError`].
+    pub fn entrance(&self) -> Result<Entrance, GateError> {
+        let credentials = self.tls.open(Some(Role::Coordinator))?;
+        let tokens = self.auth.tokens.clone();
+        if tokens.is_some() && credentials.is_none() {
+            return Err(GateError::TokenWithoutTls { key: "auth.tokens" });
+        }
+        Ok(Entrance { credentials, tokens: tokens.map(Tokens::open).transpose()? })
+    }
 }
 
 #[cfg(test)]
@@ -125,18 +138,5 @@ mod tests {
         };
         assert_eq!(load(2).unwrap().limits().worker_silence, Duration::from_secs(2));
         assert!(load(1).unwrap_err().to_string().contains("worker_silence_seconds is 1"));
-    }
-
-    /// Who is let in: the files of `[tls]` and `[auth]`, read.
-    ///
-    /// # Errors
-    /// See [`GateError`].
-    pub fn entrance(&self) -> Result<Entrance, GateError> {
-        let credentials = self.tls.open(Some(Role::Coordinator))?;
-        let tokens = self.auth.tokens.clone();
-        if tokens.is_some() && credentials.is_none() {
-            return Err(GateError::TokenWithoutTls { key: "auth.tokens" });
-        }
-        Ok(Entrance { credentials, tokens: tokens.map(Tokens::open).transpose()? })
     }
 }
