@@ -12,7 +12,7 @@ use espalier_common::job::{Allocation, JobError, JobSpec, PatternSpec};
 use espalier_common::outline::{LayerOutline, ModelOutline};
 use espalier_common::pattern::{Pattern, PatternError};
 use espalier_common::report::Artifact;
-use espalier_common::store::{self, BlobStore, StoreError};
+use espalier_common::store::{BlobStore, StoreError};
 use espalier_common::structure::Structure;
 
 use crate::artifact::{self, ArtifactError};
@@ -288,7 +288,7 @@ impl Run {
     pub fn open(id: RunId, job_json: String, run_url: &str, tokens: &Artifact) -> Result<Self, RunError> {
         let job = parse_job(&job_json)?;
         let method = build_method(&job)?;
-        let store = store::open(run_url)?;
+        let store = config::open_store(run_url)?;
         let name = tokens.name.clone();
         let tokens = read_tokens(&*store, tokens)?;
         let (samples, asked) = (job.calibration.samples, job.calibration.sequence_length);

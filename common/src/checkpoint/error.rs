@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::fault::FaultClass;
+use crate::store::StoreError;
 
 /// Why a checkpoint cannot be read or written. Every message names the file, and the tensor or key.
 #[derive(Debug, thiserror::Error)]
@@ -212,6 +213,9 @@ pub enum CheckpointError {
         /// Whether another try may succeed.
         transient: bool,
     },
+    /// The object store that it is written to.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 impl CheckpointError {
@@ -220,6 +224,7 @@ impl CheckpointError {
         match self {
             Self::Io { .. } | Self::Hub { transient: true, .. } => FaultClass::RetryElsewhere,
             Self::OutOfTurn { .. } => FaultClass::Bug,
+            Self::Store(error) => error.class(),
             Self::NotFound { .. }
             | Self::NotACheckpoint { .. }
             | Self::Truncated { .. }

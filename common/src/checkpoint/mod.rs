@@ -4,6 +4,7 @@
 
 pub mod cast;
 mod companion;
+mod destination;
 mod error;
 mod gguf;
 mod header;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+pub use destination::Target;
 pub use error::CheckpointError;
 pub use gguf::GgufCheckpoint;
 pub use reader::SafetensorsCheckpoint;

@@ -26,7 +26,7 @@ const WITHOUT_WORKERS: Duration = Duration::from_secs(3);
 
 /// The setting of a run on this machine.
 pub(crate) fn setting(
-    folder: &Path,
+    run_url: &str,
     local: &LocalArgs,
     roster: Roster,
     stop: CancellationToken,
@@ -34,7 +34,7 @@ pub(crate) fn setting(
     let config = CoordinatorConfig::load(None, Overrides::default()).map_err(|error| CliError::rejected(&error))?;
     let stored_every = config.coordinator.stored_every;
     Ok(Setting {
-        folder: folder.to_owned(),
+        run_url: run_url.to_owned(),
         roster,
         workers_wanted: local.workers,
         events: EventLog::default(),
