@@ -3,6 +3,7 @@
 
 pub mod checkpoint;
 pub mod process;
+pub mod s3;
 
 use std::path::{Path, PathBuf};
 

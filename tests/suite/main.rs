@@ -7,5 +7,6 @@ mod real;
 mod refit;
 mod refusals;
 mod resume;
+mod s3;
 mod structured;
 mod tidy;
