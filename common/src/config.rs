@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::checkpoint::hub::{self, HubSettings};
-use crate::checkpoint::{CheckpointError, Target};
+use crate::checkpoint::{self, Checkpoint, CheckpointError, SafetensorsCheckpoint, Target};
 use crate::fault::FaultClass;
 use crate::store::{self, BlobStore, StoreError, StoreSettings};
 
@@ -222,6 +222,17 @@ fn first_unknown(layer: &serde_json::Value, known: &serde_json::Value, path: &st
 /// See [`hub::resolve`].
 pub fn locate(source: &str) -> Result<PathBuf, CheckpointError> {
     hub::resolve(source, &HubSettings::from_variables(|key| std::env::var(key).ok()))
+}
+
+/// Opens the model that a source names: what [`locate`] finds, or a checkpoint in an object store, read by range.
+///
+/// # Errors
+/// See [`checkpoint::open`], [`hub::resolve`] and [`store::open`].
+pub fn open_model(source: &str) -> Result<Arc<dyn Checkpoint>, CheckpointError> {
+    if store::is_object_url(source) {
+        return Ok(Arc::new(SafetensorsCheckpoint::open_in_store(open_store(source)?)?));
+    }
+    checkpoint::open(&locate(source)?)
 }
 
 /// Opens the store that a URL names, reached as the environment says.

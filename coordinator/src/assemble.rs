@@ -114,7 +114,7 @@ pub fn assemble(parts: &Parts<'_>) -> Result<BTreeMap<String, Digest>, RunError>
     let mut companions = parts.dense.companion_files()?;
     // Byte for byte where the source has the file; only a GGUF's config is made from its metadata.
     if !companions.iter().any(|(name, _)| name == "config.json") {
-        let original = std::fs::read(parts.dense.path().join("config.json")).unwrap_or(config);
+        let original = parts.dense.config_file()?.unwrap_or(config);
         companions.push(("config.json".to_owned(), original));
     }
     if let Some(narrowed) = narrowing.as_ref().map(|n| n.config(parts.dense.config())).transpose()?.flatten() {

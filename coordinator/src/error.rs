@@ -72,14 +72,6 @@ pub enum RunError {
         /// What differs.
         differences: String,
     },
-    /// The output cannot be evaluated where it is.
-    #[error(
-        "the output {output} is in an object store, and models are read from this machine: prune without --eval, fetch it, then espalier eval"
-    )]
-    RemoteEvaluation {
-        /// `[output] uri`.
-        output: String,
-    },
     /// The journal does not begin with a run.
     #[error("the journal in {0} does not tell of the creation of a run")]
     Headless(String),
@@ -197,7 +189,6 @@ impl RunError {
             | Self::Layout(_)
             | Self::JobText(_)
             | Self::Calibration(_)
-            | Self::RemoteEvaluation { .. }
             | Self::Differs { .. }
             | Self::Headless(_)
             | Self::RunFile { .. }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use espalier_common::checkpoint::{self, Checkpoint, Target};
+use espalier_common::checkpoint::Checkpoint;
 use espalier_common::clock::{Clock, Stopwatch, unix_seconds};
 use espalier_common::config;
 use espalier_common::digest::Digest;
@@ -83,14 +83,10 @@ impl Run {
         let frozen = fingerprint::read(store.as_ref())?;
         // A run that is taken up again may have written its output already; assembling looks closer.
         if frozen.is_none() {
-            let target = config::output_target(&job.output.uri)?;
-            target.check()?;
-            if job.evaluation.is_some() && matches!(target, Target::Bucket(_)) {
-                return Err(RunError::RemoteEvaluation { output: job.output.uri });
-            }
+            config::output_target(&job.output.uri)?.check()?;
         }
         setting.events.note(RunEvent::Phase { phase: Phase::Tokenise });
-        let dense = checkpoint::open(&config::locate(&job.model.source)?)?;
+        let dense = config::open_model(&job.model.source)?;
         let spec = &job.calibration;
         let source = config::locate(&spec.source)?;
         let block = calibration::sequences(&source, dense.as_ref(), spec.samples, spec.sequence_length, spec.seed)?;

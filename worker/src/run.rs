@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::Device;
 use espalier_common::calibration::{TokenBlock, TokenBlockError};
-use espalier_common::checkpoint::{self, Checkpoint, CheckpointError};
+use espalier_common::checkpoint::{Checkpoint, CheckpointError};
 use espalier_common::config;
 use espalier_common::fault::FaultClass;
 use espalier_common::ids::{LayerIndex, RunId};
@@ -179,7 +179,7 @@ pub struct Model {
 /// # Errors
 /// `Checkpoint`, `Model`.
 pub fn open_model(uri: &str, device: &Device) -> Result<Model, RunError> {
-    let checkpoint = checkpoint::open(&config::locate(uri)?)?;
+    let checkpoint = config::open_model(uri)?;
     let decoder = model::open(Arc::clone(&checkpoint), device)?;
     Ok(Model { checkpoint, decoder })
 }

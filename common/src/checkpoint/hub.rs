@@ -8,6 +8,7 @@ use hf_hub::{Cache, Repo, RepoType};
 
 use super::CheckpointError;
 use super::companion::is_companion;
+use super::folder::Folder;
 use super::index::{INDEX_FILE, Index, SINGLE_FILE};
 use crate::store::percent_decode;
 
@@ -147,7 +148,7 @@ impl Model {
         if !directory.join(INDEX_FILE).exists() {
             return Err(absent(SINGLE_FILE));
         }
-        match Index::read(directory) {
+        match Index::read(&Folder::Disk(directory.to_owned())) {
             Err(CheckpointError::MissingShard { shard, .. }) => Err(absent(&shard)),
             Err(error) => Err(error),
             Ok(_) => Ok(directory.to_owned()),
@@ -182,7 +183,7 @@ impl Model {
             fetch(SINGLE_FILE)?;
         } else if names.contains(&INDEX_FILE) {
             fetch(INDEX_FILE)?;
-            for shard in Index::shard_names(&directory)? {
+            for shard in Index::shard_names(&Folder::Disk(directory.clone()))? {
                 fetch(&shard)?;
             }
         } else {

@@ -6,6 +6,7 @@ pub mod cast;
 mod companion;
 mod destination;
 mod error;
+mod folder;
 mod gguf;
 mod header;
 pub mod hub;
@@ -111,6 +112,13 @@ pub trait Checkpoint: Send + Sync {
     /// # Errors
     /// As `read`; `RowsOutOfRange`.
     fn read_rows(&self, name: &str, rows: std::ops::Range<usize>) -> Result<Vec<u8>, CheckpointError>;
+    /// `config.json` byte for byte; none if it was made from other metadata.
+    ///
+    /// # Errors
+    /// As [`Self::companion_files`].
+    fn config_file(&self) -> Result<Option<Vec<u8>>, CheckpointError> {
+        Ok(None)
+    }
     /// Files to be copied byte for byte into a checkpoint made from this one (tokenizer, generation config, …): file name
     /// and contents. For GGUF these are made from its metadata.
     ///
