@@ -3,7 +3,7 @@
 mod book;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use espalier_common::clock::Clock;
 use espalier_common::fault::FaultClass;
@@ -74,6 +74,8 @@ impl Inner {
 #[derive(Clone)]
 pub struct JobDesk {
     inner: Arc<Mutex<Inner>>,
+    /// Whose turn it is to submit.
+    turn: Arc<Mutex<()>>,
     wake: Arc<Notify>,
     book: Book,
     roster: Roster,
@@ -156,7 +158,18 @@ impl JobDesk {
         }
         let inner = Arc::new(Mutex::new(inner));
         let lost = CancellationToken::new();
-        Ok(Self { inner, wake: Arc::default(), book, roster, root, lost, clock, workers_wanted, limits })
+        Ok(Self {
+            inner,
+            turn: Arc::default(),
+            wake: Arc::default(),
+            book,
+            roster,
+            root,
+            lost,
+            clock,
+            workers_wanted,
+            limits,
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -171,23 +184,28 @@ impl JobDesk {
     pub fn submit(&self, job_json: &str, key: &str, run_url: &str) -> Result<RunId, DeskError> {
         let job: JobSpec = serde_json::from_str(job_json)?;
         job.validate()?;
-        let mut inner = self.lock();
-        let known = inner.keys.get(key).and_then(|id| inner.tickets.get(id)).map(|ticket| ticket.entry.clone());
-        let entry = match known {
-            Some(entry) if matches!(entry.end, Some(End::Ended { .. })) => Entry { end: None, ..entry },
-            Some(entry) => return Ok(entry.id),
-            None => {
-                let id = RunId(format!("job-{}", inner.order.len() + 1));
-                let folder = if run_url.is_empty() { store::join(&self.root, &id.0) } else { run_url.to_owned() };
-                Entry { id, key: key.to_owned(), job, folder, end: None }
+        // Numbers are given in turn; meanwhile nobody else waits for what may be a slow store.
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = {
+            let inner = self.lock();
+            let known = inner.keys.get(key).and_then(|id| inner.tickets.get(id)).map(|ticket| ticket.entry.clone());
+            let entry = match known {
+                Some(entry) if matches!(entry.end, Some(End::Ended { .. })) => Entry { end: None, ..entry },
+                Some(entry) => return Ok(entry.id),
+                None => {
+                    let id = RunId(format!("job-{}", inner.order.len() + 1));
+                    let folder = if run_url.is_empty() { store::join(&self.root, &id.0) } else { run_url.to_owned() };
+                    Entry { id, key: key.to_owned(), job, folder, end: None }
+                }
+            };
+            if inner.queue.len() >= MAX_QUEUED {
+                return Err(DeskError::Full);
             }
+            entry
         };
-        if inner.queue.len() >= MAX_QUEUED {
-            return Err(DeskError::Full);
-        }
         self.write(&entry)?;
         let id = entry.id.clone();
-        inner.add(Ticket::new(entry));
+        self.lock().add(Ticket::new(entry));
         self.wake.notify_one();
         Ok(id)
     }
