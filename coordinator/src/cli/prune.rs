@@ -117,8 +117,8 @@ fn explain(error: &mut CliError, run_url: &str, store: &dyn BlobStore, logs: Log
     let is_rejected = error.code == crate::error::exit::REJECTED;
     let has_journal = match store.directory() {
         Some(folder) => folder.join("journal").exists(),
-        // If the store does not say, what was in it is still as safe as it is.
-        None => !is_rejected && journal::read_run(store).map_or(true, |records| !records.is_empty()),
+        // The store may be what failed, so it is not asked again.
+        None => true,
     };
     let logs = logs.keep();
     if is_rejected {

@@ -1,6 +1,6 @@
 //! What is remembered: append-only, checksummed records. A layer is done when its record is durable, not when a worker says so.
 //!
-//! In a folder the journal is a file, locked by the coordinator that writes it ([`file`]); in an object store it is one object
+//! In a folder the journal is a file, locked by the coordinator that writes it ([`mod@file`]); in an object store it is one object
 //! a record, put only if its number is free ([`fenced`]). Either way nobody else can append.
 
 mod error;
