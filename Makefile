@@ -4,10 +4,10 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 TEXT := tests/golden/text
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test soak lint bench bench-peers docs real real-methods real-structured
+.PHONY: help build demo test test-s3 soak lint bench bench-peers docs real real-methods real-structured
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 build: ## Build the two binaries
 	$(CARGO) build --release --bins
@@ -27,6 +27,12 @@ test: build ## Run every test, the integration tests against the real binaries i
 
 soak: build ## Run under random trouble for SECONDS=1800, drawn from SEED; the first loss fails (needs root for bad networks)
 	SECONDS="$(SECONDS)" SEED="$(SEED)" $(CARGO) test --release -p espalier-tests --test suite -- --ignored --exact --nocapture soak::nothing_is_lost
+
+test-s3: build ## Run the tests that need an S3 server: moto's, which this gets from PyPI once
+	@test -x "$(TARGET)/s3/venv/bin/python" || { rm -rf "$(TARGET)/s3" && python3 -m venv "$(TARGET)/s3/partial" \
+		&& "$(TARGET)/s3/partial/bin/python" -m pip install --quiet 'moto[server]==5.2.5' \
+		&& mv "$(TARGET)/s3/partial" "$(TARGET)/s3/venv"; }
+	$(CARGO) test --release -p espalier-tests --test suite -- --nocapture --test-threads 2 s3::
 
 lint: ## Check formatting, clippy, documentation, licences and sources; any warning fails
 	$(CARGO) fmt --all --check

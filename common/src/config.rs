@@ -5,14 +5,16 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use config::{Config, Environment, File, Value};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::checkpoint::CheckpointError;
 use crate::checkpoint::hub::{self, HubSettings};
+use crate::checkpoint::{self, Checkpoint, CheckpointError, SafetensorsCheckpoint, Target};
 use crate::fault::FaultClass;
+use crate::store::{self, BlobStore, StoreError, StoreSettings};
 
 /// Prefix of every environment variable that is read.
 pub const ENV_PREFIX: &str = "ESPALIER";
@@ -225,14 +227,48 @@ pub fn locate(source: &str) -> Result<PathBuf, CheckpointError> {
     hub::resolve(source, &HubSettings::from_variables(|key| std::env::var(key).ok()))
 }
 
-/// [`locate`], and the source by which every other machine finds the same files, see [`hub::pinned`].
+/// Opens the model that a source names: what [`locate`] finds, or a checkpoint in an object store, read by range.
 ///
 /// # Errors
-/// See [`hub::resolve`].
-pub fn locate_pinned(source: &str) -> Result<(PathBuf, String), CheckpointError> {
+/// See [`checkpoint::open`], [`hub::resolve`] and [`store::open`].
+pub fn open_model(source: &str) -> Result<Arc<dyn Checkpoint>, CheckpointError> {
+    open_model_pinned(source).map(|(checkpoint, _)| checkpoint)
+}
+
+/// [`open_model`], and the source by which every other machine finds the same files, see [`hub::pinned`].
+///
+/// # Errors
+/// See [`open_model`].
+pub fn open_model_pinned(source: &str) -> Result<(Arc<dyn Checkpoint>, String), CheckpointError> {
+    if store::is_object_url(source) {
+        let checkpoint = SafetensorsCheckpoint::open_in_store(open_store(source)?)?;
+        return Ok((Arc::new(checkpoint), source.to_owned()));
+    }
     let path = locate(source)?;
-    let pinned = hub::pinned(source, &path);
-    Ok((path, pinned))
+    Ok((checkpoint::open(&path)?, hub::pinned(source, &path)))
+}
+
+/// Opens the store that a URL names, reached as the environment says.
+///
+/// # Errors
+/// See [`store::open`].
+pub fn open_store(url: &str) -> Result<Arc<dyn BlobStore>, StoreError> {
+    store::open(url, &store_settings())
+}
+
+/// Reads where a checkpoint is to be written, reached as the environment says.
+///
+/// # Errors
+/// See [`Target::parse`].
+pub fn output_target(uri: &str) -> Result<Target, CheckpointError> {
+    Target::parse(uri, &store_settings())
+}
+
+/// What the environment says of object stores.
+pub fn store_settings() -> StoreSettings {
+    let variables =
+        std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)));
+    StoreSettings::from_variables(variables)
 }
 
 /// Reads one TOML document (a `job.toml`) with no layers below or above it.
@@ -241,10 +277,18 @@ pub fn locate_pinned(source: &str) -> Result<(PathBuf, String), CheckpointError>
 /// `Io`, `Invalid`; an unknown key is told with the nearest known one.
 pub fn load_document<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
     let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Io { path: path.to_owned(), source })?;
-    toml::from_str(&text).map_err(|error| {
+    parse_document(&path.display().to_string(), &text)
+}
+
+/// [`load_document`] of a text that was read already; `origin` names it in errors.
+///
+/// # Errors
+/// `Invalid`.
+pub fn parse_document<T: DeserializeOwned>(origin: &str, text: &str) -> Result<T, ConfigError> {
+    toml::from_str(text).map_err(|error| {
         let line = error.span().map(|span| 1 + text[..span.start].matches('\n').count());
         let place = line.map(|line| format!(":{line}")).unwrap_or_default();
-        ConfigError::Invalid { origin: format!("{}{place}", path.display()), reason: suggest(error.message()) }
+        ConfigError::Invalid { origin: format!("{origin}{place}"), reason: suggest(error.message()) }
     })
 }
 

@@ -1,16 +1,16 @@
 //! Artifacts + untouched tensors → sparse checkpoint, every digest checked.
 
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::path::Path;
 
 use espalier_common::checkpoint::{Checkpoint, CheckpointWriter, Dtype, TensorHeader};
+use espalier_common::config;
 use espalier_common::digest::{Digest, Hasher};
 use espalier_common::ids::LayerIndex;
 use espalier_common::job::{JobSpec, PatternSpec};
 use espalier_common::pattern::Pattern;
 use espalier_common::report::Artifact;
-use espalier_common::store::BlobStore;
+use espalier_common::store::{BlobStore, StoreError};
 use safetensors::tensor::Metadata;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
@@ -20,6 +20,8 @@ use crate::layout::{Narrowing, StructuredRecord};
 
 /// Read at a time when an artifact is hashed.
 const HASH_BYTES: u64 = 8 << 20;
+/// A longer manifest is not one of ours.
+const MAX_MANIFEST_BYTES: u64 = 256 << 20;
 /// A header of an artifact longer than this is not one of ours.
 const MAX_HEADER_BYTES: u64 = 16 << 20;
 
@@ -62,7 +64,9 @@ struct Place<'a> {
 /// `Damaged` or `Artifact` if an artifact is not what it should be; what the checkpoint, store or file system says;
 /// `Interrupted`. Nothing is visible unless it is whole.
 pub fn assemble(parts: &Parts<'_>) -> Result<BTreeMap<String, Digest>, RunError> {
-    if let Some(files) = already_there(parts) {
+    let target = config::output_target(&parts.job.output.uri)?;
+    if let Some(files) = already_there(parts, target.store()?.as_ref()) {
+        target.settle()?;
         return Ok(files);
     }
     let mut pruned = BTreeMap::new();
@@ -81,8 +85,8 @@ pub fn assemble(parts: &Parts<'_>) -> Result<BTreeMap<String, Digest>, RunError>
         let header = narrowing.as_ref().map_or_else(|| Ok(header.clone()), |n| n.header(name, header))?;
         plan.push((name.to_owned(), header));
     }
-    let target = Path::new(&parts.job.output.uri);
-    let mut writer = CheckpointWriter::create(target, parts.job.shard_bytes()?, plan)?;
+    let told = serde_json::to_vec(&told_job(parts)).expect("a job is plain data");
+    let mut writer = CheckpointWriter::begin(&target, Digest::of(&told), parts.job.shard_bytes()?, plan)?;
     let order: Vec<String> = writer.order().map(|(name, _)| name.to_owned()).collect();
     for name in order {
         if parts.stop.is_cancelled() {
@@ -104,7 +108,7 @@ pub fn assemble(parts: &Parts<'_>) -> Result<BTreeMap<String, Digest>, RunError>
     let mut companions = parts.dense.companion_files()?;
     // Byte for byte where the source has the file; only a GGUF's config is made from its metadata.
     if !companions.iter().any(|(name, _)| name == "config.json") {
-        let original = std::fs::read(parts.dense.path().join("config.json")).unwrap_or(config);
+        let original = parts.dense.config_file()?.unwrap_or(config);
         companions.push(("config.json".to_owned(), original));
     }
     if let Some(narrowed) = narrowing.as_ref().map(|n| n.config(parts.dense.config())).transpose()?.flatten() {
@@ -129,45 +133,32 @@ pub(crate) fn replace_config(companions: &mut Vec<(String, Vec<u8>)>, config: Ve
 
 /// The files of the output, if it holds the checkpoint of this very job and every file is what its manifest says: the process
 /// died between making it visible and recording it.
-fn already_there(parts: &Parts<'_>) -> Option<BTreeMap<String, Digest>> {
-    let folder = Path::new(&parts.job.output.uri);
-    let manifest = std::fs::read(folder.join("espalier.json")).ok()?;
+fn already_there(parts: &Parts<'_>, output: &dyn BlobStore) -> Option<BTreeMap<String, Digest>> {
+    let manifest = output.get_at_most("espalier.json", MAX_MANIFEST_BYTES).ok()?;
     let told: Manifest = serde_json::from_slice(&manifest).ok()?;
     if told.job != told_job(parts) {
         return None;
     }
     let mut files = told.files;
-    let whole = files.iter().all(|(name, digest)| digest_of(&folder.join(name)).is_ok_and(|found| found == *digest));
+    let whole = files.iter().all(|(name, digest)| digest_of(output, name).is_ok_and(|found| found == *digest));
     files.insert("espalier.json".to_owned(), Digest::of(&manifest));
     whole.then_some(files)
 }
 
-/// The digest of a file.
+/// Digest of a blob, which is never in memory whole.
 ///
 /// # Errors
-/// What the file system says.
-pub(crate) fn digest_of(path: &Path) -> std::io::Result<Digest> {
-    let mut file = std::fs::File::open(path)?;
-    let mut hasher = Hasher::default();
-    let mut buffer = vec![0; HASH_BYTES as usize];
-    loop {
-        let read = file.read(&mut buffer)?;
-        if read == 0 {
-            return Ok(hasher.finish());
-        }
-        hasher.update(&buffer[..read]);
+/// What the store says.
+pub(crate) fn digest_of(store: &dyn BlobStore, name: &str) -> Result<Digest, StoreError> {
+    let (mut hasher, size) = (Hasher::default(), store.size(name)?);
+    for at in (0..size).step_by(HASH_BYTES as usize) {
+        hasher.update(&store.get_range(name, at..(at + HASH_BYTES).min(size))?);
     }
+    Ok(hasher.finish())
 }
 
 fn check_digest(store: &dyn BlobStore, artifact: &Artifact) -> Result<(), RunError> {
-    let mut hasher = Hasher::default();
-    let mut at = 0;
-    while at < artifact.bytes {
-        let end = (at + HASH_BYTES).min(artifact.bytes);
-        hasher.update(&store.get_range(&artifact.name, at..end)?);
-        at = end;
-    }
-    if hasher.finish() != artifact.sha256 || store.size(&artifact.name)? != artifact.bytes {
+    if store.size(&artifact.name)? != artifact.bytes || digest_of(store, &artifact.name)? != artifact.sha256 {
         let (name, expected) = (artifact.name.clone(), artifact.sha256.to_string());
         return Err(RunError::Damaged { name, expected });
     }

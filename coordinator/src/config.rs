@@ -60,8 +60,8 @@ pub struct ClientSection {
 pub struct CoordinatorSection {
     /// Where workers and the command line reach it; beyond loopback only with `[tls]`.
     pub listen: SocketAddr,
-    /// Where runs keep their journals and artifacts.
-    pub runs: PathBuf,
+    /// Where runs keep their journals and artifacts: a folder, or a URL of an object store.
+    pub runs: String,
     /// Workers to wait for before a run is planned.
     pub workers: usize,
     /// In `pruned` propagation, the hidden states behind every so many layers, and those that go to another worker, are also
@@ -78,7 +78,7 @@ impl Default for CoordinatorSection {
     fn default() -> Self {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 7433)),
-            runs: PathBuf::from("espalier-runs"),
+            runs: "espalier-runs".to_owned(),
             workers: 1,
             stored_every: 0,
             worker_silence_seconds: 15,

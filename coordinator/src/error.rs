@@ -76,17 +76,27 @@ pub enum RunError {
         #[source]
         source: std::io::Error,
     },
-    /// The folder holds another run.
-    #[error("{} holds a run of another job ({differences}): resume that one, or choose another --run", folder.display())]
+    /// The store holds another run.
+    #[error("{run} holds a run of another job ({differences}): resume that one, or choose another --run")]
     Differs {
-        /// The folder.
-        folder: PathBuf,
+        /// The run's folder or URL.
+        run: String,
         /// What differs.
         differences: String,
     },
     /// The journal does not begin with a run.
-    #[error("the journal in {} does not begin with the creation of a run", .0.display())]
-    Headless(PathBuf),
+    #[error("the journal in {0} does not tell of the creation of a run")]
+    Headless(String),
+    /// A file of the run cannot be read as what it is.
+    #[error("{name} in {run}: {reason}")]
+    RunFile {
+        /// The run's folder or URL.
+        run: String,
+        /// The file.
+        name: &'static str,
+        /// What the parser said.
+        reason: String,
+    },
     /// The method changed since the run was planned.
     #[error("the run was planned with version {frozen} of method {method}, but the workers have version {found}")]
     MethodVersion {
@@ -216,6 +226,7 @@ impl RunError {
             | Self::RunInOutput { .. }
             | Self::Differs { .. }
             | Self::Headless(_)
+            | Self::RunFile { .. }
             | Self::MethodVersion { .. }
             | Self::Gate(_)
             | Self::Listen { .. }
@@ -225,10 +236,9 @@ impl RunError {
             {
                 exit::INTERRUPTED
             }
+            Self::Store(error) | Self::Checkpoint(CheckpointError::Store(error)) => of_class(error.class()),
             Self::Checkpoint(_) | Self::Folder { .. } => exit::REJECTED,
-            Self::Store(error) => of_class(error.class()),
-            Self::Journal(JournalError::Foreign { .. } | JournalError::Damaged { .. }) => exit::REJECTED,
-            Self::Journal(_) => exit::INTERRUPTED,
+            Self::Journal(error) | Self::Drive(DriveError::Journal(error)) => of_class(error.class()),
             Self::Write(_) | Self::TooFewWorkers { .. } | Self::WorkerDiedEarly | Self::Call(_) | Self::Interrupted => {
                 exit::INTERRUPTED
             }

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use espalier_common::calibration::TokenBlock;
-use espalier_common::checkpoint::{self, Checkpoint};
+use espalier_common::checkpoint::Checkpoint;
 use espalier_common::config;
 use espalier_common::ids::{Lease, RunId, Unit};
 use espalier_common::job::EvaluationSpec;
 use espalier_common::report::{Artifact, Outcome};
-use espalier_common::store::BlobStore;
+use espalier_common::store::{self, BlobStore};
 use espalier_common::wire::Source;
 
 use crate::calibration;
@@ -130,11 +130,15 @@ impl Standalone {
     /// # Errors
     /// What the model, the text or the tokenizer says.
     pub fn open(model: &str, spec: &EvaluationSpec, store: Arc<dyn BlobStore>) -> Result<Self, RunError> {
-        let path = config::locate(model)?;
-        let checkpoint = checkpoint::open(&path)?;
+        let checkpoint = config::open_model(model)?;
         let block = windows(spec, checkpoint.as_ref())?;
         // Workers may have another working directory.
-        let uri = std::path::absolute(&path).unwrap_or(path).to_string_lossy().into_owned();
+        let uri = if store::is_object_url(model) {
+            model.to_owned()
+        } else {
+            let path = checkpoint.path().clone();
+            std::path::absolute(&path).unwrap_or(path).to_string_lossy().into_owned()
+        };
         Ok(Self { uri, block, store })
     }
 

@@ -1,11 +1,12 @@
 //! What a run was started with: frozen at its creation, compared when it is taken up again.
 
-use std::path::Path;
-
 use espalier_common::checkpoint::{Checkpoint, CheckpointError, sampled_digest};
 use espalier_common::digest::Digest;
 use espalier_common::job::JobSpec;
+use espalier_common::store::{BlobStore, Placed, StoreError};
 use serde::{Deserialize, Serialize};
+
+use crate::error::RunError;
 
 /// Everything that could change an output bit, besides the code of the methods (whose versions the journal holds).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -54,16 +55,36 @@ fn compare(path: &str, mine: &serde_json::Value, theirs: &serde_json::Value, lin
     }
 }
 
-/// Reads a fingerprint file, if there is one.
+/// Its name in a run's store.
+const NAME: &str = "fingerprint.json";
+/// A longer one is not one of ours.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// Reads the fingerprint of the run in `store`, if there is one.
 ///
 /// # Errors
-/// What the file system or the parser says.
-pub fn read(path: &Path) -> Result<Option<Fingerprint>, std::io::Error> {
-    match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(std::io::Error::other),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
+/// What the store says; `RunFile` if it is no fingerprint.
+pub fn read(store: &dyn BlobStore) -> Result<Option<Fingerprint>, RunError> {
+    let bytes = match store.get_at_most(NAME, MAX_BYTES) {
+        Ok(bytes) => bytes,
+        Err(StoreError::NotFound { .. }) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let unreadable = |error: serde_json::Error| RunError::RunFile {
+        run: store.url().to_owned(),
+        name: NAME,
+        reason: error.to_string(),
+    };
+    serde_json::from_slice(&bytes).map(Some).map_err(unreadable)
+}
+
+/// Freezes a fingerprint, unless there is one: then that one counts.
+///
+/// # Errors
+/// What the store says.
+pub fn freeze(store: &dyn BlobStore, fingerprint: &Fingerprint) -> Result<Placed, StoreError> {
+    let json = serde_json::to_vec_pretty(fingerprint).expect("a fingerprint is plain data");
+    store.put_if_absent(NAME, &json)
 }
 
 #[cfg(test)]

@@ -1,11 +1,12 @@
 //! What is refused before any work is done: places that would get into each other's way, models that could not be written again.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use espalier_common::checkpoint::cast::f32_from_bytes;
-use espalier_common::checkpoint::{Checkpoint, CheckpointError, check_target};
+use espalier_common::checkpoint::{Checkpoint, CheckpointError, Target};
 use espalier_common::outline::ModelOutline;
+use espalier_common::store::BlobStore;
 
 use crate::error::RunError;
 
@@ -18,17 +19,24 @@ const QUANTISATION: &str = "quantization_config";
 /// Checks where the output and the run are to be: the output is new or empty and no link, and holds no run.
 ///
 /// # Errors
-/// `RunInOutput`, or what [`check_target`] says.
-pub(crate) fn check_places(output: &Path, run: &Path) -> Result<(), RunError> {
-    let absolute = |path: &Path| std::path::absolute(path).map_err(|error| RunError::folder(path, error));
-    if absolute(run)?.starts_with(absolute(output)?) {
-        return Err(RunError::RunInOutput { run: run.to_owned(), output: output.to_owned() });
+/// `RunInOutput`, or what [`Target::check`] says.
+pub(crate) fn check_places(output: &Target, run: &dyn BlobStore) -> Result<(), RunError> {
+    let (output_url, run_url) = match (output, run.directory()) {
+        (Target::Folder(folder), Some(run)) => {
+            let absolute = |path: &Path| std::path::absolute(path).map_err(|error| RunError::folder(path, error));
+            // A whole folder is put in its place in one step, which would replace the link and not what it points to.
+            if folder.symlink_metadata().is_ok_and(|metadata| metadata.is_symlink()) {
+                return Err(CheckpointError::OutputExists { path: folder.clone() }.into());
+            }
+            (absolute(folder)?, absolute(run)?)
+        }
+        (Target::Bucket(bucket), None) => (bucket.url().into(), run.url().into()),
+        _ => return Ok(output.check()?),
+    };
+    if run_url.starts_with(&output_url) {
+        return Err(RunError::RunInOutput { run: run_url, output: output_url });
     }
-    // A whole folder is put in its place in one step, which would replace the link and not what it points to.
-    if output.symlink_metadata().is_ok_and(|metadata| metadata.is_symlink()) {
-        return Err(CheckpointError::OutputExists { path: output.to_owned() }.into());
-    }
-    Ok(check_target(output)?)
+    Ok(output.check()?)
 }
 
 /// Checks that a checkpoint made from this one would hold all of it, as plain floats.
@@ -83,48 +91,29 @@ fn check_finite(dense: &dyn Checkpoint, name: &str) -> Result<(), CheckpointErro
     }
 }
 
-/// The folder that an output URI names: a path or a `file://` URL.
-///
-/// # Errors
-/// `BadSource` for any other URL and for an empty one.
-pub(crate) fn output_folder(uri: &str) -> Result<PathBuf, CheckpointError> {
-    let bad = |problem| CheckpointError::BadTarget { uri: uri.to_owned(), problem };
-    match uri.split_once("://") {
-        None if uri.is_empty() => Err(bad("it is empty")),
-        None => Ok(PathBuf::from(uri)),
-        Some(("file", _)) => espalier_common::store::path_of_url(uri).ok_or_else(|| bad("it has no absolute path")),
-        Some(_) => Err(bad("give a folder, or file:// and its path")),
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use espalier_common::store::LocalStore;
 
-    #[test]
-    fn outputs_are_folders() {
-        assert_eq!(output_folder("a/b").unwrap(), Path::new("a/b"));
-        assert_eq!(output_folder("file:///a%20b").unwrap(), Path::new("/a b"));
-        for uri in ["", "s3://bucket/out", "file://host/out", "http://x/y"] {
-            let error = output_folder(uri).unwrap_err();
-            assert!(matches!(error, CheckpointError::BadTarget { .. }), "{uri}: {error}");
-        }
-    }
+    use super::*;
 
     #[test]
     fn a_run_inside_its_output_and_an_output_that_is_a_link_are_refused() {
         let folder = tempfile::tempdir().unwrap();
-        let output = folder.path().join("out");
-        check_places(&output, &folder.path().join("out.run")).unwrap();
+        let output = Target::Folder(folder.path().join("out"));
+        let check =
+            |output: &Target, run: &str| check_places(output, &LocalStore::open(&folder.path().join(run)).unwrap());
+        check(&output, "out.run").unwrap();
         for run in ["out", "out/run"] {
-            let error = check_places(&output, &folder.path().join(run)).unwrap_err();
+            let error = check(&output, run).unwrap_err();
             assert!(matches!(error, RunError::RunInOutput { .. }), "{run}: {error}");
         }
         let target = folder.path().join("empty");
         std::fs::create_dir(&target).unwrap();
-        check_places(&target, &folder.path().join("run")).unwrap();
-        std::os::unix::fs::symlink(&target, &output).unwrap();
-        let error = check_places(&output, &folder.path().join("run")).unwrap_err();
+        check(&Target::Folder(target.clone()), "run").unwrap();
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        let error = check(&Target::Folder(link), "run").unwrap_err();
         assert!(matches!(error, RunError::Checkpoint(CheckpointError::OutputExists { .. })), "{error}");
     }
 }

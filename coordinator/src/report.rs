@@ -238,6 +238,7 @@ struct Facts<'a> {
 impl<'a> Facts<'a> {
     fn take(&mut self, record: &'a JournalRecord) {
         match record {
+            JournalRecord::TakenOver(_) => {}
             JournalRecord::Created(created) => {
                 self.job = Some(&created.job);
                 self.run = Some(&created.run);

@@ -3,11 +3,10 @@
 pub(crate) mod survey;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use espalier_common::checkpoint::{self, Checkpoint};
+use espalier_common::checkpoint::Checkpoint;
 use espalier_common::clock::{Clock, Stopwatch, unix_seconds};
 use espalier_common::config;
 use espalier_common::digest::Digest;
@@ -16,7 +15,7 @@ use espalier_common::job::{EvaluationSpec, JobSpec, Layout, Propagation};
 use espalier_common::outline::ModelOutline;
 use espalier_common::pattern::Pattern;
 use espalier_common::report::{Artifact, Outcome};
-use espalier_common::store::{self, BlobStore};
+use espalier_common::store::{BlobStore, Placed};
 use espalier_common::structure::Kept;
 use espalier_common::wire::Source;
 use tokio_util::sync::CancellationToken;
@@ -27,7 +26,7 @@ use crate::error::RunError;
 use crate::events::{EventLog, Phase, RunEvent};
 use crate::fingerprint::{self, Fingerprint};
 use crate::fleet::{CallError, FleetEvent, Roster, UnitCall};
-use crate::journal::{EvaluatedModel, FileJournal, Journal, JournalRecord, RunCreated, WorkerTotals};
+use crate::journal::{self, EvaluatedModel, Journal, JournalRecord, RunCreated, WorkerTotals};
 use crate::layout::StructuredRecord;
 use crate::plan::widths::{self, Asked, WidthError};
 use crate::report::{self, Report};
@@ -36,8 +35,8 @@ use crate::{assemble, calibration, evaluate, preflight};
 
 /// Everything about a run that is no part of its job: where and with whom.
 pub struct Setting {
-    /// The run's folder: journal, artifacts, report.
-    pub folder: PathBuf,
+    /// Where the run keeps its journal, artifacts and report: a folder, or a URL.
+    pub run_url: String,
     /// Its workers.
     pub roster: Roster,
     /// Workers to wait for before anything is planned.
@@ -66,29 +65,29 @@ pub struct Run {
     tokens: Artifact,
     fingerprint: Digest,
     store: Arc<dyn BlobStore>,
-    journal: FileJournal,
+    journal: Box<dyn Journal>,
     past: Vec<JournalRecord>,
     watch: Stopwatch,
 }
 
 impl Run {
-    /// Opens the run in `setting.folder`: creates it, or takes it up if the folder holds a run of the very same job.
+    /// Opens the run at `setting.run_url`: creates it, or takes it up if a run of the very same job is there.
     ///
     /// # Errors
-    /// `Reject`-like errors for a wrong job or input, before anything is written; `Differs` if the folder holds another run.
+    /// `Reject`-like errors for a wrong job or input, before anything is written; `Differs` if another run is there; `Journal`
+    /// if another coordinator holds it.
     pub fn open(mut job: JobSpec, setting: Setting) -> Result<Self, RunError> {
         let watch = Stopwatch::start();
         job.validate()?;
-        let output = preflight::output_folder(&job.output.uri)?;
-        job.output.uri = output.to_string_lossy().into_owned();
+        let store = config::open_store(&setting.run_url)?;
+        let frozen = fingerprint::read(store.as_ref())?;
         // A run that is taken up again may have written its output already; assembling looks closer.
-        if !setting.folder.join("fingerprint.json").exists() {
-            preflight::check_places(&output, &setting.folder)?;
+        if frozen.is_none() {
+            preflight::check_places(&config::output_target(&job.output.uri)?, store.as_ref())?;
         }
         setting.events.note(RunEvent::Phase { phase: Phase::Tokenise });
-        let (path, pinned) = config::locate_pinned(&job.model.source)?;
+        let (dense, pinned) = config::open_model_pinned(&job.model.source)?;
         job.model.source = pinned;
-        let dense = checkpoint::open(&path)?;
         preflight::check_source(dense.as_ref())?;
         let spec = &job.calibration;
         let source = config::locate(&spec.source)?;
@@ -98,19 +97,22 @@ impl Run {
             evaluate::windows(spec, dense.as_ref())?;
         }
         let fingerprint = Fingerprint::take(&job, dense.as_ref(), block.digest())?;
-        let existing = setting.folder.join("fingerprint.json");
-        let frozen = fingerprint::read(&existing).map_err(|error| RunError::folder(&existing, error))?;
-        if let Some(frozen) = frozen {
-            let differences = frozen.differences(&fingerprint);
-            if !differences.is_empty() {
-                return Err(RunError::Differs { folder: setting.folder, differences: differences.join("; ") });
-            }
+        let same = |frozen: &Fingerprint| match frozen.differences(&fingerprint)[..] {
+            [] => Ok(()),
+            ref lines => Err(RunError::Differs { run: setting.run_url.clone(), differences: lines.join("; ") }),
+        };
+        // Looked at before the journal is opened, so that nobody is fenced by a job that is refused.
+        frozen.as_ref().map_or(Ok(()), same)?;
+        if let Some(folder) = store.directory() {
+            std::fs::create_dir_all(folder).map_err(|error| RunError::folder(folder, error))?;
         }
-        std::fs::create_dir_all(&setting.folder).map_err(|error| RunError::folder(&setting.folder, error))?;
-        let store = store::open(&setting.folder.to_string_lossy())?;
+        let (mut journal, mut past) = journal::open(&store)?;
+        // Now nobody else can create it; but somebody may have, a moment ago.
+        if fingerprint::freeze(store.as_ref(), &fingerprint)? == Placed::AlreadyThere {
+            fingerprint::read(store.as_ref())?.as_ref().map_or(Ok(()), same)?;
+        }
         let tokens = evaluate::put_block(store.as_ref(), &block)?;
-        let (mut journal, mut past) = FileJournal::open(&setting.folder.join("journal"))?;
-        if past.is_empty() {
+        if !past.iter().any(|record| !matches!(record, JournalRecord::TakenOver(_))) {
             let id = RunId(format!("{}-{}", unix_seconds(), &fingerprint.model.to_string()[..8]));
             let created = Box::new(RunCreated {
                 run: id,
@@ -120,15 +122,12 @@ impl Run {
                 created: unix_seconds(),
             });
             store.put("job.toml", toml::to_string_pretty(&job).map_err(RunError::job_text)?.as_bytes())?;
-            let frozen = serde_json::to_vec_pretty(&fingerprint).expect("a fingerprint is plain data");
-            store.put("fingerprint.json", &frozen)?;
             journal.append(&JournalRecord::Created(created.clone()))?;
             past.push(JournalRecord::Created(created));
         }
-        let id = past.iter().find_map(created_run).ok_or_else(|| RunError::Headless(setting.folder.clone()))?;
+        let id = past.iter().find_map(created_run).ok_or_else(|| RunError::Headless(setting.run_url.clone()))?;
         let committed = prune_records(&past).filter(|record| matches!(record, Record::Committed { .. })).count();
-        let url = setting.folder.to_string_lossy().into_owned();
-        setting.events.note(RunEvent::Opened { run: id.clone(), url, committed });
+        setting.events.note(RunEvent::Opened { run: id.clone(), url: setting.run_url.clone(), committed });
         Ok(Self { setting, id, job, dense, tokens, fingerprint: fingerprint.model, store, journal, past, watch })
     }
 
@@ -260,7 +259,7 @@ impl Run {
     ) -> Result<BTreeMap<LayerIndex, Artifact>, RunError> {
         let committed = prune_records(&self.past).filter_map(committed_layer).collect();
         let stored = prune_records(&self.past).filter_map(stored_boundary).collect();
-        let mut journal = Remembering { journal: &mut self.journal, past: &mut self.past };
+        let mut journal = Remembering { journal: self.journal.as_mut(), past: &mut self.past };
         let mut driver = Driver {
             run: &self.id,
             roster: &self.setting.roster,
@@ -409,7 +408,7 @@ pub async fn inspect(setting: &Setting, job: &JobSpec) -> Result<ModelOutline, R
 
 /// A journal that also keeps what it wrote.
 struct Remembering<'a> {
-    journal: &'a mut FileJournal,
+    journal: &'a mut dyn Journal,
     past: &'a mut Vec<JournalRecord>,
 }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 use espalier_common::checkpoint::Checkpoint;
 use espalier_common::checkpoint::cast::f32_from_bytes;
 use espalier_common::digest::Digest;
+use espalier_common::store::{BlobStore, LocalStore};
 use serde_json::Value;
 
 use crate::assemble::{Manifest, digest_of};
@@ -81,19 +82,17 @@ fn foreign_classes(config: &Value) -> Option<String> {
 
 /// Files that are not what the checkpoint's own `espalier.json` says, if it has one.
 fn damaged(folder: &Path) -> Vec<String> {
-    let manifest = std::fs::read(folder.join("espalier.json")).ok();
+    // A checkpoint that is no folder of this machine has no manifest to look at here.
+    let Ok(store) = LocalStore::open(folder) else { return Vec::new() };
+    let manifest = store.get("espalier.json").ok();
     let Some(manifest) = manifest.and_then(|bytes| serde_json::from_slice::<Manifest>(&bytes).ok()) else {
         return Vec::new();
     };
-    let finding = |(name, digest): (String, Digest)| {
-        let is_plain = Path::new(&name).file_name().is_some_and(|plain| plain == name.as_str());
-        match is_plain.then(|| digest_of(&folder.join(&name))) {
-            None => Some(format!("espalier.json names {name}, which is no plain file name")),
-            Some(Ok(found)) => {
-                (found != digest).then(|| format!("{name} is not what espalier.json says: its SHA-256 is {found}"))
-            }
-            Some(Err(error)) => Some(format!("{name}, which espalier.json names, cannot be read: {error}")),
+    let finding = |(name, digest): (String, Digest)| match digest_of(&store, &name) {
+        Ok(found) => {
+            (found != digest).then(|| format!("{name} is not what espalier.json says: its SHA-256 is {found}"))
         }
+        Err(error) => Some(format!("{name}, which espalier.json names, cannot be read: {error}")),
     };
     manifest.files.into_iter().filter_map(finding).collect()
 }

@@ -7,6 +7,7 @@ mod compiled;
 pub mod fault;
 pub mod network;
 pub mod process;
+pub mod s3;
 
 use std::path::{Path, PathBuf};
 

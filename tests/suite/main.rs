@@ -11,6 +11,7 @@ mod real;
 mod refit;
 mod refusals;
 mod resume;
+mod s3;
 mod soak;
 mod structured;
 mod tidy;

@@ -198,6 +198,26 @@ fn a_worker_that_could_not_read_the_tokens_is_asked_again() {
 }
 
 #[test]
+fn a_second_coordinator_of_a_run_in_a_folder_is_refused_and_told_who_holds_it() {
+    let workplace = Workplace::new();
+    let run = workplace.path().join("run");
+    let mut first = workplace.start(prune("llama-tiny", &[])).unwrap();
+    first.wait_until("a commit", || (!commits(&run).is_empty()).then_some(())).unwrap();
+    let second = workplace.run(["resume", "run"]).unwrap();
+    assert_eq!(second.code(), Some(75), "{}", second.stderr);
+    let errors = second.error_lines();
+    for named in ["run/journal is in use by another coordinator: process ", "--output out"] {
+        assert!(errors.len() == 1 && errors[0].contains(named), "{named}: {errors:?}");
+    }
+    // A lock goes with the process, however that ends.
+    let workers = first.children().unwrap();
+    first.kill().unwrap();
+    wait_for_end(&workers, GRACE).unwrap();
+    workplace.run(["resume", "run"]).unwrap().success().unwrap();
+    each_layer_once(&run).unwrap();
+}
+
+#[test]
 fn a_run_of_another_job_is_refused_and_says_what_differs() {
     let workplace = Workplace::new();
     killed_after(&workplace, &prune("llama-tiny", &[]), 1).unwrap();

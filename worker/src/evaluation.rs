@@ -2,8 +2,8 @@
 
 use candle_core::Device;
 use espalier_common::clock::Stopwatch;
+use espalier_common::config;
 use espalier_common::report::{Artifact, Outcome};
-use espalier_common::store;
 
 use crate::calibrate::evaluate::window_nll;
 use crate::run::{open_model, read_tokens};
@@ -28,7 +28,7 @@ pub struct Evaluation {
 /// See [`TaskError`].
 pub fn evaluate(work: &Evaluation, device: &Device, control: &UnitControl) -> Result<Outcome, TaskError> {
     let mut phases = Phases::default();
-    let block = read_tokens(&*store::open(&work.run_url)?, &work.tokens)?;
+    let block = read_tokens(&*config::open_store(&work.run_url)?, &work.tokens)?;
     let model = phases.time("load", || open_model(&work.model, device))?;
     let windows = work
         .windows

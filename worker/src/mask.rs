@@ -80,7 +80,7 @@ impl Mask {
     /// # Errors
     /// `Checkpoint`.
     pub fn open(uri: &str) -> Result<Self, MaskError> {
-        Ok(Self { checkpoint: checkpoint::open(&config::locate(uri)?)? })
+        Ok(Self { checkpoint: config::open_model(uri)? })
     }
 
     /// Checks by its headers that it is a mask of the model with these layers, and that its first layer is pruned at all:

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::Device;
 use espalier_common::calibration::{TokenBlock, TokenBlockError};
-use espalier_common::checkpoint::{self, Checkpoint, CheckpointError};
+use espalier_common::checkpoint::{Checkpoint, CheckpointError};
 use espalier_common::config;
 use espalier_common::fault::FaultClass;
 use espalier_common::ids::{LayerIndex, RunId};
@@ -12,7 +12,7 @@ use espalier_common::job::{Allocation, JobError, JobSpec, PatternSpec};
 use espalier_common::outline::{LayerOutline, ModelOutline};
 use espalier_common::pattern::{Pattern, PatternError};
 use espalier_common::report::Artifact;
-use espalier_common::store::{self, BlobStore, StoreError};
+use espalier_common::store::{BlobStore, StoreError};
 use espalier_common::structure::Structure;
 
 use crate::artifact::{self, ArtifactError};
@@ -202,7 +202,7 @@ pub struct Model {
 /// # Errors
 /// `Checkpoint`, `Model`.
 pub fn open_model(uri: &str, device: &Device) -> Result<Model, RunError> {
-    let checkpoint = checkpoint::open(&config::locate(uri)?)?;
+    let checkpoint = config::open_model(uri)?;
     let decoder = model::open(Arc::clone(&checkpoint), device)?;
     Ok(Model { checkpoint, decoder })
 }
@@ -311,7 +311,7 @@ impl Run {
     pub fn open(id: RunId, job_json: String, run_url: &str, tokens: &Artifact) -> Result<Self, RunError> {
         let job = parse_job(&job_json)?;
         let method = build_method(&job)?;
-        let store = store::open(run_url)?;
+        let store = config::open_store(run_url)?;
         let name = tokens.name.clone();
         let tokens = read_tokens(&*store, tokens)?;
         let (samples, asked) = (job.calibration.samples, job.calibration.sequence_length);

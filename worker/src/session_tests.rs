@@ -9,7 +9,7 @@ use espalier_common::fault::FaultClass;
 use espalier_common::ids::{Attempt, Boundary, LayerIndex, Lease, RunId, Unit, WorkerId};
 use espalier_common::pattern::Pattern;
 use espalier_common::report::{Artifact, Outcome, SublayerReport};
-use espalier_common::store;
+use espalier_common::store::{BlobStore, LocalStore};
 use espalier_common::tasks::TaskGroup;
 use espalier_common::wire::{Source, SourceFrom};
 use serde_json::json;
@@ -53,7 +53,7 @@ impl TestRun {
             sha256: block.digest(),
             bytes: block.to_bytes().len() as u64,
         };
-        store::open(&folder.path().display().to_string()).unwrap().put(&tokens.name, &block.to_bytes()).unwrap();
+        LocalStore::open(folder.path()).unwrap().put(&tokens.name, &block.to_bytes()).unwrap();
         let model = model(name).display().to_string();
         let job = json!({
             "model": { "source": model },

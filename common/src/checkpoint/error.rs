@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::fault::FaultClass;
+use crate::store::StoreError;
 
 /// Why a checkpoint cannot be read or written. Every message names the file, and the tensor or key.
 #[derive(Debug, thiserror::Error)]
@@ -192,14 +193,6 @@ pub enum CheckpointError {
         /// The name.
         name: String,
     },
-    /// Not of any form that an output is given in.
-    #[error("`{uri}` is no output: {problem}")]
-    BadTarget {
-        /// As given.
-        uri: String,
-        /// What is wrong with it.
-        problem: &'static str,
-    },
     /// Not of any form that a model is given in.
     #[error("`{source_name}` is no model source: {problem}")]
     BadSource {
@@ -220,6 +213,9 @@ pub enum CheckpointError {
         /// Whether another try may succeed.
         transient: bool,
     },
+    /// The object store that it is written to.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 impl CheckpointError {
@@ -228,6 +224,7 @@ impl CheckpointError {
         match self {
             Self::Io { .. } | Self::Hub { transient: true, .. } => FaultClass::RetryElsewhere,
             Self::OutOfTurn { .. } => FaultClass::Bug,
+            Self::Store(error) => error.class(),
             Self::NotFound { .. }
             | Self::NotACheckpoint { .. }
             | Self::Truncated { .. }
@@ -246,7 +243,6 @@ impl CheckpointError {
             | Self::OutputExists { .. }
             | Self::BadFileName { .. }
             | Self::BadSource { .. }
-            | Self::BadTarget { .. }
             | Self::Hub { transient: false, .. } => FaultClass::Reject,
         }
     }

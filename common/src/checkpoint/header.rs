@@ -1,13 +1,12 @@
 //! One safetensors file: its header, checked whole before any tensor is trusted.
 
 use std::fmt;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
+use super::folder::{Folder, OpenFile};
 use super::{CheckpointError, Dtype, TensorHeader};
 
 /// Largest header that is read: that of the format's own library.
@@ -37,7 +36,7 @@ pub(super) struct SafetensorsFile {
     pub(super) path: PathBuf,
     /// Its tensors in the order of their bytes.
     pub(super) tensors: Vec<StoredTensor>,
-    file: File,
+    file: OpenFile,
 }
 
 #[derive(Deserialize)]
@@ -81,18 +80,16 @@ impl SafetensorsFile {
     ///
     /// # Errors
     /// Whatever is wrong with the file, see [`CheckpointError`].
-    pub(super) fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let failed = |source| CheckpointError::io(path, source);
-        let file = File::open(path).map_err(failed)?;
-        let size = file.metadata().map_err(failed)?.len();
+    pub(super) fn open(folder: &Folder, name: &str) -> Result<Self, CheckpointError> {
+        let file = folder.open(name)?;
+        let (path, size) = (file.path(), file.size());
         let truncated =
             |needed| CheckpointError::Truncated { path: path.to_owned(), what: "the header".to_owned(), needed, size };
         if size < LENGTH_BYTES {
             return Err(truncated(LENGTH_BYTES));
         }
-        let mut prefix = [0; LENGTH_BYTES as usize];
-        file.read_exact_at(&mut prefix, 0).map_err(failed)?;
-        let length = u64::from_le_bytes(prefix);
+        let prefix = file.read(0, LENGTH_BYTES as usize)?;
+        let length = u64::from_le_bytes(prefix.try_into().expect("as many bytes come as were asked for"));
         if length > HEADER_LIMIT {
             let what = "the header".to_owned();
             return Err(CheckpointError::TooLarge { path: path.to_owned(), what, size: length, limit: HEADER_LIMIT });
@@ -102,8 +99,7 @@ impl SafetensorsFile {
             return Err(truncated(data_start));
         }
         // Below the limit, so it fits.
-        let mut header = vec![0; length as usize];
-        file.read_exact_at(&mut header, LENGTH_BYTES).map_err(failed)?;
+        let header = file.read(LENGTH_BYTES, length as usize)?;
         let members: Members = serde_json::from_slice(&header)
             .map_err(|source| CheckpointError::InvalidJson { path: path.to_owned(), source })?;
         let mut tensors = members
@@ -118,10 +114,7 @@ impl SafetensorsFile {
 
     /// Reads `length` bytes from `start`, both checked against the file when it was opened.
     pub(super) fn read(&self, start: u64, length: usize) -> Result<Vec<u8>, CheckpointError> {
-        let mut bytes = vec![0; length];
-        let read = self.file.read_exact_at(&mut bytes, start);
-        read.map_err(|source| CheckpointError::Io { path: self.path.clone(), source })?;
-        Ok(bytes)
+        self.file.read(start, length)
     }
 }
 

@@ -8,8 +8,9 @@ use hf_hub::{Cache, Repo, RepoType};
 
 use super::CheckpointError;
 use super::companion::is_companion;
+use super::folder::Folder;
 use super::index::{INDEX_FILE, Index, SINGLE_FILE};
-use crate::store::path_of_url;
+use crate::store::local_path;
 
 const SCHEME: &str = "hf://";
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
@@ -74,7 +75,7 @@ pub fn resolve(source: &str, settings: &HubSettings) -> Result<PathBuf, Checkpoi
     let path = match source.split_once("://") {
         None if source.is_empty() => return Err(bad("it is empty")),
         None => PathBuf::from(source),
-        Some(("file", _)) => path_of_url(source).ok_or_else(|| bad("it has no absolute path"))?,
+        Some(("file", _)) => local_path(source).map_err(|_| bad("it has no absolute path"))?,
         Some(("hf", _)) => return Model::parse(source)?.locate(settings),
         Some(_) => return Err(bad("give a path, file:// or hf://org/name[@revision]")),
     };
@@ -155,7 +156,7 @@ impl Model {
         if !directory.join(INDEX_FILE).exists() {
             return Err(absent(SINGLE_FILE));
         }
-        match Index::read(directory) {
+        match Index::read(&Folder::Disk(directory.to_owned())) {
             Err(CheckpointError::MissingShard { shard, .. }) => Err(absent(&shard)),
             Err(error) => Err(error),
             Ok(_) => Ok(directory.to_owned()),
@@ -190,7 +191,7 @@ impl Model {
             fetch(SINGLE_FILE)?;
         } else if names.contains(&INDEX_FILE) {
             fetch(INDEX_FILE)?;
-            for shard in Index::shard_names(&directory)? {
+            for shard in Index::shard_names(&Folder::Disk(directory.clone()))? {
                 fetch(&shard)?;
             }
         } else {

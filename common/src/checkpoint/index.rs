@@ -6,7 +6,7 @@ use std::path::{Component, Path};
 use serde::{Deserialize, Serialize};
 
 use super::CheckpointError;
-use super::json::read_json;
+use super::folder::Folder;
 
 /// Name of a checkpoint's only file of tensors.
 pub(super) const SINGLE_FILE: &str = "model.safetensors";
@@ -24,16 +24,19 @@ pub(super) struct Index {
 }
 
 impl Index {
-    /// Reads the index of `directory` and checks that its shards are plain names of files that exist.
+    /// Reads the index of `folder` and checks that its shards are plain names of files that exist.
     ///
     /// # Errors
     /// `NotFound`, `TooLarge`, `InvalidJson`, `InvalidKey`, `MissingShard`.
-    pub(super) fn read(directory: &Path) -> Result<Self, CheckpointError> {
-        let index = Self::read_alone(directory)?;
-        for (tensor, shard) in &index.weight_map {
-            if !directory.join(shard).is_file() {
+    pub(super) fn read(folder: &Folder) -> Result<Self, CheckpointError> {
+        let index = Self::read_alone(folder)?;
+        // Each shard is asked for once: there may be a thousand tensors in it.
+        let shards: BTreeMap<&String, &String> =
+            index.weight_map.iter().rev().map(|(tensor, shard)| (shard, tensor)).collect();
+        for (shard, tensor) in shards {
+            if !folder.has(shard)? {
                 let (shard, tensor) = (shard.clone(), tensor.clone());
-                return Err(CheckpointError::MissingShard { path: directory.join(INDEX_FILE), shard, tensor });
+                return Err(CheckpointError::MissingShard { path: folder.file(INDEX_FILE), shard, tensor });
             }
         }
         Ok(index)
@@ -43,13 +46,13 @@ impl Index {
     ///
     /// # Errors
     /// Those of [`Self::read`], less `MissingShard`.
-    pub(super) fn shard_names(directory: &Path) -> Result<BTreeSet<String>, CheckpointError> {
-        Ok(Self::read_alone(directory)?.weight_map.into_values().collect())
+    pub(super) fn shard_names(folder: &Folder) -> Result<BTreeSet<String>, CheckpointError> {
+        Ok(Self::read_alone(folder)?.weight_map.into_values().collect())
     }
 
-    fn read_alone(directory: &Path) -> Result<Self, CheckpointError> {
-        let path = directory.join(INDEX_FILE);
-        let index: Self = read_json(&path)?;
+    fn read_alone(folder: &Folder) -> Result<Self, CheckpointError> {
+        let path = folder.file(INDEX_FILE);
+        let index: Self = folder.read_json(INDEX_FILE)?;
         for (tensor, shard) in &index.weight_map {
             let mut components = Path::new(shard).components();
             if !matches!((components.next(), components.next()), (Some(Component::Normal(_)), None)) {

@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use super::CheckpointError;
 
 /// Largest file that is read whole: well above the index and the tokenizer of any model.
-const WHOLE_FILE_LIMIT: u64 = 256 << 20;
+pub(super) const WHOLE_FILE_LIMIT: u64 = 256 << 20;
 
 /// Reads a whole file of bounded size.
 ///
@@ -28,11 +28,10 @@ pub(super) fn read_whole(path: &Path) -> Result<Vec<u8>, CheckpointError> {
     Ok(bytes)
 }
 
-/// Reads a JSON file of bounded size.
+/// Reads the JSON that a file holds.
 ///
 /// # Errors
-/// Those of [`read_whole`], and `InvalidJson`.
-pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, CheckpointError> {
-    let bytes = read_whole(path)?;
-    serde_json::from_slice(&bytes).map_err(|source| CheckpointError::InvalidJson { path: path.to_owned(), source })
+/// `InvalidJson`.
+pub(super) fn parse_json<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, CheckpointError> {
+    serde_json::from_slice(bytes).map_err(|source| CheckpointError::InvalidJson { path: path.to_owned(), source })
 }

@@ -4,7 +4,9 @@
 
 pub mod cast;
 mod companion;
+mod destination;
 mod error;
+mod folder;
 mod gguf;
 mod header;
 pub mod hub;
@@ -26,6 +28,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+pub use destination::Target;
 pub use error::CheckpointError;
 pub use gguf::GgufCheckpoint;
 pub use reader::SafetensorsCheckpoint;
@@ -112,6 +115,13 @@ pub trait Checkpoint: Send + Sync {
     /// # Errors
     /// As `read`; `RowsOutOfRange`.
     fn read_rows(&self, name: &str, rows: std::ops::Range<usize>) -> Result<Vec<u8>, CheckpointError>;
+    /// `config.json` byte for byte; none if it was made from other metadata.
+    ///
+    /// # Errors
+    /// As [`Self::companion_files`].
+    fn config_file(&self) -> Result<Option<Vec<u8>>, CheckpointError> {
+        Ok(None)
+    }
     /// Files to be copied byte for byte into a checkpoint made from this one (tokenizer, generation config, …): file name
     /// and contents. For GGUF these are made from its metadata.
     ///

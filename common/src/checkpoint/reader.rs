@@ -3,18 +3,23 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::companion::read_companions;
+use super::folder::Folder;
 use super::header::{SafetensorsFile, StoredTensor};
 use super::index::{INDEX_FILE, Index, SINGLE_FILE};
-use super::json::read_json;
 use super::{Checkpoint, CheckpointError, TensorHeader};
+use crate::store::BlobStore;
+
+const CONFIG_FILE: &str = "config.json";
 
 /// A directory with `config.json` and `model.safetensors`, or shards and their index. If both are there, the single file
 /// counts, as in transformers. Tensors that the index does not list are not part of the checkpoint.
 #[derive(Debug)]
 pub struct SafetensorsCheckpoint {
     path: PathBuf,
+    folder: Folder,
     config: serde_json::Value,
     files: Vec<SafetensorsFile>,
     /// Of every tensor, floats or not: its file and its place there.
@@ -27,16 +32,28 @@ impl SafetensorsCheckpoint {
     /// # Errors
     /// Whatever is wrong with the files, see [`CheckpointError`].
     pub fn open(directory: &Path) -> Result<Self, CheckpointError> {
-        let config = read_config(&directory.join("config.json"))?;
-        let (files, index) = if directory.join(SINGLE_FILE).exists() {
-            (vec![SafetensorsFile::open(&directory.join(SINGLE_FILE))?], None)
-        } else if directory.join(INDEX_FILE).exists() {
-            let index = Index::read(directory)?;
+        Self::open_in(Folder::Disk(directory.to_owned()))
+    }
+
+    /// Opens what is below a prefix in a bucket, as [`Self::open`] does a directory; tensors are read by range.
+    ///
+    /// # Errors
+    /// As [`Self::open`]; what the store says.
+    pub fn open_in_store(store: Arc<dyn BlobStore>) -> Result<Self, CheckpointError> {
+        Self::open_in(Folder::Store(store))
+    }
+
+    fn open_in(folder: Folder) -> Result<Self, CheckpointError> {
+        let config = read_config(&folder)?;
+        let (files, index) = if folder.has(SINGLE_FILE)? {
+            (vec![SafetensorsFile::open(&folder, SINGLE_FILE)?], None)
+        } else if folder.has(INDEX_FILE)? {
+            let index = Index::read(&folder)?;
             let shards: BTreeSet<&String> = index.weight_map.values().collect();
-            let open = |shard: &&String| SafetensorsFile::open(&directory.join(shard.as_str()));
+            let open = |shard: &&String| SafetensorsFile::open(&folder, shard);
             (shards.iter().map(open).collect::<Result<_, _>>()?, Some(index))
         } else {
-            return Err(CheckpointError::NotACheckpoint { path: directory.to_owned() });
+            return Err(CheckpointError::NotACheckpoint { path: folder.path() });
         };
         let places = match index {
             None => places_in(0, &files[0]).collect(),
@@ -46,10 +63,10 @@ impl SafetensorsCheckpoint {
                     .enumerate()
                     .map(|(number, file)| (&file.path, places_in(number, file).collect()))
                     .collect();
-                place_indexed(directory, index, &by_file)?
+                place_indexed(&folder, index, &by_file)?
             }
         };
-        Ok(Self { path: directory.to_owned(), config, files, places })
+        Ok(Self { path: folder.path(), folder, config, files, places })
     }
 
     fn stored(&self, name: &str) -> Option<(&SafetensorsFile, &StoredTensor)> {
@@ -84,12 +101,16 @@ impl SafetensorsCheckpoint {
     }
 }
 
-fn read_config(path: &Path) -> Result<serde_json::Value, CheckpointError> {
-    let config: serde_json::Value = read_json(path)?;
+fn read_config(folder: &Folder) -> Result<serde_json::Value, CheckpointError> {
+    let config: serde_json::Value = folder.read_json(CONFIG_FILE)?;
     if config.is_object() {
         return Ok(config);
     }
-    Err(CheckpointError::InvalidKey { path: path.to_owned(), key: "(root)".to_owned(), problem: "is not an object" })
+    Err(CheckpointError::InvalidKey {
+        path: folder.file(CONFIG_FILE),
+        key: "(root)".to_owned(),
+        problem: "is not an object",
+    })
 }
 
 fn places_in(number: usize, file: &SafetensorsFile) -> impl Iterator<Item = (String, (usize, usize))> + '_ {
@@ -99,13 +120,13 @@ fn places_in(number: usize, file: &SafetensorsFile) -> impl Iterator<Item = (Str
 type Places = BTreeMap<String, (usize, usize)>;
 
 fn place_indexed(
-    directory: &Path,
+    folder: &Folder,
     index: Index,
     by_file: &BTreeMap<&PathBuf, Places>,
 ) -> Result<Places, CheckpointError> {
     let mut places = BTreeMap::new();
     for (tensor, shard) in index.weight_map {
-        let path = directory.join(shard);
+        let path = folder.file(&shard);
         match by_file.get(&path).and_then(|file| file.get(&tensor)) {
             Some(&place) => places.insert(tensor, place),
             None => return Err(CheckpointError::MissingTensor { path, tensor }),
@@ -172,7 +193,11 @@ impl Checkpoint for SafetensorsCheckpoint {
         file.read(stored.start + bytes.start as u64, bytes.len())
     }
 
+    fn config_file(&self) -> Result<Option<Vec<u8>>, CheckpointError> {
+        self.folder.read_whole(CONFIG_FILE).map(Some)
+    }
+
     fn companion_files(&self) -> Result<Vec<(String, Vec<u8>)>, CheckpointError> {
-        read_companions(&self.path)
+        read_companions(&self.folder)
     }
 }

@@ -2,16 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::{self, BufWriter, ErrorKind, Write};
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use super::destination::{Destination, HashedFile, Target};
 use super::index::{INDEX_FILE, Index, SINGLE_FILE};
-use super::partial::Partial;
 use super::{CheckpointError, Dtype, TensorHeader};
-use crate::digest::{Digest, Hasher};
+use crate::digest::Digest;
 
 /// A file of a written checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
@@ -48,13 +48,13 @@ pub fn check_target(target: &Path) -> Result<(), CheckpointError> {
 
 /// A checkpoint being written.
 ///
-/// Everything goes to a hidden directory beside the target, which takes the target's name in [`Self::finish`]: a reader
-/// sees the whole checkpoint or none. Dropped before that, it leaves nothing behind; what a killed process left goes when the
-/// next one writes to the same target.
+/// In a folder everything goes to a hidden directory beside the target, which takes the target's name in [`Self::finish`]: a
+/// reader sees the whole checkpoint or none. Dropped before that, it leaves nothing behind; what a killed process left goes
+/// when the next one writes to the same target. For object stores see [`Target`].
 #[derive(Debug)]
 pub struct CheckpointWriter {
     target: PathBuf,
-    partial: Partial,
+    destination: Destination,
     /// All tensors, in the order in which they are due.
     plan: Vec<(String, TensorHeader)>,
     /// Each shard's name and its part of the plan.
@@ -67,19 +67,27 @@ pub struct CheckpointWriter {
 }
 
 impl CheckpointWriter {
-    /// Plans the shards and starts: tensors fill a shard, in the order of `plan`, until the next would take it beyond
-    /// `shard_bytes`; a larger tensor has a shard of its own. One shard is `model.safetensors`, without an index.
+    /// [`Self::begin`] in a folder.
     ///
     /// # Errors
-    /// Those of [`check_target`]; `InvalidTensor` if a name comes twice or a shape is absurd.
-    pub fn create(
-        target: &Path,
+    /// Those of [`Self::begin`].
+    pub fn create(target: &Path, shard_bytes: u64, plan: Vec<(String, TensorHeader)>) -> Result<Self, CheckpointError> {
+        Self::begin(&Target::Folder(target.to_owned()), Digest::of(b""), shard_bytes, plan)
+    }
+
+    /// Plans the shards and starts: tensors fill a shard, in the order of `plan`, until the next would take it beyond
+    /// `shard_bytes`; a larger tensor has a shard of its own. One shard is `model.safetensors`, without an index. Whoever
+    /// begins with the same `owner` writes the same bytes.
+    ///
+    /// # Errors
+    /// Those of [`Target::check`]; `InvalidTensor` if a name comes twice or a shape is absurd.
+    pub fn begin(
+        target: &Target,
+        owner: Digest,
         shard_bytes: u64,
         mut plan: Vec<(String, TensorHeader)>,
     ) -> Result<Self, CheckpointError> {
-        check_target(target)?;
-        let failed = |source| CheckpointError::Io { path: target.to_owned(), source };
-        check_plan(target, &plan)?;
+        check_plan(&target.path(), &plan)?;
         let parts = split(&plan, shard_bytes);
         for part in &parts {
             align(&mut plan[part.clone()]);
@@ -90,11 +98,9 @@ impl CheckpointWriter {
             _ => format!("model-{number:05}-of-{count:05}.safetensors"),
         };
         let shards = parts.into_iter().enumerate().map(|(index, part)| (name(index + 1), part)).collect();
-        let (parent, name) = parent_and_name(target)?;
-        fs::create_dir_all(&parent).map_err(failed)?;
-        let partial = Partial::create(&parent, &name).map_err(failed)?;
-        let target = target.to_owned();
-        Ok(Self { target, partial, plan, shards, done: 0, shard: None, written: Vec::new(), closed: false })
+        let destination = Destination::begin(target, owner)?;
+        let target = target.path();
+        Ok(Self { target, destination, plan, shards, done: 0, shard: None, written: Vec::new(), closed: false })
     }
 
     /// The tensors in the order in which they must be written. That is the planned order, unless a shard mixes element
@@ -131,8 +137,10 @@ impl CheckpointWriter {
         let mut file = match self.shard.take() {
             Some(file) => file,
             None => {
-                let mut file = HashedFile::create(self.partial.folder.path(), shard)?;
-                file.write(&header_bytes(&self.plan[part.clone()]))?;
+                let header = header_bytes(&self.plan[part.clone()]);
+                let bytes: usize = self.plan[part.clone()].iter().map(|(_, tensor)| tensor.bytes()).sum();
+                let mut file = self.destination.create(shard, (header.len() + bytes) as u64)?;
+                file.write(&header)?;
                 file
             }
         };
@@ -191,22 +199,12 @@ impl CheckpointWriter {
     /// Those of [`Self::close_tensors`]; `OutputExists` if something has taken its place meanwhile.
     pub fn finish(mut self) -> Result<Vec<WrittenFile>, CheckpointError> {
         self.close_tensors()?;
-        let (parent, _) = parent_and_name(&self.target)?;
-        sync_directory(self.partial.folder.path())?;
-        // Replaces an empty directory and nothing else.
-        fs::rename(self.partial.folder.path(), &self.target).map_err(|source| match source.kind() {
-            ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists | ErrorKind::NotADirectory => {
-                CheckpointError::OutputExists { path: self.target.clone() }
-            }
-            _ => CheckpointError::Io { path: self.target.clone(), source },
-        })?;
-        let _ = self.partial.folder.keep();
-        sync_directory(&parent)?;
+        self.destination.reveal()?;
         Ok(self.written)
     }
 
     fn write_whole(&mut self, name: &str, bytes: &[u8]) -> Result<(), CheckpointError> {
-        let mut file = HashedFile::create(self.partial.folder.path(), name)?;
+        let mut file = self.destination.create(name, bytes.len() as u64)?;
         file.write(bytes)?;
         self.written.push(file.finish()?);
         Ok(())
@@ -232,7 +230,7 @@ impl CheckpointWriter {
 }
 
 /// The directory that holds `target`, and its own name.
-fn parent_and_name(target: &Path) -> Result<(PathBuf, String), CheckpointError> {
+pub(super) fn parent_and_name(target: &Path) -> Result<(PathBuf, String), CheckpointError> {
     let absolute =
         std::path::absolute(target).map_err(|source| CheckpointError::Io { path: target.to_owned(), source })?;
     match (absolute.parent(), absolute.file_name()) {
@@ -318,45 +316,7 @@ fn dtype_name(dtype: Dtype) -> &'static str {
     }
 }
 
-fn sync_directory(path: &Path) -> Result<(), CheckpointError> {
+pub(super) fn sync_directory(path: &Path) -> Result<(), CheckpointError> {
     let synced = File::open(path).and_then(|directory| directory.sync_all());
     synced.map_err(|source| CheckpointError::Io { path: path.to_owned(), source })
-}
-
-/// A new file whose contents are hashed on their way.
-struct HashedFile {
-    path: PathBuf,
-    name: String,
-    file: BufWriter<File>,
-    hasher: Hasher,
-    bytes: u64,
-}
-
-impl std::fmt::Debug for HashedFile {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("HashedFile").field("path", &self.path).field("bytes", &self.bytes).finish_non_exhaustive()
-    }
-}
-
-impl HashedFile {
-    fn create(directory: &Path, name: &str) -> Result<Self, CheckpointError> {
-        let path = directory.join(name);
-        let file = File::create_new(&path).map_err(|source| CheckpointError::Io { path: path.clone(), source })?;
-        Ok(Self { path, name: name.to_owned(), file: BufWriter::new(file), hasher: Hasher::default(), bytes: 0 })
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
-        self.hasher.update(bytes);
-        self.bytes += bytes.len() as u64;
-        let written = self.file.write_all(bytes);
-        written.map_err(|source| CheckpointError::Io { path: self.path.clone(), source })
-    }
-
-    /// Makes the file durable.
-    fn finish(self) -> Result<WrittenFile, CheckpointError> {
-        let Self { path, name, file, hasher, bytes } = self;
-        let synced = file.into_inner().map_err(io::IntoInnerError::into_error).and_then(|file| file.sync_all());
-        synced.map_err(|source| CheckpointError::Io { path, source })?;
-        Ok(WrittenFile { name, sha256: hasher.finish(), bytes })
-    }
 }

@@ -2,7 +2,7 @@
 
 use std::thread;
 
-use super::{BlobStore, StoreError};
+use super::{BlobStore, Placed, StoreError};
 
 /// Checks an empty store against the contract of [`BlobStore`]; leaves it empty.
 ///
@@ -14,6 +14,8 @@ pub fn check(store: &dyn BlobStore) {
     blobs_are_read_back_whole_and_in_part(store);
     lists_are_sorted_and_end_at_folders(store);
     concurrent_puts_leave_one_whole_blob(store);
+    of_many_writers_one_puts_what_was_absent(store);
+    large_blobs_are_whole(store);
     for name in store.list("").unwrap() {
         store.delete(&name).unwrap();
     }
@@ -25,6 +27,7 @@ fn names_must_be_plain_and_relative(store: &dyn BlobStore) {
     for name in ["", "/", "/a", "a/", "a//b", ".", "..", "a/../b", "./a", "a\\b", "a\0b", "a\nb", ".put-x", &long] {
         let refused = |result: Result<(), StoreError>| matches!(result, Err(StoreError::BadName { .. }));
         assert!(refused(store.put(name, b"x")), "put {name:?}");
+        assert!(refused(store.put_if_absent(name, b"x").map(drop)), "put_if_absent {name:?}");
         assert!(refused(store.get(name).map(drop)), "get {name:?}");
         assert!(refused(store.get_range(name, 0..0).map(drop)), "get_range {name:?}");
         assert!(refused(store.size(name).map(drop)), "size {name:?}");
@@ -55,8 +58,13 @@ fn blobs_are_read_back_whole_and_in_part(store: &dyn BlobStore) {
     assert!(missing(store.get("a").map(drop)), "a folder is no blob");
     assert!(missing(store.get("a/b/c").map(drop)), "a blob is no folder");
 
+    assert_eq!(store.get_at_most("a/b", 10).unwrap(), "0123456789");
+    assert!(matches!(store.get_at_most("a/b", 9), Err(StoreError::TooLarge { size: 10, limit: 9, .. })));
+
     store.put("a/b", b"").unwrap();
     assert_eq!(store.get("a/b").unwrap(), "", "put replaces");
+    assert_eq!(store.get_range("a/b", 0..0).unwrap(), "");
+    assert!(matches!(store.get_range("a/b", 0..1), Err(StoreError::RangeOutOfBounds { size: 0, .. })));
     store.delete("a/b").unwrap();
     assert!(missing(store.get("a/b").map(drop)));
 }
@@ -85,4 +93,38 @@ fn concurrent_puts_leave_one_whole_blob(store: &dyn BlobStore) {
             });
         }
     });
+}
+
+#[allow(clippy::unwrap_used, reason = "an assertion is all this is")]
+fn of_many_writers_one_puts_what_was_absent(store: &dyn BlobStore) {
+    for round in 0..4 {
+        let name = format!("once/{round:08}");
+        let written: Vec<u8> = thread::scope(|scope| {
+            let writers: Vec<_> = (0..4u8)
+                .map(|writer| {
+                    let name = &name;
+                    scope.spawn(move || (writer, store.put_if_absent(name, &[writer; 512]).unwrap()))
+                })
+                .collect();
+            let ended = writers.into_iter().map(|writer| writer.join().unwrap());
+            ended.filter(|(_, placed)| *placed == Placed::Written).map(|(writer, _)| writer).collect()
+        });
+        assert_eq!(written.len(), 1, "{name} was written by {written:?}");
+        assert_eq!(store.get(&name).unwrap(), vec![written[0]; 512]);
+        assert_eq!(store.put_if_absent(&name, b"late").unwrap(), Placed::AlreadyThere);
+        assert_eq!(store.get(&name).unwrap(), vec![written[0]; 512], "it is as it was");
+    }
+}
+
+/// Large enough to go to an object store in several parts.
+const LARGE_BYTES: usize = (17 << 20) + 5;
+
+#[allow(clippy::unwrap_used, reason = "an assertion is all this is")]
+fn large_blobs_are_whole(store: &dyn BlobStore) {
+    let bytes: Vec<u8> = (0..LARGE_BYTES).map(|place| (place * 31 + (place >> 16)) as u8).collect();
+    store.put("large", &bytes).unwrap();
+    assert_eq!(store.size("large").unwrap(), LARGE_BYTES as u64);
+    assert!(store.get("large").unwrap() == bytes, "a large blob came back as another");
+    let end = LARGE_BYTES as u64;
+    assert!(store.get_range("large", end - 9_000_000..end).unwrap() == bytes[LARGE_BYTES - 9_000_000..], "its end");
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 
-use super::{BlobStore, StoreError, check_name, check_range};
+use super::{BlobStore, Placed, StoreError, check_name, check_range};
 
 /// Starts the names of files that are still being written; no blob may be called so.
 pub(super) const UNFINISHED_PREFIX: &str = ".put-";
@@ -23,10 +23,10 @@ pub struct LocalStore {
 }
 
 impl LocalStore {
-    /// Opens the store in `root`, which is created if it is not there.
+    /// The store in `root`, which need not be there: the first blob makes it.
     ///
     /// # Errors
-    /// `Io` if it cannot be created; `UnknownScheme` if its absolute path is not UTF-8, and so has no URL.
+    /// `UnknownScheme` if its absolute path is not UTF-8, and so has no URL; `Io` if there is no absolute path.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
         let failed = |source| StoreError::Io {
             url: root.display().to_string(),
@@ -34,7 +34,6 @@ impl LocalStore {
             source,
         };
         let root = std::path::absolute(root).map_err(failed)?;
-        create_durably(&root).map_err(failed)?;
         match root.to_str() {
             Some(url) => Ok(Self { url: url.to_owned(), root }),
             None => Err(StoreError::UnknownScheme { url: root.display().to_string() }),
@@ -68,6 +67,12 @@ impl LocalStore {
     }
 
     fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        self.write_beside(path, bytes)?.persist(path).map_err(|error| error.error)?;
+        sync_directory(path.parent().unwrap_or(&self.root))
+    }
+
+    /// A durable file beside `path`, to be given that name.
+    fn write_beside(&self, path: &Path, bytes: &[u8]) -> io::Result<tempfile::NamedTempFile> {
         let folder = path.parent().unwrap_or(&self.root);
         create_durably(folder)?;
         let mut file = tempfile::Builder::new()
@@ -77,8 +82,7 @@ impl LocalStore {
             .tempfile_in(folder)?;
         file.write_all(bytes)?;
         file.as_file().sync_all()?;
-        file.persist(path).map_err(|error| error.error)?;
-        sync_directory(folder)
+        Ok(file)
     }
 }
 
@@ -142,6 +146,20 @@ impl BlobStore for LocalStore {
         self.write(&path, bytes).map_err(failed)
     }
 
+    fn put_if_absent(&self, name: &str, bytes: &[u8]) -> Result<Placed, StoreError> {
+        let path = self.locate(name)?;
+        let failed = |source| StoreError::Io { url: self.url.clone(), name: name.to_owned(), source };
+        let file = self.write_beside(&path, bytes).map_err(failed)?;
+        match file.persist_noclobber(&path) {
+            Ok(_) => {
+                sync_directory(path.parent().unwrap_or(&self.root)).map_err(failed)?;
+                Ok(Placed::Written)
+            }
+            Err(error) if error.error.kind() == ErrorKind::AlreadyExists => Ok(Placed::AlreadyThere),
+            Err(error) => Err(failed(error.error)),
+        }
+    }
+
     fn get(&self, name: &str) -> Result<Bytes, StoreError> {
         let (file, size) = self.open_blob(name)?;
         read_at(&file, 0, size).map_err(|source| self.failed(name, source))
@@ -186,6 +204,10 @@ impl BlobStore for LocalStore {
     fn url(&self) -> &str {
         &self.url
     }
+
+    fn directory(&self) -> Option<&Path> {
+        Some(&self.root)
+    }
 }
 
 fn read_at(file: &File, start: u64, length: u64) -> io::Result<Bytes> {
@@ -198,12 +220,22 @@ fn read_at(file: &File, start: u64, length: u64) -> io::Result<Bytes> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::{conformance, open};
+    use crate::store::{StoreSettings, conformance};
+
+    fn open(url: &str) -> Result<std::sync::Arc<dyn BlobStore>, StoreError> {
+        crate::store::open(url, &StoreSettings::default())
+    }
 
     #[test]
     fn local_store_conforms() {
         let directory = tempfile::tempdir().unwrap();
         conformance::check(&LocalStore::open(&directory.path().join("a/run")).unwrap());
+    }
+
+    #[test]
+    fn store_of_a_file_url_conforms() {
+        let directory = tempfile::tempdir().unwrap();
+        conformance::check(&*open(&format!("file://{}/run", directory.path().display())).unwrap());
     }
 
     #[test]
@@ -233,7 +265,9 @@ mod tests {
 
     #[test]
     fn foreign_urls_are_refused() {
-        for url in ["ftp://host/x", "file://host/x", "file://", "", "file:///a%2", "file:///a%zz"] {
+        for url in
+            ["ftp://host/x", "memory:///x", "s3:///x", "file://host/x", "file://", "", "file:///a%2", "file:///a%zz"]
+        {
             assert!(matches!(open(url), Err(StoreError::UnknownScheme { .. })), "{url}");
         }
     }

@@ -1,12 +1,13 @@
 //! A store in memory, for tests.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
-use super::{BlobStore, StoreError, check_name, check_range};
+use super::{BlobStore, Placed, StoreError, check_name, check_range};
 
 /// Blobs in a map. Nothing can open it again: its URL is only a label.
 #[derive(Debug, Default)]
@@ -28,6 +29,17 @@ impl BlobStore for MemoryStore {
         check_name(name)?;
         self.blobs().insert(name.to_owned(), Bytes::copy_from_slice(bytes));
         Ok(())
+    }
+
+    fn put_if_absent(&self, name: &str, bytes: &[u8]) -> Result<Placed, StoreError> {
+        check_name(name)?;
+        match self.blobs().entry(name.to_owned()) {
+            Entry::Occupied(_) => Ok(Placed::AlreadyThere),
+            Entry::Vacant(place) => {
+                place.insert(Bytes::copy_from_slice(bytes));
+                Ok(Placed::Written)
+            }
+        }
     }
 
     fn get(&self, name: &str) -> Result<Bytes, StoreError> {

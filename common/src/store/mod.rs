@@ -4,9 +4,13 @@ pub mod conformance;
 mod error;
 mod local;
 mod memory;
+mod object;
+#[cfg(test)]
+mod object_tests;
+mod settings;
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -14,28 +18,46 @@ use bytes::Bytes;
 pub use error::StoreError;
 pub use local::LocalStore;
 pub use memory::MemoryStore;
+pub use object::{ObjectBlobStore, Upload};
+pub use settings::StoreSettings;
 
-/// Opens the store that a URL names: a directory, as a path or as a `file://` URL. The directory is created if need be.
+/// Opens the store that a URL names: a directory, as a path or as a `file://` URL, or a bucket (`s3://`, `gs://`, `az://`)
+/// with a prefix in it. Nothing is created or asked for yet.
 ///
 /// # Errors
-/// `UnknownScheme`; `Io` if the directory cannot be created.
-pub fn open(url: &str) -> Result<Arc<dyn BlobStore>, StoreError> {
-    let unknown = || StoreError::UnknownScheme { url: url.to_owned() };
-    let path = match url.contains("://") {
-        false => PathBuf::from(url),
-        true => path_of_url(url).ok_or_else(unknown)?,
-    };
-    if path.as_os_str().is_empty() {
-        return Err(unknown());
+/// `UnknownScheme`; `Misconfigured` if the environment does not say how to reach an object store.
+pub fn open(url: &str, settings: &StoreSettings) -> Result<Arc<dyn BlobStore>, StoreError> {
+    if is_object_url(url) {
+        return Ok(Arc::new(ObjectBlobStore::open(url, settings)?));
     }
-    Ok(Arc::new(LocalStore::open(&path)?))
+    Ok(Arc::new(LocalStore::open(&local_path(url)?)?))
 }
 
-/// The absolute path that a `file://` URL names; `None` for anything else.
-pub fn path_of_url(url: &str) -> Option<PathBuf> {
-    let rest = url.strip_prefix("file://")?;
-    let path = percent_decode(rest.strip_prefix("localhost").unwrap_or(rest))?;
-    path.starts_with('/').then(|| PathBuf::from(path))
+/// The folder that a path or a `file://` URL names.
+///
+/// # Errors
+/// `UnknownScheme` for anything else.
+pub fn local_path(url: &str) -> Result<PathBuf, StoreError> {
+    let unknown = || StoreError::UnknownScheme { url: object::without_secrets(url) };
+    let path = match url.split_once("://") {
+        None => url.to_owned(),
+        Some(("file", rest)) => {
+            let path = rest.strip_prefix("localhost").unwrap_or(rest);
+            percent_decode(path).filter(|path| path.starts_with('/')).ok_or_else(unknown)?
+        }
+        Some(_) => return Err(unknown()),
+    };
+    if path.is_empty() { Err(unknown()) } else { Ok(path.into()) }
+}
+
+/// Whether a URL names an object store, and not a place on this machine.
+pub fn is_object_url(url: &str) -> bool {
+    url.split_once("://").is_some_and(|(scheme, _)| object::SCHEMES.contains(&scheme))
+}
+
+/// The URL of something below another one.
+pub fn join(url: &str, name: &str) -> String {
+    format!("{}/{name}", url.trim_end_matches('/'))
 }
 
 /// Undoes `%20` and the like; `None` if a `%` is not followed by two hexadecimal digits, or the result is not UTF-8.
@@ -76,6 +98,15 @@ fn check_range(url: &str, name: &str, size: u64, range: &Range<u64>) -> Result<(
     Err(StoreError::RangeOutOfBounds { url, name, size, start: range.start, end: range.end })
 }
 
+/// What became of [`BlobStore::put_if_absent`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placed {
+    /// The blob is there, durable, and it is ours.
+    Written,
+    /// There was one of that name already; it is as it was.
+    AlreadyThere,
+}
+
 /// A place for blobs.
 ///
 /// Names are relative, `/`-separated, without `.` or `..`; anything else is refused with `BadName`, so that a run can never
@@ -84,13 +115,33 @@ pub trait BlobStore: Send + Sync + std::fmt::Debug {
     /// Writes a blob whole: a reader sees all of it or nothing, and it is durable when this returns. Replaces what was there.
     ///
     /// # Errors
-    /// `BadName`, `Io`.
+    /// `BadName`, `Io`; of an object store, `Unavailable`, `Denied`, `Refused`, as everywhere.
     fn put(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError>;
+    /// Writes a blob as [`Self::put`] does, unless there is one of that name: of any number of writers, one succeeds.
+    ///
+    /// After an error nobody knows whether the blob was written; and where the network swallowed an answer, the retry that
+    /// follows finds what the first try wrote and says `AlreadyThere`. Whoever needs to know puts something of its own into
+    /// the bytes and reads them back.
+    ///
+    /// # Errors
+    /// As [`Self::put`]; `Unsupported` if the store cannot promise this.
+    fn put_if_absent(&self, name: &str, bytes: &[u8]) -> Result<Placed, StoreError>;
     /// Reads a whole blob.
     ///
     /// # Errors
     /// `NotFound`, `BadName`, `Io`.
     fn get(&self, name: &str) -> Result<Bytes, StoreError>;
+    /// Reads a whole blob of bounded size; nothing is allocated for a larger one.
+    ///
+    /// # Errors
+    /// As [`Self::get`]; `TooLarge`.
+    fn get_at_most(&self, name: &str, limit: u64) -> Result<Bytes, StoreError> {
+        let size = self.size(name)?;
+        if size > limit {
+            return Err(StoreError::TooLarge { url: self.url().to_owned(), name: name.to_owned(), size, limit });
+        }
+        self.get(name)
+    }
     /// Reads part of a blob.
     ///
     /// # Errors
@@ -118,4 +169,8 @@ pub trait BlobStore: Send + Sync + std::fmt::Debug {
     fn sweep(&self) -> Result<(), StoreError>;
     /// The URL that opens this store again, in this or another process.
     fn url(&self) -> &str;
+    /// The directory that the store is, if it is one on this machine.
+    fn directory(&self) -> Option<&Path> {
+        None
+    }
 }

@@ -43,9 +43,9 @@ pub(crate) enum Command {
     Export(ExportArgs),
     /// Serve a cluster.
     Coordinator(CoordinatorArgs),
-    /// Show the runs and workers of a coordinator.
-    Status(RemoteArgs),
-    /// Stop a run of a coordinator.
+    /// Show the runs and workers of a coordinator, or how far one run is.
+    Status(StatusArgs),
+    /// Stop a run of a coordinator, or one on an object store wherever its coordinator is.
     Cancel(CancelArgs),
     /// Take up a run that was interrupted, on this machine.
     Resume(ResumeArgs),
@@ -214,9 +214,9 @@ pub(crate) struct PruneArgs {
     /// At most this many evaluation windows.
     #[arg(long, value_parser = positive)]
     pub(crate) eval_max_windows: Option<usize>,
-    /// Where the run keeps its journal and artifacts [default: OUTPUT.run].
-    #[arg(long)]
-    pub(crate) run: Option<PathBuf>,
+    /// Where the run keeps its journal and artifacts: a folder, or an s3://, gs:// or az:// URL [default: OUTPUT.run].
+    #[arg(long, value_name = "RUN")]
+    pub(crate) run: Option<String>,
     #[command(flatten)]
     pub(crate) local: LocalArgs,
     /// Submit to this coordinator instead of running here, and follow.
@@ -340,9 +340,9 @@ pub(crate) struct CoordinatorArgs {
     /// Where to listen.
     #[arg(long)]
     pub(crate) listen: Option<SocketAddr>,
-    /// Where runs keep their journals and artifacts.
+    /// Where runs keep their journals and artifacts: a folder, or an s3://, gs:// or az:// URL.
     #[arg(long)]
-    pub(crate) runs: Option<PathBuf>,
+    pub(crate) runs: Option<String>,
     /// Workers to wait for before a run is planned.
     #[arg(long)]
     pub(crate) workers: Option<u32>,
@@ -358,10 +358,19 @@ pub(crate) struct RemoteArgs {
     pub(crate) access: AccessArgs,
 }
 
+/// Arguments of `status`.
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    /// A run's folder or URL, to read its journal and ask no coordinator.
+    pub(crate) run: Option<String>,
+    #[command(flatten)]
+    pub(crate) remote: RemoteArgs,
+}
+
 /// Arguments of `cancel`.
 #[derive(Debug, Args)]
 pub(crate) struct CancelArgs {
-    /// The run, as `status` lists it.
+    /// The run, as `status` lists it, or its folder (with a slash in it) or URL.
     pub(crate) run: String,
     #[command(flatten)]
     pub(crate) remote: RemoteArgs,
@@ -370,8 +379,8 @@ pub(crate) struct CancelArgs {
 /// Arguments of `resume`.
 #[derive(Debug, Args)]
 pub(crate) struct ResumeArgs {
-    /// The run's folder.
-    pub(crate) run: PathBuf,
+    /// The run's folder or URL.
+    pub(crate) run: String,
     #[command(flatten)]
     pub(crate) local: LocalArgs,
 }
@@ -379,6 +388,6 @@ pub(crate) struct ResumeArgs {
 /// Arguments of `report`.
 #[derive(Debug, Args)]
 pub(crate) struct ReportArgs {
-    /// The run's folder.
-    pub(crate) run: PathBuf,
+    /// The run's folder or URL.
+    pub(crate) run: String,
 }

@@ -1,6 +1,6 @@
 //! Serving a cluster, and talking to one.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ use crate::rpc::service::Service;
 pub(crate) async fn serve(args: CoordinatorArgs) -> Result<(), CliError> {
     let overrides = Overrides::default()
         .set("coordinator.listen", args.listen.map(|address| address.to_string()))
-        .set("coordinator.runs", args.runs.map(|path| path.to_string_lossy().into_owned()))
+        .set("coordinator.runs", args.runs)
         .set("coordinator.workers", args.workers);
     let config =
         CoordinatorConfig::load(args.config.as_deref(), overrides).map_err(|error| CliError::rejected(&error))?;
@@ -36,7 +36,7 @@ pub(crate) async fn serve(args: CoordinatorArgs) -> Result<(), CliError> {
     let section = config.coordinator;
     let roster = Roster::new(Dialer::new(entrance.credentials.clone()));
     let clock = Arc::new(SystemClock::default());
-    let runs = std::path::absolute(&section.runs).map_err(|error| CliError::rejected(&error))?;
+    let runs = super::job::absolute(&section.runs);
     let desk = JobDesk::open(roster.clone(), runs, clock, section.workers, limits).map_err(|error| {
         let code = if error.is_passing() { exit::INTERRUPTED } else { exit::REJECTED };
         CliError { code, ..CliError::rejected(&error) }
@@ -47,10 +47,18 @@ pub(crate) async fn serve(args: CoordinatorArgs) -> Result<(), CliError> {
     let tasks = TaskGroup::new();
     let (working, token) = (desk.clone(), stop.clone());
     tasks.spawn(async move { working.work(token).await });
-    stop.cancelled().await;
+    let lost = desk.lost();
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = lost.cancelled() => stop.cancel(),
+    }
     // Longer than a run needs to write down that it was stopped.
     tasks.shut_down(Duration::from_secs(15)).await;
     service.stop().await;
+    if lost.is_cancelled() {
+        let message = format!("another coordinator has taken over the runs in {}", section.runs);
+        return Err(CliError { message, code: exit::INTERRUPTED });
+    }
     Ok(())
 }
 
@@ -83,18 +91,14 @@ pub(crate) async fn submit(
     url: &str,
     access: &AccessArgs,
     job: &JobSpec,
-    run: Option<&Path>,
+    run: Option<&str>,
     json: bool,
 ) -> Result<(), CliError> {
     let mut client = connect(url, access).await?;
     let job_json = serde_json::to_string(job).expect("a job is plain data");
-    let run_url = match run {
-        Some(path) => std::path::absolute(path).map_err(|error| CliError::rejected(&error))?,
-        None => PathBuf::new(),
-    };
+    let run_url = run.map(super::job::absolute).unwrap_or_default();
     // The same job to the same output is the same job: submitting it twice follows the first.
     let key = Digest::of(job_json.as_bytes()).to_string();
-    let run_url = run_url.to_string_lossy().into_owned();
     let run = client.submit(job_json, key, run_url).await.map_err(|error| failed(&error))?;
     let mut events = client.watch(&run).await.map_err(|error| failed(&error))?;
     let mut screen = Screen::new(json);
@@ -114,7 +118,7 @@ pub(crate) async fn submit(
             RunEvent::Opened { url, .. } => folder = url,
             RunEvent::Finished { report } => {
                 screen.clear();
-                prune::print_report(&report, Path::new(&folder), json);
+                prune::print_report(&report, &folder, json);
                 return Ok(());
             }
             RunEvent::Ended { reason, exit_code } => {

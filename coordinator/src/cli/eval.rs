@@ -1,7 +1,7 @@
 //! `eval`: perplexity of one model.
 
+use espalier_common::config;
 use espalier_common::job::EvaluationSpec;
-use espalier_common::store;
 
 use super::args::EvalArgs;
 use super::{CliError, local, screen};
@@ -18,12 +18,13 @@ pub(crate) async fn run(args: EvalArgs, json: bool) -> Result<(), CliError> {
     let spec =
         EvaluationSpec { source: args.text.clone(), sequence_length: args.seq_len, max_windows: args.max_windows };
     let folder = tempfile::tempdir().map_err(|source| CliError::rejected(&source))?;
+    let run_url = folder.path().to_string_lossy().into_owned();
     let stop = local::stop_on_signal();
     let roster = Roster::default();
-    let setting = local::setting(folder.path(), &args.local, roster.clone(), stop)?;
+    let setting = local::setting(&run_url, &args.local, roster.clone(), stop)?;
     let events = setting.events.clone();
     let measured = local::shown(&events, json, async {
-        let store = store::open(&folder.path().to_string_lossy()).map_err(RunError::from)?;
+        let store = config::open_store(&run_url).map_err(RunError::from)?;
         let evaluation = evaluate::Standalone::open(&args.model, &spec, store)?;
         local::with_workers(&args.local, &folder.path().join("logs"), false, roster, evaluation.execute(&setting)).await
     })

@@ -1,6 +1,5 @@
 //! `inspect`.
 
-use espalier_common::checkpoint;
 use espalier_common::config;
 
 use super::args::InspectArgs;
@@ -9,10 +8,7 @@ use crate::inspect::{self, Inspection, Totals};
 
 /// Prints what a checkpoint's weights look like.
 pub(crate) fn run(args: &InspectArgs, json: bool) -> Result<(), CliError> {
-    let open = |source: &str| {
-        let path = config::locate(source).map_err(|error| CliError::rejected(&error))?;
-        checkpoint::open(&path).map_err(|error| CliError::rejected(&error))
-    };
+    let open = |source: &str| config::open_model(source).map_err(|error| CliError::rejected(&error));
     let model = open(&args.model)?;
     let against = args.against.as_deref().map(open).transpose()?;
     let inspection =

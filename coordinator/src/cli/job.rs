@@ -1,6 +1,6 @@
 //! A job file and the flags over it make one job.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use espalier_common::job::{Allocation, JobSpec, Layout, Propagation};
 use espalier_common::structure::AttentionUnit;
@@ -119,9 +119,9 @@ fn has_evaluation(args: &PruneArgs) -> Result<bool, CliError> {
     args.job.as_deref().map_or(Ok(false), |path| Ok(read(path)?.contains_key("evaluation")))
 }
 
-/// The run's folder: as given, or beside the output.
-pub(crate) fn run_folder(args: &PruneArgs, job: &JobSpec) -> PathBuf {
-    args.run.clone().unwrap_or_else(|| PathBuf::from(format!("{}.run", job.output.uri.trim_end_matches('/'))))
+/// The run's folder or URL: as given, or beside the output.
+pub(crate) fn run_url(args: &PruneArgs, job: &JobSpec) -> String {
+    args.run.clone().unwrap_or_else(|| format!("{}.run", job.output.uri.trim_end_matches('/')))
 }
 
 fn read(path: &Path) -> Result<Map<String, Value>, CliError> {
@@ -129,7 +129,7 @@ fn read(path: &Path) -> Result<Map<String, Value>, CliError> {
 }
 
 /// Makes a local path independent of the working directory, since workers may have another; URLs stay as they are.
-fn absolute(source: &str) -> String {
+pub(super) fn absolute(source: &str) -> String {
     if source.contains("://") {
         return source.to_owned();
     }

@@ -28,14 +28,14 @@ const WITHOUT_WORKERS: Duration = Duration::from_secs(10);
 
 /// The setting of a run on this machine.
 pub(crate) fn setting(
-    folder: &Path,
+    run_url: &str,
     local: &LocalArgs,
     roster: Roster,
     stop: CancellationToken,
 ) -> Result<Setting, CliError> {
     let config = CoordinatorConfig::load(None, Overrides::default()).map_err(|error| CliError::rejected(&error))?;
     Ok(Setting {
-        folder: folder.to_owned(),
+        run_url: run_url.to_owned(),
         roster,
         workers_wanted: local.workers,
         events: EventLog::default(),

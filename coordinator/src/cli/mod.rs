@@ -6,6 +6,7 @@ mod eval;
 mod export;
 mod inspect;
 mod job;
+mod kept;
 mod local;
 mod plan;
 mod prune;
@@ -19,7 +20,7 @@ use clap::Parser;
 use espalier_common::telemetry::{self, LogConfig};
 
 use crate::error::{RunError, exit};
-use args::{Cli, Command};
+use args::{Cli, Command, StatusArgs};
 
 /// Why a command ended badly: one line, and an exit code.
 #[derive(Debug)]
@@ -78,7 +79,9 @@ fn run(cli: Cli) -> Result<(), CliError> {
             Command::Resume(args) => prune::resume(args, cli.json).await,
             Command::Plan(args) => plan::run(*args, cli.json).await,
             Command::Coordinator(args) => cluster::serve(args).await,
-            Command::Status(args) => cluster::status(args, cli.json).await,
+            Command::Status(StatusArgs { run: Some(run), .. }) => kept::status(&run, cli.json),
+            Command::Status(StatusArgs { remote, .. }) => cluster::status(remote, cli.json).await,
+            Command::Cancel(args) if args.run.contains('/') => kept::cancel(&args.run),
             Command::Cancel(args) => cluster::cancel(args).await,
         }
     })

@@ -1,11 +1,15 @@
 //! `prune`, `resume` and `report`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use espalier_common::config;
 use espalier_common::job::{JobSpec, Propagation};
+use espalier_common::store::{self, BlobStore};
 
 use super::args::{LocalArgs, PruneArgs, ReportArgs, ResumeArgs};
 use super::{CliError, cluster, job, local, screen, table};
+use crate::error::RunError;
 use crate::fleet::Roster;
 use crate::journal;
 use crate::report::{self, Report};
@@ -17,71 +21,130 @@ pub(crate) async fn run(args: Box<PruneArgs>, json: bool) -> Result<(), CliError
     match &args.coordinator {
         Some(url) => cluster::submit(url, &args.access, &job, args.run.as_deref(), json).await,
         None => {
-            let folder = job::run_folder(&args, &job);
-            run_here(job, &folder, &args.local, json).await
+            let run_url = job::run_url(&args, &job);
+            run_here(job, &run_url, &args.local, json).await
         }
     }
 }
 
+/// A longer job.toml is not one of ours.
+const MAX_JOB_BYTES: u64 = 1 << 20;
+
 /// Takes up a run where it stopped.
 pub(crate) async fn resume(args: ResumeArgs, json: bool) -> Result<(), CliError> {
-    let path = args.run.join("job.toml");
-    let job: JobSpec = espalier_common::config::load_document(&path).map_err(|error| CliError::rejected(&error))?;
+    let store = open(&args.run)?;
+    let job = match store.directory() {
+        Some(_) if !args.run.contains("://") => config::load_document(&Path::new(&args.run).join("job.toml")),
+        Some(directory) => config::load_document(&directory.join("job.toml")),
+        None => {
+            let text = store.get_at_most("job.toml", MAX_JOB_BYTES).map_err(RunError::from)?;
+            config::parse_document(&store::join(&args.run, "job.toml"), &String::from_utf8_lossy(&text))
+        }
+    };
+    let job: JobSpec = job.map_err(|error| CliError::rejected(&error))?;
     run_here(job, &args.run, &args.local, json).await
 }
 
-async fn run_here(job: JobSpec, folder: &Path, local: &LocalArgs, json: bool) -> Result<(), CliError> {
+fn open(run_url: &str) -> Result<Arc<dyn BlobStore>, CliError> {
+    Ok(config::open_store(run_url).map_err(RunError::from)?)
+}
+
+/// Where the workers' logs go. Those of a run in a folder are part of it; others stay on this machine, for people to read if
+/// the run fails.
+enum Logs {
+    OfRun(PathBuf),
+    Local(tempfile::TempDir),
+}
+
+impl Logs {
+    fn of(run_url: &str, store: &dyn BlobStore) -> Result<Self, CliError> {
+        match store.directory() {
+            // As it was given, for the messages.
+            Some(_) if !run_url.contains("://") => Ok(Self::OfRun(Path::new(run_url).join("logs"))),
+            Some(directory) => Ok(Self::OfRun(directory.join("logs"))),
+            None => {
+                let folder = tempfile::Builder::new().prefix("espalier-logs-").tempdir();
+                Ok(Self::Local(folder.map_err(|error| CliError::rejected(&error))?))
+            }
+        }
+    }
+
+    fn path(&self) -> &Path {
+        match self {
+            Self::OfRun(path) => path,
+            Self::Local(folder) => folder.path(),
+        }
+    }
+
+    /// Keeps them beyond this process, if there are any, and says where.
+    fn keep(self) -> Option<PathBuf> {
+        let written = |path: &Path| std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_some());
+        match self {
+            Self::Local(folder) => written(folder.path()).then(|| folder.keep()),
+            Self::OfRun(path) => Some(path),
+        }
+    }
+}
+
+async fn run_here(job: JobSpec, run_url: &str, local: &LocalArgs, json: bool) -> Result<(), CliError> {
     let stop = local::stop_on_signal();
     let roster = Roster::default();
-    let setting = local::setting(folder, local, roster.clone(), stop)?;
+    let setting = local::setting(run_url, local, roster.clone(), stop)?;
     let events = setting.events.clone();
-    let existed = folder.exists();
+    let store = open(run_url)?;
+    let logs = Logs::of(run_url, store.as_ref())?;
+    let existed = store.directory().is_none_or(Path::exists);
     let chain = job.propagation.mode == Propagation::Pruned;
     let result = local::shown(&events, json, async {
         let run = Run::open(job, setting)?;
-        let logs = folder.join("logs");
-        Box::pin(local::with_workers(local, &logs, chain, roster, run.execute())).await
+        Box::pin(local::with_workers(local, logs.path(), chain, roster, run.execute())).await
     })
     .await;
     match result {
         Ok(report) => {
-            print_report(&report, folder, json);
+            print_report(&report, run_url, json);
             Ok(())
         }
         Err(mut error) => {
-            explain(&mut error, folder, existed);
+            explain(&mut error, run_url, store.as_ref(), logs, existed);
             Err(error)
         }
     }
 }
 
-/// Says what is safe and how to go on; a run that can never succeed leaves nothing behind.
-fn explain(error: &mut CliError, folder: &Path, existed: bool) {
-    if error.code == crate::error::exit::REJECTED {
-        if !existed {
+/// Says what is safe and how to go on; a run that can never succeed leaves no folder behind.
+fn explain(error: &mut CliError, run_url: &str, store: &dyn BlobStore, logs: Logs, existed: bool) {
+    let is_rejected = error.code == crate::error::exit::REJECTED;
+    let has_journal = match store.directory() {
+        Some(folder) => folder.join("journal").exists(),
+        // The store may be what failed, so it is not asked again.
+        None => true,
+    };
+    let logs = logs.keep();
+    if is_rejected {
+        if let Some(folder) = store.directory().filter(|_| !existed) {
             // It was made by this very call; if it cannot be removed, it does no harm.
             let _ = std::fs::remove_dir_all(folder);
         }
-    } else if folder.join("journal").exists() {
-        let folder = folder.display();
-        error.message.push_str(&format!(
-            "; committed layers are safe in {folder}, logs in {folder}/logs: espalier resume {folder}"
-        ));
+    } else if has_journal {
+        let logs = logs.map_or_else(String::new, |logs| format!(", logs in {}", logs.display()));
+        error.message.push_str(&format!("; committed layers are safe in {run_url}{logs}: espalier resume {run_url}"));
     }
 }
 
 /// Prints the report of a run from its journal alone.
 pub(crate) fn report(args: &ReportArgs, json: bool) -> Result<(), CliError> {
-    let records = journal::read(&args.run.join("journal")).map_err(|error| CliError::rejected(&error))?;
+    let store = open(&args.run)?;
+    let records = journal::read_run(store.as_ref()).map_err(RunError::from)?;
     let report = report::build(&records).map_err(|error| CliError::rejected(&error))?;
     print_report(&report, &args.run, json);
     Ok(())
 }
 
-pub(super) fn print_report(report: &Report, folder: &Path, json: bool) {
+pub(super) fn print_report(report: &Report, run_url: &str, json: bool) {
     if json {
         screen::out(&serde_json::to_string_pretty(report).expect("a report is plain data"));
     } else {
-        screen::out(&table::summary(report, &folder.to_string_lossy()));
+        screen::out(&table::summary(report, run_url));
     }
 }

@@ -48,7 +48,7 @@ async fn family_finding(model: &str) -> Result<Option<String>, CliError> {
     let folder = tempfile::tempdir().map_err(|source| CliError::rejected(&source))?;
     let here = LocalArgs { workers: 1, threads: Some(1) };
     let roster = Roster::default();
-    let setting = local::setting(folder.path(), &here, roster.clone(), local::stop_on_signal())?;
+    let setting = local::setting(&folder.path().to_string_lossy(), &here, roster.clone(), local::stop_on_signal())?;
     // The cheapest job there is: only its model is looked at.
     let job = json!({
         "model": { "source": model },

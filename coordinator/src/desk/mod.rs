@@ -3,12 +3,13 @@
 mod book;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use espalier_common::clock::Clock;
+use espalier_common::fault::FaultClass;
 use espalier_common::ids::RunId;
 use espalier_common::job::JobSpec;
+use espalier_common::store;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -18,6 +19,7 @@ use book::{Book, End, Entry};
 use crate::error::exit;
 use crate::events::{EventLog, Phase, RunEvent, RunStatus, Status, WorkerStatus};
 use crate::fleet::Roster;
+use crate::journal::JournalError;
 use crate::run::{Run, Setting};
 use crate::schedule::Limits;
 
@@ -72,10 +74,13 @@ impl Inner {
 #[derive(Clone)]
 pub struct JobDesk {
     inner: Arc<Mutex<Inner>>,
+    /// Whose turn it is to submit.
+    turn: Arc<Mutex<()>>,
     wake: Arc<Notify>,
     book: Book,
     roster: Roster,
-    root: PathBuf,
+    root: String,
+    lost: CancellationToken,
     clock: Arc<dyn Clock>,
     workers_wanted: usize,
     limits: Limits,
@@ -100,23 +105,33 @@ pub enum DeskError {
     #[error("runs folder {}", path.display())]
     Root {
         /// The folder, or the file in it.
-        path: PathBuf,
+        path: std::path::PathBuf,
         /// What the file system said.
         #[source]
         source: std::io::Error,
     },
     /// Another coordinator serves from this root.
-    #[error("runs folder {} is in use by another coordinator", root.display())]
+    #[error("runs folder {root} is in use by another coordinator: {holder}")]
     Busy {
         /// The root.
-        root: PathBuf,
+        root: String,
+        /// The process that holds it, as far as the system tells.
+        holder: String,
     },
+    /// The record of the jobs in an object store.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
 }
 
 impl DeskError {
     /// Whether submitting the same again may help.
     pub fn is_passing(&self) -> bool {
-        matches!(self, Self::Full | Self::Store(_) | Self::Root { .. } | Self::Busy { .. })
+        match self {
+            Self::Full | Self::Root { .. } | Self::Busy { .. } => true,
+            Self::Store(error) => !matches!(error.class(), FaultClass::Reject),
+            Self::Journal(error) => !matches!(error.class(), FaultClass::Reject),
+            Self::Job(_) | Self::Unreadable(_) => false,
+        }
     }
 }
 
@@ -128,7 +143,7 @@ impl JobDesk {
     /// See [`DeskError`].
     pub fn open(
         roster: Roster,
-        root: PathBuf,
+        root: String,
         clock: Arc<dyn Clock>,
         workers_wanted: usize,
         limits: Limits,
@@ -142,7 +157,19 @@ impl JobDesk {
             inner.add(Ticket::new(entry));
         }
         let inner = Arc::new(Mutex::new(inner));
-        Ok(Self { inner, wake: Arc::default(), book, roster, root, clock, workers_wanted, limits })
+        let lost = CancellationToken::new();
+        Ok(Self {
+            inner,
+            turn: Arc::default(),
+            wake: Arc::default(),
+            book,
+            roster,
+            root,
+            lost,
+            clock,
+            workers_wanted,
+            limits,
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -157,25 +184,43 @@ impl JobDesk {
     pub fn submit(&self, job_json: &str, key: &str, run_url: &str) -> Result<RunId, DeskError> {
         let job: JobSpec = serde_json::from_str(job_json)?;
         job.validate()?;
-        let mut inner = self.lock();
-        let known = inner.keys.get(key).and_then(|id| inner.tickets.get(id)).map(|ticket| ticket.entry.clone());
-        let entry = match known {
-            Some(entry) if matches!(entry.end, Some(End::Ended { .. })) => Entry { end: None, ..entry },
-            Some(entry) => return Ok(entry.id),
-            None => {
-                let id = RunId(format!("job-{}", inner.order.len() + 1));
-                let folder = if run_url.is_empty() { self.root.join(&id.0) } else { PathBuf::from(run_url) };
-                Entry { id, key: key.to_owned(), job, folder, end: None }
+        // Numbers are given in turn; meanwhile nobody else waits for what may be a slow store.
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = {
+            let inner = self.lock();
+            let known = inner.keys.get(key).and_then(|id| inner.tickets.get(id)).map(|ticket| ticket.entry.clone());
+            let entry = match known {
+                Some(entry) if matches!(entry.end, Some(End::Ended { .. })) => Entry { end: None, ..entry },
+                Some(entry) => return Ok(entry.id),
+                None => {
+                    let id = RunId(format!("job-{}", inner.order.len() + 1));
+                    let folder = if run_url.is_empty() { store::join(&self.root, &id.0) } else { run_url.to_owned() };
+                    Entry { id, key: key.to_owned(), job, folder, end: None }
+                }
+            };
+            if inner.queue.len() >= MAX_QUEUED {
+                return Err(DeskError::Full);
             }
+            entry
         };
-        if inner.queue.len() >= MAX_QUEUED {
-            return Err(DeskError::Full);
-        }
-        self.book.write(&entry)?;
+        self.write(&entry)?;
         let id = entry.id.clone();
-        inner.add(Ticket::new(entry));
+        self.lock().add(Ticket::new(entry));
         self.wake.notify_one();
         Ok(id)
+    }
+
+    /// Set once another coordinator has taken over the root of the runs: this one has nothing left to do.
+    pub fn lost(&self) -> CancellationToken {
+        self.lost.clone()
+    }
+
+    fn write(&self, entry: &Entry) -> Result<(), DeskError> {
+        let written = self.book.write(entry);
+        if let Err(DeskError::Journal(JournalError::Fenced { .. })) = &written {
+            self.lost.cancel();
+        }
+        written
     }
 
     /// A ticket by its id.
@@ -247,7 +292,7 @@ impl JobDesk {
     /// Runs a job to its last event.
     async fn run(&self, ticket: &Ticket) -> RunEvent {
         let setting = Setting {
-            folder: ticket.entry.folder.clone(),
+            run_url: ticket.entry.folder.clone(),
             roster: self.roster.clone(),
             workers_wanted: self.workers_wanted,
             events: ticket.events.clone(),
@@ -279,7 +324,7 @@ impl JobDesk {
             _ => End::Finished,
         };
         let entry = Entry { end: Some(end), ..ticket.entry.clone() };
-        if let Err(error) = self.book.write(&entry) {
+        if let Err(error) = self.write(&entry) {
             // It will be run again, and found finished by its own journal.
             warn!(job = %ticket.id, %error, "the end of the job was not written down");
         }

@@ -4,55 +4,18 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use super::{Journal, JournalRecord};
-
-/// A record longer than this is not one of ours.
-const MAX_RECORD_BYTES: usize = 64 << 20;
-
-/// Why a journal cannot be read or written.
-#[derive(Debug, thiserror::Error)]
-pub enum JournalError {
-    /// The file system failed.
-    #[error("journal {}", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What it said.
-        #[source]
-        source: std::io::Error,
-    },
-    /// A record in the middle is damaged: what follows it cannot be trusted.
-    #[error("journal {}: record {index} is damaged, and others follow it", path.display())]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// Index of the record.
-        index: usize,
-    },
-    /// A whole record that this version cannot read.
-    #[error("journal {}: record {index} was written by another version: {source}", path.display())]
-    Foreign {
-        /// The file.
-        path: PathBuf,
-        /// Index of the record.
-        index: usize,
-        /// What the parser said.
-        #[source]
-        source: serde_json::Error,
-    },
-    /// Another process has the journal open.
-    #[error("journal {} is in use by another coordinator", path.display())]
-    Busy {
-        /// The file.
-        path: PathBuf,
-    },
-}
+use super::line::{self, MAX_RECORD_BYTES, checked_json};
+use super::{Journal, JournalError, JournalRecord, holder};
 
 /// A journal that is being written. The file is locked while this lives.
 #[derive(Debug)]
 pub struct FileJournal {
     path: PathBuf,
     file: File,
+    /// Records in it.
+    count: usize,
+    /// Whether an append failed: half of a record may be at the end, and nothing can stand behind it.
+    torn: bool,
 }
 
 impl FileJournal {
@@ -65,7 +28,9 @@ impl FileJournal {
         let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
         match file.try_lock() {
             Ok(()) => {}
-            Err(std::fs::TryLockError::WouldBlock) => return Err(JournalError::Busy { path: path.to_owned() }),
+            Err(std::fs::TryLockError::WouldBlock) => {
+                return Err(JournalError::Busy { path: path.to_owned(), holder: holder::of(&file) });
+            }
             Err(std::fs::TryLockError::Error(source)) => return Err(io(source)),
         }
         let mut bytes = Vec::new();
@@ -74,17 +39,23 @@ impl FileJournal {
         file.set_len(whole as u64).map_err(io)?;
         file.seek(SeekFrom::End(0)).map_err(io)?;
         file.sync_all().map_err(io)?;
-        Ok((Self { path: path.to_owned(), file }, records))
+        Ok((Self { path: path.to_owned(), file, count: records.len(), torn: false }, records))
     }
 }
 
 impl Journal for FileJournal {
     fn append(&mut self, record: &JournalRecord) -> Result<(), JournalError> {
-        let io = |source| JournalError::Io { path: self.path.clone(), source };
-        let json = serde_json::to_string(record).expect("records hold nothing that JSON cannot");
-        let line = format!("{:08x} {json}\n", crc32fast::hash(json.as_bytes()));
-        self.file.write_all(line.as_bytes()).map_err(io)?;
-        self.file.sync_data().map_err(io)
+        if self.torn {
+            let journal = self.path.display().to_string();
+            return Err(JournalError::Unsettled { journal, index: self.count });
+        }
+        let line = line::encode(record);
+        self.torn = true;
+        let written = self.file.write_all(line.as_bytes()).and_then(|()| self.file.sync_data());
+        written.map_err(|source| JournalError::Io { path: self.path.clone(), source })?;
+        self.torn = false;
+        self.count += 1;
+        Ok(())
     }
 }
 
@@ -110,10 +81,10 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<(Vec<JournalRecord>, usize), Journ
             if is_last {
                 break;
             }
-            return Err(JournalError::Damaged { path: path.to_owned(), index: records.len() });
+            return Err(JournalError::Damaged { journal: path.display().to_string(), index: records.len() });
         };
         let record = serde_json::from_slice(json).map_err(|source| JournalError::Foreign {
-            path: path.to_owned(),
+            journal: path.display().to_string(),
             index: records.len(),
             source,
         })?;
@@ -121,14 +92,6 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<(Vec<JournalRecord>, usize), Journ
         whole += newline.map_or(0, |at| at + 1);
     }
     Ok((records, whole))
-}
-
-/// The JSON of a line whose checksum is right.
-fn checked_json(line: &[u8]) -> Option<&[u8]> {
-    let (checksum, json) = line.split_at_checked(8)?;
-    let json = json.strip_prefix(b" ")?;
-    let checksum = u32::from_str_radix(std::str::from_utf8(checksum).ok()?, 16).ok()?;
-    (checksum == crc32fast::hash(json)).then_some(json)
 }
 
 #[cfg(test)]
@@ -182,6 +145,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("journal");
         let _first = FileJournal::open(&path).unwrap();
-        assert!(matches!(FileJournal::open(&path), Err(JournalError::Busy { .. })));
+        let error = FileJournal::open(&path).unwrap_err();
+        assert!(matches!(error, JournalError::Busy { .. }));
+        assert!(error.to_string().contains(&std::process::id().to_string()), "it is told who holds it: {error}");
     }
 }

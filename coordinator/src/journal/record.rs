@@ -10,9 +10,10 @@ use espalier_common::pattern::Pattern;
 use espalier_common::report::Artifact;
 use serde::{Deserialize, Serialize};
 
+use super::fenced::{Appended, TakenOver};
 use crate::schedule::Record;
 
-/// The first record of every run.
+/// The record that makes a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunCreated {
     /// The run.
@@ -31,6 +32,8 @@ pub struct RunCreated {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum JournalRecord {
+    /// On an object store: a coordinator writes from here on, and none that wrote before. A local journal is locked instead.
+    TakenOver(TakenOver),
     /// The run exists.
     Created(Box<RunCreated>),
     /// The model was inspected and each layer was given its pattern.
@@ -77,6 +80,19 @@ pub enum JournalRecord {
         /// Wall-clock seconds of this process' part.
         seconds: f64,
     },
+}
+
+impl Appended for JournalRecord {
+    fn taking_over(taken: TakenOver) -> Self {
+        Self::TakenOver(taken)
+    }
+
+    fn as_taken_over(&self) -> Option<&TakenOver> {
+        match self {
+            Self::TakenOver(taken) => Some(taken),
+            _ => None,
+        }
+    }
 }
 
 /// What the processes of a run measured of themselves.

@@ -115,7 +115,7 @@ impl Case {
         let is_torn = journal.last().is_some_and(|last| *last != b'\n');
         match self.point {
             Point::Behind(kind) => {
-                let last = records(run).last().map(Kind::of);
+                let last = records(run).last().and_then(Kind::of);
                 ensure!(last == Some(kind) && !is_torn, "the last record is {last:?}");
             }
             Point::During(Transfer::JournalRecord) => ensure!(is_torn, "no record is half written"),

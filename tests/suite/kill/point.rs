@@ -59,9 +59,11 @@ listed! {
 }
 
 impl Kind {
-    /// The kind of a record. A new kind of record does not compile until it is in the matrix.
-    pub(super) fn of(record: &JournalRecord) -> Self {
-        match record {
+    /// The kind of a record; `None` for one that only journals on an object store have, where suite/s3 kills. A new kind of
+    /// record does not compile until it is in the matrix.
+    pub(super) fn of(record: &JournalRecord) -> Option<Self> {
+        Some(match record {
+            JournalRecord::TakenOver(_) => return None,
             JournalRecord::Created(_) => Self::Created,
             JournalRecord::Planned { .. } => Self::Planned,
             JournalRecord::Survey(Record::Leased { .. }) => Self::SurveyLeased,
@@ -78,7 +80,7 @@ impl Kind {
             JournalRecord::Workers(_) => Self::Workers,
             JournalRecord::Finished { .. } => Self::Finished,
             JournalRecord::Stopped { .. } => Self::Stopped,
-        }
+        })
     }
 
     /// How the journal spells it, and which of its kind is waited for.
