@@ -104,7 +104,7 @@ mod tests {
 
     /// Paths of all methods in the schema, read from its text.
     fn schema() -> BTreeSet<String> {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../proto/espalier/v1");
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../proto/espalier/v1");
         let mut methods = BTreeSet::new();
         for file in fs::read_dir(folder).unwrap() {
             let text = fs::read_to_string(file.unwrap().path()).unwrap();
