@@ -215,28 +215,6 @@ pub(crate) fn assert_obeys_invariants(method: &str, params: Value, pattern: Patt
     }
 }
 
-/// ALGORITHMS.md §11, *All*: pruning a pruned matrix to the same pattern moves no zero, and rows in another order give the same
-/// rows in another order. Weights are not tied, for ties go by place.
-pub(crate) fn assert_is_idempotent_and_indifferent_to_the_order_of_rows(method: &str, pattern: Pattern) {
-    for (seed, rows, columns, tokens) in [(1, 7, 24, 60), (2, 33, 136, 400), (4, 1, 8, 30)] {
-        let problem = random(seed, rows, columns, tokens);
-        let on = |weight: Vec<f32>| LayerProblem::new(weight, problem.gram.clone(), columns, tokens);
-        let support = |solved: &[f32]| solved.iter().map(|v| v.to_bits() != 0).collect::<Vec<_>>();
-        let solved = solve(method, Value::Null, &problem, pattern);
-
-        let again = solve(method, Value::Null, &on(solved.clone()), pattern);
-        assert_eq!(support(&again), support(&solved), "{method} {pattern}: pruning again moves zeros");
-
-        let upside_down = |rows: &[f32]| rows.rchunks(columns).flatten().copied().collect::<Vec<f32>>();
-        let turned = upside_down(&solve(method, Value::Null, &on(upside_down(&problem.weight)), pattern));
-        assert_eq!(support(&turned), support(&solved), "{method} {pattern}: the order of rows matters");
-        let size = solved.iter().fold(0.0f32, |size, v| size.max(v.abs()));
-        for (turned, v) in turned.iter().zip(&solved) {
-            assert!((turned - v).abs() <= 1e-3 * size, "{method} {pattern}: {turned} in another order, {v} before");
-        }
-    }
-}
-
 /// How many of twenty problems there are on which the support that `method` finds is better than magnitude's, each with its best
 /// weights.
 pub(crate) fn better_supports_than_magnitude(method: &str) -> usize {

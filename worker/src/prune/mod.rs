@@ -232,21 +232,6 @@ mod tests {
     }
 
     #[test]
-    fn pruning_again_moves_no_zero_and_the_order_of_rows_does_not_matter() {
-        let places_zeros = |method: &&Method| {
-            let (solver, _) = build(method.name, &json!({})).unwrap();
-            solver.structured().is_none() && solver.imports().is_none()
-        };
-        let methods: Vec<_> = METHODS.iter().filter(places_zeros).collect();
-        assert_eq!(methods.len(), 6);
-        for method in methods {
-            for pattern in fixture::patterns() {
-                fixture::assert_is_idempotent_and_indifferent_to_the_order_of_rows(method.name, pattern);
-            }
-        }
-    }
-
-    #[test]
     fn every_method_has_defaults_and_refuses_unknown_parameters() {
         for method in METHODS {
             let (_, filled) = build(method.name, &json!({})).unwrap();
