@@ -16,6 +16,7 @@ const SILENCE: &str = "4";
 const SEED: u64 = 20;
 
 /// Runs a test, or says why it cannot.
+#[expect(clippy::print_stderr, reason = "a skipped test is loud")]
 fn on_a_network(machines: usize, test: impl FnOnce(Network) -> Result<()>) {
     if let Some(why) = Network::impediment() {
         // Nextest shows it with `--no-capture`, and the report of a run lists the test.

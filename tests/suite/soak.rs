@@ -3,6 +3,7 @@
 //! with the bytes of the one that nothing happened to.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::env;
 use std::thread;
 use std::time::Duration;
@@ -39,6 +40,7 @@ fn number(variable: &str, otherwise: u64) -> u64 {
 
 #[test]
 #[ignore = "half an hour, or as long as SECONDS says: `make soak`"]
+#[expect(clippy::print_stderr, reason = "the seed and the tally are for the reader")]
 fn nothing_is_lost() {
     let (seconds, seed) = (number("SECONDS", SECONDS), number("SEED", unix_seconds()));
     let clock = SystemClock::default();
@@ -74,10 +76,10 @@ fn nothing_is_lost() {
 }
 
 fn reference(references: &mut BTreeMap<Job, Workplace>, job: Job) -> Result<&Workplace> {
-    if !references.contains_key(&job) {
-        references.insert(job, job.undisturbed()?);
-    }
-    Ok(&references[&job])
+    Ok(match references.entry(job) {
+        Entry::Occupied(entry) => entry.into_mut(),
+        Entry::Vacant(entry) => entry.insert(job.undisturbed()?),
+    })
 }
 
 /// One run and what happens to it.

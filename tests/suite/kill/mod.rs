@@ -5,6 +5,7 @@ mod case;
 mod point;
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use anyhow::{Result, ensure};
 use harness::TINY_MODELS;
@@ -57,10 +58,11 @@ fn kill_all(model: &str, propagation: &str, scene: Scene) {
 }
 
 fn one(case: &Case, references: &mut BTreeMap<Job, Workplace>) -> Result<()> {
-    if !references.contains_key(&case.job) {
-        references.insert(case.job, case.job.undisturbed()?);
-    }
-    case.run(&references[&case.job])
+    let reference = match references.entry(case.job) {
+        Entry::Occupied(entry) => entry.into_mut(),
+        Entry::Vacant(entry) => entry.insert(case.job.undisturbed()?),
+    };
+    case.run(reference)
 }
 
 /// One test for each model, propagation and scene, so that they run side by side.
