@@ -43,20 +43,20 @@ fn assert_workers_do_not_matter(model: &str, flags: &[&str]) {
     let one = run("1");
     for workers in ["2", "3"] {
         let many = run(workers);
-        assert_all_worked(&many, workers.parse().unwrap());
+        all_worked(&many, workers).unwrap_or_else(|error| panic!("{model}, {flags:?}, {workers} workers: {error:#}"));
         same_files(&one.path().join("out"), &many.path().join("out"))
             .unwrap_or_else(|error| panic!("{model}, {flags:?}, 1 against {workers} workers: {error:#}"));
     }
 }
 
 /// Equal bytes prove nothing of workers of which one did everything.
-fn assert_all_worked(workplace: &Workplace, workers: usize) {
-    let report = fs::read(workplace.path().join("run/report.json")).unwrap();
-    let report: Value = serde_json::from_slice(&report).unwrap();
-    let sublayers = report["sublayers"].as_array().unwrap();
-    let pruned_by: BTreeSet<u64> = sublayers.iter().map(|sublayer| sublayer["worker"].as_u64().unwrap()).collect();
-    assert_eq!(pruned_by.len(), workers, "layers were pruned by {pruned_by:?}");
-    assert!(report["totals"]["bytes_moved"].as_u64() > Some(0), "no hidden states moved: {}", report["totals"]);
+fn all_worked(workplace: &Workplace, workers: &str) -> Result<()> {
+    let report: Value = serde_json::from_slice(&fs::read(workplace.path().join("run/report.json"))?)?;
+    let sublayers = report["sublayers"].as_array().context("no sublayers")?;
+    let pruned_by: BTreeSet<Option<u64>> = sublayers.iter().map(|sublayer| sublayer["worker"].as_u64()).collect();
+    ensure!(pruned_by.len().to_string() == workers, "layers were pruned by {pruned_by:?}");
+    ensure!(report["totals"]["bytes_moved"].as_u64() > Some(0), "no hidden states moved: {}", report["totals"]);
+    Ok(())
 }
 
 fn assert_workers_do_not_matter_to_sparsegpt(model: &str, propagation: &str) {
@@ -312,11 +312,11 @@ fn the_environment_lies_between_a_job_file_and_the_flags() {
     assert!(finished.stderr.contains("did you mean sparsity?"), "{}", finished.stderr);
 }
 
-fn wait_for_lease(running: &mut Running, workplace: &Workplace) {
+fn wait_for_lease(running: &mut Running, workplace: &Workplace) -> Result<()> {
     let journal = workplace.path().join("run/journal");
     let leased = |record: &JournalRecord| matches!(record, JournalRecord::Prune(Record::Leased { .. }));
     let seen = || journal::read(&journal).ok()?.iter().any(leased).then_some(());
-    running.wait_until("the first lease", seen).unwrap();
+    running.wait_until("the first lease", seen)
 }
 
 #[test]
@@ -327,7 +327,7 @@ fn a_run_that_loses_all_its_workers_ends_and_can_be_resumed() {
     let work = ["--calibration", utf8(&text), "--samples", "128", "--seq-len", "256", "--method", "sparsegpt"];
     let mut running = workplace.start(arguments.into_iter().chain(work)).unwrap();
     let workers = running.wait_for_children(2).unwrap();
-    wait_for_lease(&mut running, &workplace);
+    wait_for_lease(&mut running, &workplace).unwrap();
     workers.iter().copied().try_for_each(kill).unwrap();
     let finished = running.finish(GRACE).unwrap();
     assert_eq!(finished.code(), Some(75), "{}", finished.stderr);
@@ -343,7 +343,7 @@ fn what_was_pruned_is_not_lost_when_the_output_cannot_be_written() {
     let arguments = ["prune", utf8(&model), "--output", "out", "--run", "run", "--workers", "1"];
     let work = ["--calibration", utf8(&text), "--samples", "64", "--seq-len", "128", "--method", "sparsegpt"];
     let mut running = workplace.start(arguments.into_iter().chain(work)).unwrap();
-    wait_for_lease(&mut running, &workplace);
+    wait_for_lease(&mut running, &workplace).unwrap();
     // Somebody else puts something there meanwhile.
     fs::create_dir(workplace.path().join("out")).unwrap();
     fs::write(workplace.path().join("out/precious"), "kept").unwrap();
@@ -365,7 +365,7 @@ fn interrupt_leaves_neither_output_nor_workers() {
     let work = ["--calibration", utf8(&text), "--samples", "128", "--seq-len", "256", "--method", "sparsegpt"];
     let mut running = workplace.start(arguments.into_iter().chain(work)).unwrap();
     let workers = running.wait_for_children(2).unwrap();
-    wait_for_lease(&mut running, &workplace);
+    wait_for_lease(&mut running, &workplace).unwrap();
     running.interrupt().unwrap();
     let finished = running.finish(GRACE).unwrap();
 

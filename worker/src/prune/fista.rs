@@ -486,7 +486,7 @@ mod tests {
             let mut bracket = Bracket { low: None, high: None };
             let mut lambda = 1.0;
             for round in 0..MOST_ROUNDS {
-                lambda = bracket.next(lambda, (seed * 0x9e37_79b9 >> round) & 1 == 1);
+                lambda = bracket.next(lambda, ((seed * 0x9e37_79b9) >> round) & 1 == 1);
                 if let (Some(low), Some(high)) = (bracket.low, bracket.high) {
                     assert!(low <= lambda && lambda <= high && low <= high, "seed {seed}: {low} {lambda} {high}");
                 }
