@@ -26,7 +26,7 @@ use crate::linalg::{matrix, select, spectral, values};
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "2",
+    version: "3",
     summary: "an l1 problem by FISTA, rounded; its weight by bisection on the rounding's share of the error",
     build,
 };
@@ -292,7 +292,7 @@ impl Group {
 }
 
 impl GroupSolver for Group {
-    fn solve(&self, problem: &Problem<'_>, ctx: &SolveCtx) -> Result<Solution, SolveError> {
+    fn solve_block(&self, problem: &Problem<'_>, zeros: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {
         let admitted = admit(NAME, problem, self.n)?;
         let (rows, n, weight) = (admitted.rows, self.n, admitted.weight);
         let dead_channels = self.norms.iter().filter(|norm| **norm <= 0.0).count() as u32;
@@ -302,7 +302,7 @@ impl GroupSolver for Group {
             let damping_raised = self.compensation.as_ref().map_or(0, Compensation::damping_raised);
             Ok(Solution { weight, iterations, damping, damping_raised, dead_channels, flops })
         };
-        if problem.pattern.zeros(rows, n) == 0 {
+        if zeros == 0 {
             return finish(weight, 0, 0.0);
         }
         let shift = self.correction.as_ref().map(|correction| product(&weight, &correction.towards_dense, n, n));
@@ -312,7 +312,7 @@ impl GroupSolver for Group {
         let distance = |error: f64| (error + constant).max(0.0).sqrt();
 
         let (mut best, mut best_keep, mut best_error) = self.warm_start(&lasso, problem.pattern, ctx)?;
-        let budget = Budget { pattern: problem.pattern, row_block: None };
+        let budget = Budget { pattern: problem.pattern, zeros };
         let mut lambda = self.params.lambda * lasso.largest_lambda();
         let mut bracket = Bracket { low: None, high: None };
         let (mut iterations, mut rounds, mut stale) = (0, 0, 0);
@@ -323,7 +323,7 @@ impl GroupSolver for Group {
             rounds += 1;
             let relaxed = distance(lasso.error(&solved));
             let mut keep = vec![1; solved.len()];
-            budget.project(&solved, n, &mut keep);
+            budget.project(&solved, &mut keep);
             select::zero_dropped(&mut solved, &keep);
             let error = lasso.error(&solved);
             let total = distance(error);
@@ -345,10 +345,6 @@ impl GroupSolver for Group {
         }
         let products = f64::from(iterations + 2 * rounds + 3);
         finish(best, iterations, products * 2.0 * (rows * n) as f64 * n as f64 + self.shared.take())
-    }
-
-    fn row_block(&self) -> Option<usize> {
-        None
     }
 }
 
