@@ -60,7 +60,7 @@ pub trait Purpose: Send + Sync {
     /// Wraps a record of the scheduler for the journal.
     fn record(&self, record: Record) -> JournalRecord;
     /// What the worker of a lease must be told.
-    fn call(&self, lease: Lease, source: Source, keeps_output: bool) -> UnitCall;
+    fn call(&self, lease: Lease, source: Source, keeps_output: bool, assistants: Vec<String>) -> UnitCall;
     /// What a worker must be told before its first unit; `None` if nothing.
     fn preparation(&self) -> Option<Preparation>;
 }
@@ -130,7 +130,10 @@ impl Driver<'_> {
         let (present, mut fleet) = self.roster.listen();
         let (answer, mut answers) = mpsc::channel(PENDING_ANSWERS);
         let mut outcomes = BTreeMap::new();
+        // Those that are there from the beginning are waited for, but no longer than to the next tick.
+        let mut awaited = BTreeSet::new();
         for worker in present {
+            awaited.insert(worker);
             self.prepare(worker, purpose, calls, &answer);
         }
         let mut ticks = tokio::time::interval(TICK);
@@ -156,7 +159,12 @@ impl Driver<'_> {
                 () = self.stop.cancelled() => return Err(DriveError::Interrupted),
                 _ = ticks.tick() => Some(Event::Tick { now: self.clock.now() }),
                 Some(said) = fleet.recv() => self.hear(said, purpose, calls, &answer),
-                Some(answered) = answers.recv() => self.take_answer(answered)?,
+                Some(answered) = answers.recv() => {
+                    if let Answer::Prepared(worker, _) = &answered {
+                        awaited.remove(worker);
+                    }
+                    self.take_answer(answered, !awaited.is_empty())?
+                }
             };
         }
     }
@@ -208,14 +216,14 @@ impl Driver<'_> {
         }
     }
 
-    fn take_answer(&self, answer: Answer) -> Result<Option<Event>, DriveError> {
+    fn take_answer(&self, answer: Answer, more_come: bool) -> Result<Option<Event>, DriveError> {
         Ok(match answer {
             Answer::Prepared(worker, Ok(())) => {
                 let name = self.name_of(worker);
                 info!(%worker, name, "worker ready");
                 self.events.note(RunEvent::WorkerJoined { worker, name });
                 let speed = self.roster.member(worker).map_or(0, |member| megaflops(member.offer.gflops));
-                Some(Event::WorkerJoined { worker, speed })
+                Some(Event::WorkerJoined { worker, speed, more_come })
             }
             Answer::Prepared(_, Err(CallError::Fault(fault))) if fault.class == FaultClass::Reject => {
                 return Err(DriveError::Rejected(fault));
@@ -257,8 +265,9 @@ impl Driver<'_> {
     ) -> Result<(), DriveError> {
         match action {
             Action::Record(record) => self.record(record, purpose.as_ref(), outcomes)?,
-            Action::Start { lease, origin, keeps_output } => {
-                self.start(lease, origin, keeps_output, purpose, calls, answer);
+            Action::Start { lease, origin, keeps_output, assistants } => {
+                let call = self.call(lease, origin, keeps_output, &assistants, purpose.as_ref());
+                self.start(lease, call, calls, answer);
             }
             Action::Discard { boundary } => {
                 let store = Arc::clone(&self.store);
@@ -312,25 +321,31 @@ impl Driver<'_> {
         Ok(())
     }
 
-    fn start(
-        &self,
-        lease: Lease,
-        origin: Origin,
-        keeps_output: bool,
-        purpose: &Arc<dyn Purpose>,
-        calls: &TaskGroup,
-        answer: &mpsc::Sender<Answer>,
-    ) {
+    fn start(&self, lease: Lease, call: Option<UnitCall>, calls: &TaskGroup, answer: &mpsc::Sender<Answer>) {
         // A worker that is not there any more will be reported as lost; its leases go with it.
-        let Some(member) = self.roster.member(lease.worker) else { return };
-        let Some(source) = self.source(lease, origin) else { return };
-        let call = purpose.call(lease, source, keeps_output);
+        let Some((member, call)) = self.roster.member(lease.worker).zip(call) else { return };
         let (run, answer) = (self.run.clone(), answer.clone());
         calls.spawn(async move {
             if let Err(error) = member.client.start(&run, lease, call).await {
                 let _ = answer.send(Answer::NotStarted(lease, error.into_fault())).await;
             }
         });
+    }
+
+    /// What a unit's worker is told; `None` if the holder of its input is gone, which the roster reports.
+    fn call(
+        &self,
+        lease: Lease,
+        origin: Origin,
+        keeps_output: bool,
+        assistants: &[WorkerId],
+        purpose: &dyn Purpose,
+    ) -> Option<UnitCall> {
+        let source = self.source(lease, origin)?;
+        let everyone = self.roster.everyone();
+        let there = assistants.iter().filter_map(|worker| everyone.get(worker));
+        let endpoints = there.map(|member| member.offer.endpoint.clone()).collect();
+        Some(purpose.call(lease, source, keeps_output, endpoints))
     }
 
     /// Turns the scheduler's origin into what a worker can use; `None` if the holder is gone, which the roster reports.

@@ -32,15 +32,62 @@ fn utf8(path: &Path) -> &str {
 }
 
 fn assert_workers_do_not_matter(model: &str, propagation: &str) {
+    let runs = same_from_1_2_and_3_workers(model, &["--method", "sparsegpt", "--propagation", propagation]);
+    // In a chain, workers that would be idle help.
+    if propagation == "pruned" {
+        assert!(runs[1].assistants_lost() == 0 && runs[1].bytes_moved() > 1_000_000, "{model}: nobody helped");
+    }
+}
+
+/// A run, for what its report says.
+struct Pruned(Workplace);
+
+impl Pruned {
+    fn totals(&self) -> serde_json::Value {
+        let report = fs::read_to_string(self.0.path().join("run/report.json")).unwrap();
+        serde_json::from_str::<serde_json::Value>(&report).unwrap()["totals"].clone()
+    }
+
+    fn bytes_moved(&self) -> u64 {
+        self.totals()["bytes_moved"].as_u64().unwrap()
+    }
+
+    fn assistants_lost(&self) -> u64 {
+        self.totals()["assistants_lost"].as_u64().unwrap()
+    }
+}
+
+fn same_from_1_2_and_3_workers(model: &str, flags: &[&str]) -> Vec<Pruned> {
     let run = |workers| {
-        pruned(model, &["--method", "sparsegpt", "--propagation", propagation, "--workers", workers])
-            .unwrap_or_else(|error| panic!("{model}, {propagation}, {workers} workers: {error:#}"))
+        let pruned = pruned(model, &[flags, &["--workers", workers]].concat());
+        Pruned(pruned.unwrap_or_else(|error| panic!("{model}, {flags:?}, {workers} workers: {error:#}")))
     };
-    let one = run("1");
-    for workers in ["2", "3"] {
-        let many = run(workers);
-        same_files(&one.path().join("out"), &many.path().join("out"))
-            .unwrap_or_else(|error| panic!("{model}, {propagation}, 1 against {workers} workers: {error:#}"));
+    let runs: Vec<Pruned> = ["1", "2", "3"].map(run).into();
+    for many in &runs[1..] {
+        same_files(&runs[0].0.path().join("out"), &many.0.path().join("out"))
+            .unwrap_or_else(|error| panic!("{model}, {flags:?}, 1 against more workers: {error:#}"));
+    }
+    runs
+}
+
+#[test]
+fn every_method_has_the_same_bytes_from_1_2_and_3_workers_in_a_chain() {
+    let blocks = ["--method", "espalier", "--set", "method.row_block=32"];
+    let methods: [&[&str]; 8] = [
+        &blocks,
+        &["--method", "espalier", "--pattern", "2:4", "--set", "method.row_block=48", "--set", "method.alpha=0.2"],
+        &["--method", "sparsegpt", "--pattern", "2:4"],
+        &["--method", "alps"],
+        &["--method", "fista"],
+        &["--method", "wanda"],
+        &["--method", "magnitude"],
+        &["--method", "espalier", "--set", "method.reconstruct=submodule", "--set", "method.reconstruct_epochs=2"],
+    ];
+    for flags in methods {
+        same_from_1_2_and_3_workers("llama-tiny", flags);
+    }
+    for method in ["slimgpt", "fasp", "spap"] {
+        same_from_1_2_and_3_workers("llama-tiny", &["--method", method, "--sparsity", "0.3"]);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use espalier_common::job::{JobSpec, Propagation};
+use espalier_common::job::JobSpec;
 
 use super::args::{LocalArgs, PruneArgs, ReportArgs, ResumeArgs};
 use super::{CliError, cluster, job, local, screen, table};
@@ -36,11 +36,10 @@ async fn run_here(job: JobSpec, folder: &Path, local: &LocalArgs, json: bool) ->
     let setting = local::setting(folder, local, roster.clone(), stop)?;
     let events = setting.events.clone();
     let existed = folder.exists();
-    let chain = job.propagation.mode == Propagation::Pruned;
     let result = local::shown(&events, json, async {
         let run = Run::open(job, setting)?;
         let logs = folder.join("logs");
-        Box::pin(local::with_workers(local, &logs, chain, roster, run.execute())).await
+        Box::pin(local::with_workers(local, &logs, roster, run.execute())).await
     })
     .await;
     match result {
