@@ -64,7 +64,8 @@ pub struct Reconstruction {
 /// Time and arithmetic of one phase of one unit.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PhaseSeconds {
-    /// `load`, `forward`, `gram`, `solve`, `reconstruct`, `verify`, `store`, `fetch`, `evaluate`, `survey`.
+    /// `load`, `forward`, `gram`, `solve`, `reconstruct`, `verify`, `store`, `fetch`, `evaluate`, `survey`,
+    /// and `wait` for assistants.
     pub phase: String,
     /// Wall-clock seconds.
     pub seconds: f64,
@@ -95,6 +96,10 @@ pub struct LayerSurvey {
     pub curves: Vec<ErrorCurve>,
 }
 
+fn is_zero(count: &u32) -> bool {
+    *count == 0
+}
+
 /// How a unit ended well.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -113,6 +118,9 @@ pub enum Outcome {
         /// Its output hidden states, if they were to be stored.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         boundary: Option<Artifact>,
+        /// Assistants that were given up on; the worker did their part itself.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        assistants_lost: u32,
     },
     /// A dense layer was run.
     Forwarded {

@@ -246,17 +246,20 @@ fn phases_from_wire(phases: Vec<pb::PhaseSeconds>) -> Vec<PhaseSeconds> {
 impl From<Outcome> for pb::report_request::Outcome {
     fn from(outcome: Outcome) -> Self {
         match outcome {
-            Outcome::Pruned { artifact, sublayers, kept, phases, boundary } => Self::Pruned(pb::Pruned {
-                kept: kept.map(|kept| pb::Kept {
-                    cuts_attention: kept.attention.is_some(),
-                    attention: kept.attention.unwrap_or_default(),
-                    channels: kept.channels,
-                }),
-                artifact: Some(artifact.into()),
-                sublayers: sublayers.into_iter().map(Into::into).collect(),
-                phases: phases_to_wire(phases),
-                boundary: boundary.map(Into::into),
-            }),
+            Outcome::Pruned { artifact, sublayers, kept, phases, boundary, assistants_lost } => {
+                Self::Pruned(pb::Pruned {
+                    kept: kept.map(|kept| pb::Kept {
+                        cuts_attention: kept.attention.is_some(),
+                        attention: kept.attention.unwrap_or_default(),
+                        channels: kept.channels,
+                    }),
+                    artifact: Some(artifact.into()),
+                    sublayers: sublayers.into_iter().map(Into::into).collect(),
+                    phases: phases_to_wire(phases),
+                    boundary: boundary.map(Into::into),
+                    assistants_lost,
+                })
+            }
             Outcome::Forwarded { phases } => Self::Forwarded(pb::Forwarded { phases: phases_to_wire(phases) }),
             Outcome::Surveyed { survey: LayerSurvey { outliers, curves }, phases } => {
                 let curve = |ErrorCurve { tensor, share, errors }: ErrorCurve| pb::ErrorCurve { tensor, share, errors };
@@ -284,6 +287,7 @@ pub fn outcome_from_wire(outcome: pb::report_request::Outcome) -> Result<Result<
                 .map(|kept| Kept { attention: kept.cuts_attention.then_some(kept.attention), channels: kept.channels }),
             phases: phases_from_wire(pruned.phases),
             boundary: pruned.boundary.map(TryInto::try_into).transpose()?,
+            assistants_lost: pruned.assistants_lost,
         }),
         pb::report_request::Outcome::Forwarded(forwarded) => {
             Ok(Outcome::Forwarded { phases: phases_from_wire(forwarded.phases) })

@@ -60,7 +60,7 @@ pub trait Purpose: Send + Sync {
     /// Wraps a record of the scheduler for the journal.
     fn record(&self, record: Record) -> JournalRecord;
     /// What the worker of a lease must be told.
-    fn call(&self, lease: Lease, source: Source, keeps_output: bool) -> UnitCall;
+    fn call(&self, lease: Lease, source: Source, keeps_output: bool, assistants: Vec<String>) -> UnitCall;
     /// What a worker must be told before its first unit; `None` if nothing.
     fn preparation(&self) -> Option<Preparation>;
 }
@@ -152,7 +152,13 @@ impl RollCall {
             self.awaited.remove(&worker);
         }
         if self.is_over() {
-            due.extend(std::mem::take(&mut self.joined).into_values());
+            let last = self.joined.last_key_value().map(|(worker, _)| *worker);
+            for (worker, mut event) in std::mem::take(&mut self.joined) {
+                if let Event::WorkerJoined { more_come, .. } = &mut event {
+                    *more_come = Some(worker) != last;
+                }
+                due.push(event);
+            }
         }
         due
     }
@@ -281,7 +287,8 @@ impl Driver<'_> {
                 self.events.note(RunEvent::WorkerJoined { worker, name });
                 let measured = || self.roster.member(worker).map_or(0, |member| megaflops(member.offer.gflops));
                 let speed = if self.alike { 0 } else { measured() };
-                Some(Event::WorkerJoined { worker, speed })
+                // The roll call knows whether others follow.
+                Some(Event::WorkerJoined { worker, speed, more_come: false })
             }
             Answer::Prepared(_, Err(CallError::Fault(fault))) if fault.class == FaultClass::Reject => {
                 return Err(DriveError::Rejected(fault));
@@ -323,8 +330,9 @@ impl Driver<'_> {
     ) -> Result<(), DriveError> {
         match action {
             Action::Record(record) => self.record(record, purpose.as_ref(), outcomes)?,
-            Action::Start { lease, origin, keeps_output } => {
-                self.start(lease, origin, keeps_output, purpose, calls, answer);
+            Action::Start { lease, origin, keeps_output, assistants } => {
+                let call = self.call(lease, origin, keeps_output, &assistants, purpose.as_ref());
+                self.start(lease, call, calls, answer);
             }
             Action::Discard { boundary } => {
                 let store = Arc::clone(&self.store);
@@ -378,25 +386,31 @@ impl Driver<'_> {
         Ok(())
     }
 
-    fn start(
-        &self,
-        lease: Lease,
-        origin: Origin,
-        keeps_output: bool,
-        purpose: &Arc<dyn Purpose>,
-        calls: &TaskGroup,
-        answer: &mpsc::Sender<Answer>,
-    ) {
+    fn start(&self, lease: Lease, call: Option<UnitCall>, calls: &TaskGroup, answer: &mpsc::Sender<Answer>) {
         // A worker that is not there any more will be reported as lost; its leases go with it.
-        let Some(member) = self.roster.member(lease.worker) else { return };
-        let Some(source) = self.source(lease, origin) else { return };
-        let call = purpose.call(lease, source, keeps_output);
+        let Some((member, call)) = self.roster.member(lease.worker).zip(call) else { return };
         let (run, answer) = (self.run.clone(), answer.clone());
         calls.spawn(async move {
             if let Err(error) = member.client.start(&run, lease, call).await {
                 let _ = answer.send(Answer::NotStarted(lease, error.into_fault())).await;
             }
         });
+    }
+
+    /// What a unit's worker is told; `None` if the holder of its input is gone, which the roster reports.
+    fn call(
+        &self,
+        lease: Lease,
+        origin: Origin,
+        keeps_output: bool,
+        assistants: &[WorkerId],
+        purpose: &dyn Purpose,
+    ) -> Option<UnitCall> {
+        let source = self.source(lease, origin)?;
+        let everyone = self.roster.everyone();
+        let there = assistants.iter().filter_map(|worker| everyone.get(worker));
+        let endpoints = there.map(|member| member.offer.endpoint.clone()).collect();
+        Some(purpose.call(lease, source, keeps_output, endpoints))
     }
 
     /// Turns the scheduler's origin into what a worker can use; `None` if the holder is gone, which the roster reports.
@@ -445,7 +459,12 @@ mod tests {
     use super::*;
 
     fn joined(worker: u64) -> Option<Event> {
-        Some(Event::WorkerJoined { worker: WorkerId(worker), speed: 0 })
+        Some(Event::WorkerJoined { worker: WorkerId(worker), speed: 0, more_come: false })
+    }
+
+    /// With others behind it.
+    fn joined_first(worker: u64) -> Event {
+        Event::WorkerJoined { worker: WorkerId(worker), speed: 0, more_come: true }
     }
 
     #[test]
@@ -457,7 +476,7 @@ mod tests {
         assert_eq!(roll_call.note(Some(WorkerId(1)), joined(1)), []);
         // Its preparation failed.
         let due = roll_call.note(Some(WorkerId(2)), None);
-        assert_eq!(due, [joined(1), joined(3)].into_iter().flatten().collect::<Vec<_>>());
+        assert_eq!(due, Vec::from_iter([joined_first(1)].into_iter().chain(joined(3))));
         assert_eq!(roll_call.note(Some(WorkerId(4)), joined(4)), Vec::from_iter(joined(4)), "the roll call is over");
     }
 

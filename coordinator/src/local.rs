@@ -15,24 +15,10 @@ use crate::fleet::Roster;
 /// How long workers get to end by themselves.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// How many threads workers on one machine compute with. No result depends on it.
-#[derive(Debug, Clone, Copy)]
-pub enum Threads {
-    /// So many in all: workers that compute at the same time.
-    Divided(usize),
-    /// So many each: workers that take turns, as in a chain of layers.
-    Each(usize),
-}
-
-impl Threads {
-    /// Threads of worker `index` of `workers`; those that do not divide evenly go to the first.
-    fn of(self, index: usize, workers: usize) -> usize {
-        match self {
-            Self::Divided(threads) => (threads + workers - 1 - index) / workers,
-            Self::Each(threads) => threads,
-        }
-        .max(1)
-    }
+/// Threads of worker `index` of `workers` that share a machine's; those that do not divide evenly go to the first. No result
+/// depends on it.
+fn threads_of(threads: usize, index: usize, workers: usize) -> usize {
+    ((threads + workers - 1 - index) / workers).max(1)
 }
 
 /// What the workers are started with.
@@ -41,8 +27,8 @@ pub struct Launch {
     pub program: PathBuf,
     /// How many.
     pub workers: usize,
-    /// Their compute threads.
-    pub threads: Threads,
+    /// Their compute threads, in all.
+    pub threads: usize,
     /// Where their logs go, one file each.
     pub logs: PathBuf,
     /// The coordinator they belong to.
@@ -68,7 +54,7 @@ impl LocalWorkers {
         let mut leashes = Vec::new();
         for index in 0..launch.workers {
             let name = format!("local-{index}");
-            let threads = launch.threads.of(index, launch.workers);
+            let threads = threads_of(launch.threads, index, launch.workers);
             let mut child = start_one(&program, &name, threads, launch)?;
             leashes.extend(child.stdin.take());
             let (roster, token) = (roster.clone(), watches.token());
@@ -146,9 +132,8 @@ mod tests {
     #[test]
     fn every_worker_has_a_thread_and_none_is_lost() {
         let shares =
-            |threads: Threads, workers| (0..workers).map(|index| threads.of(index, workers)).collect::<Vec<_>>();
-        assert_eq!(shares(Threads::Divided(5), 3), [2, 2, 1]);
-        assert_eq!(shares(Threads::Divided(2), 3), [1, 1, 1]);
-        assert_eq!(shares(Threads::Each(5), 2), [5, 5]);
+            |threads, workers| (0..workers).map(|index| threads_of(threads, index, workers)).collect::<Vec<_>>();
+        assert_eq!(shares(5, 3), [2, 2, 1]);
+        assert_eq!(shares(2, 3), [1, 1, 1]);
     }
 }

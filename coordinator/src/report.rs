@@ -174,6 +174,9 @@ pub struct Totals {
     pub bytes_moved: u64,
     /// Leases that came to nothing: their unit was leased again.
     pub retries: u64,
+    /// Assistants that were given up on in the middle of a layer; its owner did their part itself.
+    #[serde(default)]
+    pub assistants_lost: u64,
 }
 
 /// Perplexity before and after.
@@ -292,7 +295,8 @@ impl<'a> Facts<'a> {
     fn take_pruning(&mut self, record: &'a Record) {
         self.count_lease(record);
         match record {
-            Record::Committed { lease, outcome: Outcome::Pruned { sublayers, kept, phases, .. } } => {
+            Record::Committed { lease, outcome: Outcome::Pruned { sublayers, kept, phases, assistants_lost, .. } } => {
+                self.totals.assistants_lost += u64::from(*assistants_lost);
                 self.add_phases(phases);
                 if let Unit::Prune(layer) = lease.unit {
                     self.kept.extend(kept.as_ref().map(|kept| (layer.0, kept)));

@@ -522,13 +522,13 @@ impl Purpose for Pruning {
         JournalRecord::Prune(record)
     }
 
-    fn call(&self, lease: Lease, mut source: Source, keeps_output: bool) -> UnitCall {
+    fn call(&self, lease: Lease, mut source: Source, keeps_output: bool, assistants: Vec<String>) -> UnitCall {
         match lease.unit {
             Unit::Prune(layer) => {
                 if self.propagation == Propagation::Dense {
                     source.replay.clear();
                 }
-                UnitCall::Prune { source, pattern: self.patterns[layer.0 as usize], keeps_output }
+                UnitCall::Prune { source, pattern: self.patterns[layer.0 as usize], keeps_output, assistants }
             }
             Unit::Forward(_) | Unit::Evaluate(_) => UnitCall::Forward { source },
         }

@@ -35,13 +35,14 @@ fn utf8(path: &Path) -> &str {
     path.to_str().expect("the repository's path is UTF-8")
 }
 
-fn assert_workers_do_not_matter(model: &str, flags: &[&str]) {
+/// Gives the runs with more than one worker.
+fn assert_workers_do_not_matter(model: &str, flags: &[&str]) -> [Workplace; 2] {
     let run = |workers| {
         pruned(model, &[flags, &["--workers", workers]].concat())
             .unwrap_or_else(|error| panic!("{model}, {flags:?}, {workers} workers: {error:#}"))
     };
     let one = run("1");
-    for workers in ["2", "3"] {
+    ["2", "3"].map(|workers| {
         let many = run(workers);
         // Where layers are independent, whoever is free takes the next one, and one may be free every time.
         if !flags.contains(&"dense") {
@@ -50,21 +51,36 @@ fn assert_workers_do_not_matter(model: &str, flags: &[&str]) {
         }
         same_files(&one.path().join("out"), &many.path().join("out"))
             .unwrap_or_else(|error| panic!("{model}, {flags:?}, 1 against {workers} workers: {error:#}"));
-    }
+        many
+    })
+}
+
+fn totals(workplace: &Workplace) -> Value {
+    report(workplace)["totals"].clone()
+}
+
+fn report(workplace: &Workplace) -> Value {
+    let bytes = fs::read(workplace.path().join("run/report.json")).expect("a finished run has a report");
+    serde_json::from_slice(&bytes).expect("it is JSON")
 }
 
 /// Equal bytes prove nothing of workers of which one did everything. In a chain each prunes the layers that it owns.
 fn all_worked(workplace: &Workplace, workers: &str) -> Result<()> {
-    let report: Value = serde_json::from_slice(&fs::read(workplace.path().join("run/report.json"))?)?;
+    let report = report(workplace);
     let sublayers = report["sublayers"].as_array().context("no sublayers")?;
     let pruned_by: BTreeSet<Option<u64>> = sublayers.iter().map(|sublayer| sublayer["worker"].as_u64()).collect();
     ensure!(pruned_by.len().to_string() == workers, "layers were pruned by {pruned_by:?}");
-    ensure!(report["totals"]["bytes_moved"].as_u64() > Some(0), "no hidden states moved: {}", report["totals"]);
+    let totals = &report["totals"];
+    ensure!(totals["bytes_moved"].as_u64() > Some(0), "no hidden states moved: {totals}");
+    ensure!(totals["assistants_lost"] == 0, "{totals}");
     Ok(())
 }
 
 fn assert_workers_do_not_matter_to_sparsegpt(model: &str, propagation: &str) {
-    assert_workers_do_not_matter(model, &["--method", "sparsegpt", "--propagation", propagation]);
+    let [two, _] = assert_workers_do_not_matter(model, &["--method", "sparsegpt", "--propagation", propagation]);
+    // In a chain, workers that would be idle help.
+    let moved = totals(&two)["bytes_moved"].as_u64();
+    assert!(propagation != "pruned" || moved > Some(1_000_000), "{model}: nobody helped, {moved:?} bytes moved");
 }
 
 #[test]
@@ -124,7 +140,24 @@ fn alps_gives_the_same_bytes_from_1_2_and_3_workers() {
 
 #[test]
 fn espalier_gives_the_same_bytes_from_1_2_and_3_workers() {
-    assert_workers_do_not_matter_to("espalier", &["--pattern", "2:4"]);
+    assert_workers_do_not_matter_to("espalier", &["--pattern", "2:4", "--set", "method.row_block=48"]);
+}
+
+#[test]
+fn espalier_gives_the_same_bytes_from_1_2_and_3_workers_that_share_its_blocks() {
+    assert_workers_do_not_matter_to("espalier", &["--set", "method.row_block=32"]);
+}
+
+#[test]
+fn sparsegpt_gives_the_same_bytes_from_1_2_and_3_workers_in_groups_of_weights() {
+    assert_workers_do_not_matter_to("sparsegpt", &["--pattern", "2:4"]);
+}
+
+#[test]
+fn methods_that_remove_structures_give_the_same_bytes_from_1_2_and_3_workers() {
+    for method in ["slimgpt", "fasp", "spap"] {
+        assert_workers_do_not_matter("llama-tiny", &["--method", method, "--sparsity", "0.3"]);
+    }
 }
 
 #[test]

@@ -81,6 +81,37 @@ fn kill_workers(model: &str, more: &[&str], kills: usize) -> Result<()> {
     same_output(&reference, &workplace)
 }
 
+/// Kills a worker that helps with a layer: its owner goes on under the same lease.
+#[test]
+fn a_killed_assistant_costs_neither_a_byte_nor_a_lease() {
+    let more = ["--propagation", "pruned", "--set", "method.row_block=32"];
+    let reference = undisturbed("llama-tiny", &more).unwrap();
+    let workplace = Workplace::new();
+    let run = workplace.path().join("run");
+    let mut running = workplace.start(prune("llama-tiny", &[&more[..], &["--workers", "3"]].concat())).unwrap();
+    // After a commit, so that nobody joins in the middle.
+    let found = loop {
+        running.wait_until("the lease", || (!commits(&run).is_empty()).then(|| outstanding(&run))?).unwrap();
+        let children = running.children().unwrap();
+        children.iter().try_for_each(|&child| pause(child)).unwrap();
+        let owner = outstanding(&run).and_then(|lease| Some((lease, process_of(&run, &children, lease.worker)?)));
+        let assistant = owner.and_then(|(_, owner)| children.iter().copied().find(|&child| child != owner));
+        if let Some(assistant) = assistant {
+            kill(assistant).unwrap();
+        }
+        let others = children.iter().copied().filter(|&child| Some(child) != assistant);
+        others.into_iter().try_for_each(proceed).unwrap();
+        if let Some((lease, _)) = owner {
+            break lease;
+        }
+    };
+    running.finish(harness::process::PATIENCE).unwrap().success().unwrap();
+    let again = |record: &Record| matches!(record, Record::Leased { lease } if lease.unit == found.unit && lease.attempt > found.attempt);
+    assert!(!schedule(&run).iter().any(again), "{found} was given up, though only an assistant died");
+    each_layer_once(&run).unwrap();
+    same_output(&reference, &workplace).unwrap();
+}
+
 #[test]
 fn a_killed_worker_costs_no_byte_in_pruned_propagation() {
     kill_workers("llama-tiny", &["--propagation", "pruned"], 2).unwrap();

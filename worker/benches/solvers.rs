@@ -212,9 +212,6 @@ fn kernels(weight: &[f32], gram: &[f32], columns: usize) {
     let mut keep = vec![0; weight.len()];
     let half = weight.len() / 2;
     line("select per row", seconds(|| select::keep_largest_per_row(weight, columns, |_| columns / 2, &mut keep)), None);
-    let drop = |first: usize, end: usize| (end - first) * columns / 2;
-    let blocks = || select::keep_largest_per_row_block(weight, columns, 64, drop, &mut keep);
-    line("select per 64 rows", seconds(blocks), None);
     line("select 2:4", seconds(|| select::keep_n_of_m(weight, 2, 4, &mut keep)), None);
     line("select", seconds(|| select::keep_largest(weight, half, &mut keep)), None);
 

@@ -16,20 +16,22 @@ use rayon::prelude::*;
 use crate::apply::as_loaded;
 use crate::artifact::{self, StoredTensor};
 use crate::boundary;
-use crate::calibrate::capture::{Lane, capture_group, finish_layer, forward_layer};
-use crate::calibrate::gram::GramAccumulator;
+use crate::calibrate::capture::{Lane, finish_layer, forward_layer};
+use crate::calibrate::tree::LEAVES;
+use crate::crew::owner::Help;
+use crate::crew::{Crew, gather_leaves};
 use crate::cut_task::cut_layer;
 use crate::holdings::HiddenStates;
 use crate::mask::MaskError;
 use crate::model::DecoderLayer;
 use crate::prune::verify::verify;
-use crate::prune::{GroupSolver, InputStats, Problem, Solution};
+use crate::prune::{InputStats, Problem, Solution};
 use crate::reconstruct::{self, Draft};
 use crate::source::Workplace;
 use crate::unit::{Phases, TaskError};
 
 /// Prunes a layer: leaves its artifact in the store and, in `pruned` propagation, holds its output, which is also left in the
-/// store if `keeps_output`.
+/// store if `keeps_output`. Whoever helps, the result is the same.
 ///
 /// # Errors
 /// See [`TaskError`].
@@ -39,6 +41,7 @@ pub fn prune_layer(
     source: &Source,
     pattern: Pattern,
     keeps_output: bool,
+    help: &Help,
 ) -> Result<Outcome, TaskError> {
     let mut phases = Phases::default();
     let run = place.run;
@@ -49,34 +52,57 @@ pub fn prune_layer(
     let input = place.input(layer, source, &mut phases)?;
     let outline = run.model.decoder.outline(layer)?;
     let loaded = phases.time("load", || run.model.decoder.load_layer(layer))?;
-    let mut lanes = lanes(place, loaded, input);
-    let (stored, reports, kept);
+    let is_last = layer.0 as usize + 1 == run.model.decoder.layers();
+    let is_run = place.is_chain() && !is_last;
+    let mut assistants_lost = 0;
+    let (artifact, reports, kept, output);
     if let Some((solver, structure)) = run.method.solver.structured().zip(run.structure.as_ref()) {
         let pairs = structure.layers.get(layer.0 as usize).ok_or(TaskError::NoStructure { layer })?;
+        let mut lanes = lanes(place, loaded, input);
         let cut = cut_layer(place, &mut lanes, &outline, pairs, solver, pattern, &mut phases)?;
-        (stored, reports, kept) = (cut.stored, cut.reports, Some(cut.kept));
+        (reports, kept) = (cut.reports, Some(cut.kept));
+        artifact = phases.time("store", || artifact::write_layer(&*run.store, layer, &cut.stored))?;
+        let finished = || finish_layer(lanes, place.cache, place.control);
+        output = is_run.then(|| phases.time("forward", finished)).transpose()?.map(|streams| HiddenStates { streams });
     } else {
-        let done = prune_groups(place, &mut lanes, &outline, pattern, &mut phases)?;
+        let alone = Help { lease: help.lease, assistants: Vec::new() };
+        // A reconstruction tunes on all sequences at once.
+        let help = if place.is_chain() && run.method.reconstruct.is_none() { help } else { &alone };
+        let input = with_dense(place, input);
+        let mut crew = Crew::assemble(place, (layer, &outline, loaded), pattern, input, help)?;
+        let done = prune_groups(place, &mut crew, &outline, pattern, &mut phases)?;
+        let stored: Vec<StoredTensor>;
         (stored, reports) = done.into_iter().map(|done| (done.stored, done.report)).unzip();
         kept = None;
+        if is_run {
+            crew.send_off();
+        }
+        artifact = phases.time("store", || artifact::write_layer(&*run.store, layer, &stored))?;
+        assistants_lost = crew.lost();
+        output = if is_run {
+            let (finished, lost) = crew.finish(&mut phases)?;
+            assistants_lost = lost;
+            Some(finished)
+        } else {
+            None
+        };
     }
-    let artifact = phases.time("store", || artifact::write_layer(&*run.store, layer, &stored))?;
-    let is_last = layer.0 as usize + 1 == run.model.decoder.layers();
     let mut boundary = None;
-    if place.is_chain() && !is_last {
-        let output = hold_output(place, layer, lanes, &outline, &mut phases)?;
+    if let Some(output) = output {
+        phases.add("forward", 0.0, place.forward_flops(&outline) * output.streams.len() as f64);
+        place.holdings.hold(&run.id, Boundary(layer.0 + 1), output.clone());
         if keeps_output {
             let kept = || boundary::store(place, Boundary(layer.0 + 1), &output);
             boundary = Some(phases.time("store", kept)?);
         }
     }
-    Ok(Outcome::Pruned { artifact, sublayers: reports, kept, phases: phases.finish(), boundary })
+    Ok(Outcome::Pruned { artifact, sublayers: reports, kept, phases: phases.finish(), boundary, assistants_lost })
 }
 
 /// Prunes group after group; with a reconstruction, tunes each sub-module once its groups are pruned.
 fn prune_groups(
     place: &Workplace<'_>,
-    lanes: &mut [Lane],
+    crew: &mut Crew<'_>,
     outline: &LayerOutline,
     pattern: Pattern,
     phases: &mut Phases,
@@ -84,15 +110,11 @@ fn prune_groups(
     let run = place.run;
     let (mut done, mut gathered, mut draft) = (Vec::new(), Vec::new(), None);
     for (group, members) in outline.groups.iter().enumerate() {
-        let stats = Arc::new(gather(place, lanes, group, members, false, phases)?);
+        let stats = Arc::new(crew.gather(group, phases)?);
         if run.method.reconstruct.is_some() {
-            draft = draft.or_else(|| Draft::begin(group, lanes));
+            draft = draft.or_else(|| Draft::begin(group, crew.alone().lanes()));
         }
-        for pruned in prune_group(place, lanes[0].layer(), group, members, pattern, &stats, phases)? {
-            let weight = as_loaded(&pruned.stored, &run.device)?;
-            lanes[0].layer_mut().set_weight(group, pruned.member, weight);
-            done.push(pruned);
-        }
+        done.extend(prune_group(place, crew, group, members, pattern, &stats, phases)?);
         if draft.is_some() {
             gathered.push(stats);
         }
@@ -102,7 +124,7 @@ fn prune_groups(
                 let outline = &outline.groups[*group][*member];
                 let stats = Arc::clone(&gathered[*group - draft.groups().start]);
                 // With the zeros of a mask, those that the solver left are the ones to keep.
-                let solved = (pattern == Pattern::Imported).then(|| lanes[0].layer().weight(*group, *member).clone());
+                let solved = (pattern == Pattern::Imported).then(|| crew.layer().weight(*group, *member).clone());
                 let check: reconstruct::Check<'_> = Box::new(move |dense, tuned| {
                     let problem =
                         Problem { tensor: &outline.tensor, weight: dense, pattern, imported: solved.as_ref() };
@@ -111,7 +133,7 @@ fn prune_groups(
                 reconstruct::Part { place: (*group, *member), outline, stored, report: Some(report), check }
             });
             let mut parts: Vec<_> = parts.collect();
-            draft.finish(place, &options, lanes, &mut parts, phases)?;
+            draft.finish(place, &options, crew.alone().lanes_mut(), &mut parts, phases)?;
             gathered.clear();
         }
     }
@@ -138,12 +160,17 @@ pub fn run_dense_layer(place: &Workplace<'_>, layer: LayerIndex, source: &Source
 
 /// Lane 0 is the one that is pruned; lane 1, if the solver or a reconstruction asks for it, stays dense beside it.
 fn lanes(place: &Workplace<'_>, layer: Box<dyn DecoderLayer>, input: HiddenStates) -> Vec<Lane> {
-    let mut streams = input.streams;
-    if place.needs_dense() && streams.len() == 1 {
-        streams.push(streams[0].clone());
-    }
+    let streams = with_dense(place, input).streams;
     let copies: Vec<_> = streams.iter().map(|_| layer.share()).collect();
     copies.into_iter().zip(streams).map(|(layer, hidden)| Lane::new(layer, hidden)).collect()
+}
+
+/// The dense stream beside the corrected one, if it is asked for; where they are the same there is but one to begin with.
+fn with_dense(place: &Workplace<'_>, mut input: HiddenStates) -> HiddenStates {
+    if place.needs_dense() && input.streams.len() == 1 {
+        input.streams.push(input.streams[0].clone());
+    }
+    input
 }
 
 /// Brings all sequences before a group and sums up its inputs, the held-out ones apart; `constant` puts a 1 after each input.
@@ -155,51 +182,9 @@ pub(crate) fn gather(
     constant: bool,
     phases: &mut Phases,
 ) -> Result<InputStats, TaskError> {
-    let first = &members[0];
-    let failed = |source| TaskError::Gram { tensor: first.tensor.clone(), source };
-    let sequences = place.run.tokens.sequences();
-    let calibrating = sequences - place.run.job.held_out_samples().min(sequences - 1);
-    let cross = place.needs_cross();
-    let width = first.columns + usize::from(constant);
-    let accumulator = || GramAccumulator::new(width, cross);
-    let (mut gram, mut held_out) = (accumulator(), (calibrating < sequences).then(accumulator));
-    let (mut seen, mut gram_seconds) = (0, 0.0);
-    let watch = Stopwatch::start();
-    capture_group(lanes, group, place.cache, place.control, |mut inputs| {
-        let watch = Stopwatch::start();
-        if constant {
-            inputs.iter_mut().flatten().try_for_each(append_constant)?;
-        }
-        let here = calibrating.saturating_sub(seen).min(inputs[0].len());
-        let dense = inputs.get(1).filter(|_| cross);
-        if here > 0 {
-            gram.add(&inputs[0][..here], dense.map(|dense| &dense[..here])).map_err(failed)?;
-        }
-        if let Some(held_out) = held_out.as_mut().filter(|_| here < inputs[0].len()) {
-            held_out.add(&inputs[0][here..], dense.map(|dense| &dense[here..])).map_err(failed)?;
-        }
-        seen += inputs[0].len();
-        gram_seconds += watch.seconds();
-        Ok(())
-    })?;
-    let forward_seconds = watch.seconds() - gram_seconds;
-    let watch = Stopwatch::start();
-    let flops = gram.flops() + held_out.as_ref().map_or(0.0, GramAccumulator::flops);
-    let mut stats = gram.finish(&place.run.device).map_err(failed)?;
-    if let Some(held_out) = held_out {
-        stats.held_out = Some(Arc::new(held_out.finish(&place.run.device).map_err(failed)?));
-    }
-    phases.add("gram", gram_seconds + watch.seconds(), flops);
-    // What ran to get here is the group before.
-    phases.add("forward", forward_seconds, 0.0);
-    Ok(stats)
-}
-
-/// `[tokens, in]` to `[tokens, in + 1]`, the last column being 1: its weight is a bias.
-fn append_constant(inputs: &mut Tensor) -> Result<(), TaskError> {
-    let ones = Tensor::ones((inputs.dim(0)?, 1), inputs.dtype(), inputs.device())?;
-    *inputs = Tensor::cat(&[&*inputs, &ones], 1)?;
-    Ok(())
+    let forest = gather_leaves(place, lanes, group, members, (0..LEAVES, constant), phases)?;
+    let failed = |source| TaskError::Gram { tensor: members[0].tensor.clone(), source };
+    phases.time("gram", || forest.finish(&place.run.device)).map_err(failed)
 }
 
 /// One sublayer as it will be stored, checked.
@@ -210,95 +195,75 @@ struct Pruned {
     report: SublayerReport,
 }
 
-/// Solves the sublayers of a group in parallel.
+/// Solves the sublayers of a group, puts them into the layer as they will be stored, and checks them.
 fn prune_group(
     place: &Workplace<'_>,
-    layer: &dyn DecoderLayer,
+    crew: &mut Crew<'_>,
     group: usize,
     members: &[SublayerOutline],
     pattern: Pattern,
     stats: &Arc<InputStats>,
     phases: &mut Phases,
 ) -> Result<Vec<Pruned>, TaskError> {
-    let ctx = place.control.solve_ctx();
-    let failed = |tensor: &str| {
-        let tensor = tensor.to_owned();
+    let (ctx, device) = (place.control.solve_ctx(), &place.run.device);
+    let failed = |member: usize| {
+        let tensor = members[member].tensor.clone();
         move |source| TaskError::Solve { tensor, source }
     };
     place.control.set_progress("solve", 0, members.len());
     let watch = Stopwatch::start();
-    let solver = place.run.method.solver.prepare(Arc::clone(stats), &ctx).map_err(failed(&members[0].tensor))?;
-    let solver: &dyn GroupSolver = &*solver;
-    let imported = |sublayer| place.run.mask.as_ref().map(|mask| mask.weight(sublayer, &place.run.device)).transpose();
+    let solver = place.run.method.solver.prepare(Arc::clone(stats), &ctx).map_err(failed(0))?;
+    let imported = |sublayer| place.run.mask.as_ref().map(|mask| mask.weight(sublayer, device)).transpose();
     let imported: Vec<Option<Tensor>> = members.iter().map(imported).collect::<Result<_, MaskError>>()?;
+    let dense: Vec<Tensor> = (0..members.len()).map(|member| crew.layer().weight(group, member).clone()).collect();
     let problem = |member: usize| Problem {
         tensor: &members[member].tensor,
-        weight: layer.weight(group, member),
+        weight: &dense[member],
         pattern,
         imported: imported[member].as_ref(),
     };
-    let solve = |(member, sublayer): (usize, &SublayerOutline)| {
-        let watch = Stopwatch::start();
-        let solution = solver.solve(&problem(member), &ctx).map_err(failed(&sublayer.tensor))?;
-        Ok((solution, watch.seconds()))
-    };
-    let solved: Vec<(Solution, f64)> = members.par_iter().enumerate().map(solve).collect::<Result<_, TaskError>>()?;
+    let problems: Vec<Problem<'_>> = (0..members.len()).map(problem).collect();
+    let solved = crew.solve(group, stats, &*solver, &problems, &ctx);
+    let solved = solved.map_err(|(member, source)| failed(member)(source))?;
+    drop(solver);
     phases.add("solve", watch.seconds(), solved.iter().map(|(solution, _)| solution.flops).sum());
     let watch = Stopwatch::start();
-    let check = |((member, sublayer), (solution, seconds)): ((usize, &SublayerOutline), (Solution, f64))| {
-        check(place, &problem(member), (group, member), sublayer, solution, seconds, stats)
+    let store = |(sublayer, (solution, _)): (&SublayerOutline, &(Solution, f64))| {
+        let (name, dtype, shape) = place.stored_as(sublayer)?;
+        let bytes = cast::kept_bytes_from_f32(dtype, &solution.weight.flatten_all()?.to_vec1::<f32>()?);
+        let stored = StoredTensor { name, dtype, shape, bytes };
+        let weight = as_loaded(&stored, device)?;
+        Ok((stored, weight))
     };
-    let pruned = members.par_iter().enumerate().zip(solved).map(check).collect::<Result<_, TaskError>>();
+    let stored = members.par_iter().zip(&solved).map(store).collect::<Result<Vec<_>, TaskError>>()?;
+    let (stored, weights): (Vec<StoredTensor>, Vec<Tensor>) = stored.into_iter().unzip();
+    // Assistants can go on while this worker checks.
+    crew.apply(group, &weights, || stored.iter().flat_map(|stored| stored.bytes.iter().copied()).collect());
+    let solved = solved.into_iter().zip(stored).zip(&weights);
+    let parts: Vec<Part<'_>> = problems.iter().zip(members).zip(solved).enumerate().collect();
+    let check = |(member, ((problem, sublayer), (((solution, seconds), stored), weight))): Part<'_>| {
+        let verified = verify(problem, stats, weight)
+            .map_err(|source| TaskError::Verify { tensor: sublayer.tensor.clone(), source })?;
+        let report = SublayerReport {
+            tensor: sublayer.tensor.clone(),
+            rel_error: verified.rel_error,
+            held_out_error: verified.held_out_error,
+            zeros: verified.zeros,
+            elements: verified.elements,
+            seconds,
+            iterations: solution.iterations,
+            damping: solution.damping,
+            damping_raised: solution.damping_raised,
+            dead_channels: solution.dead_channels,
+            alpha: solution.alpha,
+            reconstruction: None,
+        };
+        Ok(Pruned { group, member, stored, report })
+    };
+    let pruned = parts.into_par_iter().map(check).collect::<Result<_, TaskError>>();
     phases.add("verify", watch.seconds(), 0.0);
     pruned
 }
 
-/// Casts a solution to the type that is stored, and measures what the cast gives: no solver marks its own work.
-fn check(
-    place: &Workplace<'_>,
-    problem: &Problem<'_>,
-    (group, member): (usize, usize),
-    sublayer: &SublayerOutline,
-    solution: Solution,
-    seconds: f64,
-    stats: &InputStats,
-) -> Result<Pruned, TaskError> {
-    let (name, dtype, shape) = place.stored_as(sublayer)?;
-    let bytes = cast::kept_bytes_from_f32(dtype, &solution.weight.flatten_all()?.to_vec1::<f32>()?);
-    let stored = StoredTensor { name, dtype, shape, bytes };
-    let weight = as_loaded(&stored, &place.run.device)?;
-    let verified = verify(problem, stats, &weight)
-        .map_err(|source| TaskError::Verify { tensor: sublayer.tensor.clone(), source })?;
-    let report = SublayerReport {
-        tensor: sublayer.tensor.clone(),
-        rel_error: verified.rel_error,
-        held_out_error: verified.held_out_error,
-        zeros: verified.zeros,
-        elements: verified.elements,
-        seconds,
-        iterations: solution.iterations,
-        damping: solution.damping,
-        damping_raised: solution.damping_raised,
-        dead_channels: solution.dead_channels,
-        alpha: solution.alpha,
-        reconstruction: None,
-    };
-    Ok(Pruned { group, member, stored, report })
-}
-
-/// Runs what is left of the layer, and holds and returns its output.
-fn hold_output(
-    place: &Workplace<'_>,
-    layer: LayerIndex,
-    lanes: Vec<Lane>,
-    outline: &LayerOutline,
-    phases: &mut Phases,
-) -> Result<HiddenStates, TaskError> {
-    let watch = Stopwatch::start();
-    let flops = place.forward_flops(outline) * lanes.len() as f64;
-    let streams = finish_layer(lanes, place.cache, place.control)?;
-    phases.add("forward", watch.seconds(), flops);
-    let output = HiddenStates { streams };
-    place.holdings.hold(&place.run.id, Boundary(layer.0 + 1), output.clone());
-    Ok(output)
-}
+/// A member of a group: its problem and outline, its solution with the seconds it took, and what is stored of it.
+type Part<'a> = (usize, ((&'a Problem<'a>, &'a SublayerOutline), (((Solution, f64), StoredTensor), &'a Tensor)));

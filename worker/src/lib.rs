@@ -1,7 +1,7 @@
 //! Espalier's worker.
 //!
 //! In reading order: [`serve`] is a worker's life, [`server`] what the coordinator calls, [`session`] what was asked for and
-//! under which lease, [`layer_task`] how a layer is pruned; [`source`] and [`calibrate`] bring the inputs, [`model`] the
+//! under which lease, [`layer_task`] how a layer is pruned, and [`crew`] how several workers share one; [`source`] and [`calibrate`] bring the inputs, [`model`] the
 //! layers, [`prune`] the methods; [`transport`] moves hidden states between workers.
 
 pub mod apply;
@@ -10,6 +10,7 @@ pub mod boundary;
 pub mod calibrate;
 pub mod cli;
 pub mod config;
+pub mod crew;
 pub mod cut_task;
 pub mod device;
 pub mod evaluation;

@@ -1,11 +1,12 @@
 //! The worker's services: decoding, a call into the session, encoding.
 
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use espalier_common::fault::Fault;
-use espalier_common::ids::{Boundary, Unit};
+use espalier_common::ids::{Boundary, Lease, Unit};
 use espalier_common::pattern::Pattern;
 use espalier_common::tasks::TaskGroup;
 use espalier_common::wire::{WireError, lease_from_wire, run_from_wire};
@@ -13,16 +14,34 @@ use espalier_gate::settings::advertised;
 use espalier_gate::{Entrance, GateError, Guard};
 use espalier_proto::v1 as pb;
 use espalier_proto::v1::activations_server::ActivationsServer;
+use espalier_proto::v1::assistance_server::{Assistance, AssistanceServer};
+use espalier_proto::v1::head::Matter;
 use espalier_proto::v1::worker_server::{Worker, WorkerServer};
 use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
+use crate::calibrate::tree::LEAVES;
+use crate::crew::LayerSizes;
+use crate::crew::assistant::OwnerLine;
 use crate::evaluation::Evaluation;
 use crate::run::{self, Run, RunError};
 use crate::session::{Session, SessionError, Work};
-use crate::transport::grpc::{ActivationService, HTTP2_WINDOW_BYTES, MESSAGE_LIMIT_BYTES};
+use crate::transport::grpc::{ActivationService, HTTP2_WINDOW_BYTES, Line, MESSAGE_LIMIT_BYTES};
+
+/// An owner that says nothing for so long after its call has gone.
+const INACTIVITY: Duration = Duration::from_secs(30);
+
+/// Letters from an owner that wait to be acted on, and letters to it that wait to be sent. A full queue holds its sender back.
+const ORDERS: usize = 4;
+const ANSWERS: usize = 8;
+
+/// Parcels that wait for the network.
+const PARCELS: usize = 4;
 
 /// Why the services cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -90,7 +109,8 @@ impl Listener {
         token: CancellationToken,
     ) -> Result<(), ServerError> {
         let connections = self.entrance.open(self.listener, &tasks);
-        let activations = ActivationService::new(session.holdings().clone(), tasks);
+        let activations = ActivationService::new(session.holdings().clone(), tasks.clone());
+        let assistance = AssistanceService { session: Arc::clone(&session), tasks };
         Server::builder()
             .initial_stream_window_size(HTTP2_WINDOW_BYTES)
             .initial_connection_window_size(HTTP2_WINDOW_BYTES)
@@ -98,11 +118,69 @@ impl Listener {
             .http2_keepalive_timeout(Some(Duration::from_secs(10)))
             .layer(Guard::new(self.entrance.tokens))
             .add_service(WorkerServer::new(WorkerService { session }).max_decoding_message_size(MESSAGE_LIMIT_BYTES))
+            .add_service(AssistanceServer::new(assistance).max_decoding_message_size(MESSAGE_LIMIT_BYTES))
             .add_service(ActivationsServer::new(activations).max_decoding_message_size(MESSAGE_LIMIT_BYTES))
             .serve_with_incoming_shutdown(connections, token.cancelled_owned())
             .await
             .map_err(ServerError::Serve)
     }
+}
+
+/// What the owner of a layer calls on an assistant.
+struct AssistanceService {
+    session: Arc<Session>,
+    tasks: TaskGroup,
+}
+
+#[tonic::async_trait]
+impl Assistance for AssistanceService {
+    type AssistStream = Pin<Box<dyn Stream<Item = Result<pb::Parcel, Status>> + Send>>;
+
+    async fn assist(&self, request: Request<Streaming<pb::Parcel>>) -> Result<Response<Self::AssistStream>, Status> {
+        let mut parcels = request.into_inner();
+        let first = tokio::time::timeout(INACTIVITY, parcels.message()).await;
+        let first = first.map_err(|_| Status::deadline_exceeded("the owner is silent"))??;
+        let Some(pb::parcel::Content::Begin(begin)) = first.and_then(|parcel| parcel.content) else {
+            return Err(Status::invalid_argument("the first message must begin with a lease"));
+        };
+        let lease = begin.lease.ok_or(WireError::Missing("lease")).and_then(lease_from_wire);
+        let (run, lease) = lease.map_err(|error| malformed(&error))?;
+        let leaves = begin.first_leaf as usize..begin.end_leaf as usize;
+        if leaves.is_empty() || leaves.end > LEAVES {
+            return Err(Status::invalid_argument(format!("there are no leaves {leaves:?}")));
+        }
+        let session = Arc::clone(&self.session);
+        let begun = blocking(move || {
+            let mut answered = None;
+            let control = session.assist(&run, (lease, leaves), |sizes| {
+                let (line, owner) = owner_line(lease, sizes);
+                answered = Some(line);
+                owner
+            })?;
+            Ok::<_, SessionError>((control, answered.expect("a session that assists has asked for its line")))
+        });
+        let (control, line) = begun.await?.map_err(|error| Status::unavailable(error.to_string()))?;
+        let (out, queue) = mpsc::channel(PARCELS);
+        let token = self.tasks.token();
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = line.answer(parcels, out) => {}
+                () = control.token().cancelled() => {}
+                () = token.cancelled() => {}
+            }
+            control.cancel();
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(queue).map(Ok))))
+    }
+}
+
+/// A line to an owner: the network's end, and the session's.
+fn owner_line(lease: Lease, sizes: LayerSizes) -> (Line<impl Fn(&Matter) -> Option<u64>>, OwnerLine) {
+    let (answers, letters) = mpsc::channel(ANSWERS);
+    let (received, orders) = mpsc::channel(ORDERS);
+    let endpoint = format!("the owner of {lease}");
+    let size_of = move |matter: &Matter| sizes.of_order(matter);
+    (Line { endpoint, number: 0, size_of, letters, received }, OwnerLine { orders, answers })
 }
 
 /// What the coordinator calls.
@@ -179,13 +257,13 @@ impl Worker for WorkerService {
 
     async fn prune_layer(&self, request: Request<pb::PruneLayerRequest>) -> Result<Response<pb::Started>, Status> {
         let request = request.into_inner();
-        let (source, keeps_output) = (source(request.source)?, request.keep_output);
+        let (source, keeps_output, assistants) = (source(request.source)?, request.keep_output, request.assistants);
         let pattern = match Run::layer_pattern(&request.pattern_json) {
             Ok(pattern) => pattern,
             Err(error) => return Ok(started(Err(error.into()))),
         };
         self.start(request.lease, |unit| match unit {
-            Unit::Prune(layer) => Ok(Work::Prune(layer, source, pattern, keeps_output)),
+            Unit::Prune(layer) => Ok(Work::Prune { layer, source, pattern, keeps_output, assistants }),
             other => Err(wrong_kind(other)),
         })
     }

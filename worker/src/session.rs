@@ -1,6 +1,7 @@
 //! What this worker is doing: attached to one run at a time, with the units that it was given, each under its lease.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use candle_core::Device;
 use espalier_common::fault::{Fault, FaultClass};
 use espalier_common::ids::{Boundary, LayerIndex, Lease, RunId, Unit};
+use espalier_common::job::Propagation;
 use espalier_common::pattern::Pattern;
 use espalier_common::report::{Artifact, Outcome};
 use espalier_common::wire::Source;
@@ -16,6 +18,9 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use crate::calibrate::cache::ActivationCache;
+use crate::crew::LayerSizes;
+use crate::crew::assistant::{OwnerLine, assist};
+use crate::crew::owner::Help;
 use crate::device::{DeviceError, DeviceThread};
 use crate::evaluation::{Evaluation, evaluate};
 use crate::holdings::Holdings;
@@ -31,8 +36,19 @@ use crate::unit::{Progress, TaskError, UnitControl};
 pub enum Work {
     /// Run a dense layer.
     Forward(LayerIndex, Source),
-    /// Prune a layer; if the last is true, its output is also left in the store.
-    Prune(LayerIndex, Source, Pattern, bool),
+    /// Prune a layer.
+    Prune {
+        /// Which.
+        layer: LayerIndex,
+        /// Its input.
+        source: Source,
+        /// What its matrices must become.
+        pattern: Pattern,
+        /// Whether its output is also left in the store.
+        keeps_output: bool,
+        /// Endpoints of workers that may help.
+        assistants: Vec<String>,
+    },
     /// Run a dense layer and look at it, with error curves at these sparsities.
     Survey(LayerIndex, Source, Vec<f64>),
     /// Prune roughly to these patterns, one a layer, and evaluate.
@@ -72,6 +88,15 @@ pub enum SessionError {
     /// See the device.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// It cannot be assisted with.
+    #[error(transparent)]
+    Assist(Box<TaskError>),
+}
+
+impl From<TaskError> for SessionError {
+    fn from(error: TaskError) -> Self {
+        Self::Assist(Box::new(error))
+    }
 }
 
 impl From<RunError> for SessionError {
@@ -87,6 +112,7 @@ impl SessionError {
             Self::NotPrepared { .. } => FaultClass::RetryHere,
             Self::Draining => FaultClass::RetryElsewhere,
             Self::Run(error) => error.class(),
+            Self::Assist(error) => error.class(),
             Self::Device(DeviceError::Busy) => FaultClass::RetryHere,
             Self::Device(_) => FaultClass::RetryElsewhere,
         };
@@ -110,6 +136,8 @@ struct Given {
 
 struct State {
     attachment: Attachment,
+    /// The layer of another worker that this one helps with, or did last.
+    assistance: Option<Arc<UnitControl>>,
     /// Newest lease of each unit. Ended ones stay until their run goes: starting them again must change nothing.
     units: BTreeMap<(RunId, Unit), Given>,
 }
@@ -152,7 +180,7 @@ impl Session {
         runtime: Handle,
         peers: Dialer,
     ) -> Arc<Self> {
-        let state = State { attachment: Attachment::Nothing, units: BTreeMap::new() };
+        let state = State { attachment: Attachment::Nothing, assistance: None, units: BTreeMap::new() };
         Arc::new(Self {
             device,
             cache,
@@ -202,6 +230,9 @@ impl Session {
             }
             stays
         });
+        if let Some(assistance) = state.assistance.take() {
+            assistance.cancel();
+        }
         self.holdings.keep_only(&run);
         state.attachment = Attachment::Prepared(opened);
         tracing::info!(%run, "attached");
@@ -235,6 +266,10 @@ impl Session {
         let (session, unit_run, unit_control) = (Arc::clone(self), run.clone(), Arc::clone(&control));
         let job = move |device: &Device| session.carry_out(unit_run, lease, attached, &work, &unit_control, device);
         self.device.submit(Box::new(job))?;
+        // Whoever gives this worker a unit has no further use for its help.
+        if let Some(assistance) = state.assistance.take() {
+            assistance.cancel();
+        }
         state.units.insert(key, Given { lease, control, ended: false });
         tracing::info!(%run, %lease, "started");
         Ok(())
@@ -250,7 +285,7 @@ impl Session {
         control: &UnitControl,
         device: &Device,
     ) {
-        let done = || self.execute(attached.as_deref(), work, control, device);
+        let done = || self.execute(attached.as_deref(), lease, work, control, device);
         let result = if control.is_cancelled() {
             Err(TaskError::Cancelled.fault())
         } else {
@@ -280,11 +315,27 @@ impl Session {
     fn execute(
         &self,
         run: Option<&Run>,
+        lease: Lease,
         work: &Work,
         control: &UnitControl,
         device: &Device,
     ) -> Result<Outcome, TaskError> {
-        let place = run.map(|run| Workplace {
+        let is_survey = matches!(work, Work::Survey(..) | Work::Try(_));
+        let place = run.map(|run| self.place(run, control, is_survey)).ok_or(TaskError::Cancelled);
+        match work {
+            Work::Evaluate(evaluation) => evaluate(evaluation, device, control),
+            Work::Forward(layer, source) => run_dense_layer(&place?, *layer, source),
+            Work::Survey(layer, source, sparsities) => survey_layer(&place?, *layer, source, sparsities),
+            Work::Try(patterns) => try_patterns(&place?, patterns),
+            Work::Prune { layer, source, pattern, keeps_output, assistants } => {
+                let help = Help { lease, assistants: assistants.clone() };
+                prune_layer(&place?, *layer, source, *pattern, *keeps_output, &help)
+            }
+        }
+    }
+
+    fn place<'a>(&'a self, run: &'a Run, control: &'a UnitControl, is_survey: bool) -> Workplace<'a> {
+        Workplace {
             run,
             control,
             cache: &self.cache,
@@ -292,18 +343,49 @@ impl Session {
             runtime: &self.runtime,
             peers: &self.peers,
             bytes_received: &self.bytes_received,
-            is_survey: matches!(work, Work::Survey(..) | Work::Try(_)),
-        });
-        let place = place.ok_or(TaskError::Cancelled);
-        match work {
-            Work::Evaluate(evaluation) => evaluate(evaluation, device, control),
-            Work::Forward(layer, source) => run_dense_layer(&place?, *layer, source),
-            Work::Survey(layer, source, sparsities) => survey_layer(&place?, *layer, source, sparsities),
-            Work::Try(patterns) => try_patterns(&place?, patterns),
-            Work::Prune(layer, source, pattern, keeps_output) => {
-                prune_layer(&place?, *layer, source, *pattern, *keeps_output)
-            }
+            is_survey,
         }
+    }
+
+    /// Assists the owner of a lease with its layer, until it hangs up, or this worker gets work of its own. Returns what is
+    /// cancelled when the owner is gone. Blocking: reads headers.
+    ///
+    /// # Errors
+    /// `NotPrepared`, `Draining`, `NotShared`, `Device`.
+    pub fn assist(
+        self: &Arc<Self>,
+        run: &RunId,
+        (lease, leaves): (Lease, Range<usize>),
+        line: impl FnOnce(LayerSizes) -> OwnerLine,
+    ) -> Result<Arc<UnitControl>, SessionError> {
+        let attached = match &self.state().attachment {
+            Attachment::Draining => return Err(SessionError::Draining),
+            Attachment::Prepared(attached) if attached.id == *run => Arc::clone(attached),
+            _ => return Err(SessionError::NotPrepared { run: run.clone() }),
+        };
+        let is_chain = attached.job.propagation.mode == Propagation::Pruned;
+        let (Unit::Prune(layer), true) = (lease.unit, is_chain && attached.method.reconstruct.is_none()) else {
+            return Err(TaskError::NotShared.into());
+        };
+        let line = line(LayerSizes::new(&attached, layer, leaves.clone())?);
+        let control = Arc::new(UnitControl::default());
+        let (session, unit_control) = (Arc::clone(self), Arc::clone(&control));
+        let job = move |_: &Device| {
+            let place = session.place(&attached, &unit_control, false);
+            if catch_unwind(AssertUnwindSafe(|| assist(&place, layer, leaves, line))).is_err() {
+                tracing::error!(%lease, "assistance panicked");
+            }
+        };
+        let mut state = self.state();
+        if state.units.values().any(|given| !given.ended && !given.control.is_cancelled()) {
+            return Err(DeviceError::Busy.into());
+        }
+        self.device.submit(Box::new(job))?;
+        if let Some(former) = state.assistance.replace(Arc::clone(&control)) {
+            former.cancel();
+        }
+        tracing::info!(%run, %lease, "assisting");
+        Ok(control)
     }
 
     /// Stops a unit, if it still runs under that lease. Its end is not reported.
@@ -315,9 +397,10 @@ impl Session {
 
     /// Stops all units: the coordinator has given up on their leases.
     pub fn abandon_all(&self) {
-        for given in self.state().units.values() {
-            given.control.cancel();
-        }
+        let mut state = self.state();
+        let assistance = state.assistance.take();
+        let units = state.units.values().map(|given| &given.control);
+        units.chain(&assistance).for_each(|control| control.cancel());
     }
 
     /// Drops hidden states; with no boundary named, everything of the run.
@@ -336,6 +419,9 @@ impl Session {
         });
         if matches!(&state.attachment, Attachment::Prepared(prepared) if prepared.id == *run) {
             state.attachment = Attachment::Nothing;
+            if let Some(assistance) = state.assistance.take() {
+                assistance.cancel();
+            }
         }
         self.holdings.release(run, |_| true);
     }

@@ -14,6 +14,7 @@ use espalier_common::tasks::TaskGroup;
 use espalier_common::wire::{Source, SourceFrom};
 use serde_json::json;
 use tempfile::TempDir;
+use tokio::io::AsyncReadExt as _;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
@@ -25,6 +26,10 @@ use crate::session::{Session, SessionError, UnitReport, Work};
 
 const HALF: Pattern = Pattern::Unstructured { sparsity: 0.5 };
 const LAYERS: u32 = 4;
+
+fn prune(layer: LayerIndex, source: Source) -> Work {
+    Work::Prune { layer, source, pattern: HALF, keeps_output: false, assistants: Vec::new() }
+}
 
 fn model(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/tiny").join(name)
@@ -114,7 +119,7 @@ impl TestWorker {
 
     async fn prune(&mut self, run: &TestRun, layer: u32, source: Source) -> (Artifact, Vec<SublayerReport>) {
         let layer = LayerIndex(layer);
-        match self.outcome(run, Unit::Prune(layer), Work::Prune(layer, source, HALF, false)).await {
+        match self.outcome(run, Unit::Prune(layer), prune(layer, source)).await {
             Outcome::Pruned { artifact, sublayers, .. } => (artifact, sublayers),
             other => panic!("{other:?}"),
         }
@@ -283,11 +288,11 @@ async fn a_lease_is_carried_out_once_and_a_newer_one_replaces_it() {
     let run = TestRun::new("llama-tiny", "magnitude", "pruned");
     let mut worker = TestWorker::prepared(&run, u64::MAX);
     let unit = Unit::Prune(LayerIndex(0));
-    let work = Work::Prune(LayerIndex(0), embedded(&[]), HALF, false);
+    let work = prune(LayerIndex(0), embedded(&[]));
     let (first, second) = (worker.lease(unit), worker.lease(unit));
     // The device is kept busy, so that the first lease cannot end before the second comes.
     let other = worker.lease(Unit::Prune(LayerIndex(1)));
-    worker.session.start(&run.id, other, Work::Prune(LayerIndex(1), embedded(&[]), HALF, false)).unwrap();
+    worker.session.start(&run.id, other, prune(LayerIndex(1), embedded(&[]))).unwrap();
     for lease in [first, first, second, first, second] {
         worker.session.start(&run.id, lease, work.clone()).unwrap();
     }
@@ -311,15 +316,15 @@ async fn abandoned_units_say_nothing_and_others_go_on() {
     let run = TestRun::new("llama-tiny", "sparsegpt", "pruned");
     let mut worker = TestWorker::prepared(&run, u64::MAX);
     let abandoned = worker.lease(Unit::Prune(LayerIndex(0)));
-    worker.session.start(&run.id, abandoned, Work::Prune(LayerIndex(0), embedded(&[]), HALF, false)).unwrap();
+    worker.session.start(&run.id, abandoned, prune(LayerIndex(0), embedded(&[]))).unwrap();
     worker.session.abandon(&run.id, abandoned);
     let missing = worker.lease(Unit::Prune(LayerIndex(2)));
-    worker.session.start(&run.id, missing, Work::Prune(LayerIndex(2), held(2), HALF, false)).unwrap();
+    worker.session.start(&run.id, missing, prune(LayerIndex(2), held(2))).unwrap();
     let report = worker.report().await;
     assert_eq!((report.lease, report.result.unwrap_err().class), (missing, FaultClass::RetryElsewhere));
     worker.session.drain();
     let late = worker.lease(Unit::Prune(LayerIndex(0)));
-    let refused = worker.session.start(&run.id, late, Work::Prune(LayerIndex(0), embedded(&[]), HALF, false));
+    let refused = worker.session.start(&run.id, late, prune(LayerIndex(0), embedded(&[])));
     assert!(matches!(refused, Err(SessionError::Draining)));
 }
 
@@ -328,7 +333,7 @@ async fn preparing_is_idempotent_and_checks_what_it_is_given() {
     let run = TestRun::new("llama-tiny", "wanda", "pruned");
     let worker = TestWorker::idle(u64::MAX);
     let lease = Lease { unit: Unit::Prune(LayerIndex(0)), worker: WorkerId(1), attempt: Attempt(1) };
-    let early = worker.session.start(&run.id, lease, Work::Prune(LayerIndex(0), embedded(&[]), HALF, false));
+    let early = worker.session.start(&run.id, lease, prune(LayerIndex(0), embedded(&[])));
     assert!(matches!(early, Err(SessionError::NotPrepared { .. })));
     let prepare = |job: &str, tokens: &Artifact| {
         worker.session.prepare(run.id.clone(), job.to_owned(), &run.url(), tokens).map_err(|error| error.fault())
@@ -366,4 +371,122 @@ async fn windows_are_evaluated_in_the_order_asked_for_without_a_run() {
     let lease = worker.lease(Unit::Evaluate(2));
     worker.session.start(&run.id, lease, evaluation(&[5])).unwrap();
     assert!(worker.report().await.result.unwrap_err().message.contains("window 5"));
+}
+
+/// A worker that others can call, and where.
+fn served(run: &TestRun, tasks: &TaskGroup) -> (TestWorker, String) {
+    let worker = TestWorker::prepared(run, 1 << 20);
+    let listener = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let (endpoint, session, group) = (listener.endpoint(), Arc::clone(&worker.session), tasks.clone());
+    tasks.spawn(async move { listener.serve(session, group.clone(), group.token()).await.unwrap() });
+    (worker, endpoint)
+}
+
+impl TestWorker {
+    /// Prunes two layers of a chain with these assistants: what comes of them, and how many were given up on.
+    async fn with_assistants(&mut self, run: &TestRun, assistants: &[String]) -> (Vec<Artifact>, u32) {
+        let (mut artifacts, mut lost) = (Vec::new(), 0);
+        for layer in (0..2).map(LayerIndex) {
+            let source = if layer.0 == 0 { embedded(&[]) } else { held(layer.0) };
+            let assistants = assistants.to_vec();
+            let work = Work::Prune { layer, source, pattern: HALF, keeps_output: false, assistants };
+            match self.outcome(run, Unit::Prune(layer), work).await {
+                Outcome::Pruned { artifact, assistants_lost, .. } => {
+                    artifacts.push(artifact);
+                    lost += assistants_lost;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        (artifacts, lost)
+    }
+}
+
+/// A run whose blocks are small enough that there are some to share.
+fn in_small_blocks(name: &str, method: &str) -> TestRun {
+    let run = TestRun::new(name, method, "pruned");
+    let job = run.job.replace("\"name\":\"espalier\"", "\"name\":\"espalier\",\"row_block\":16");
+    TestRun { job, ..run }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn assistants_change_no_byte_whatever_the_method() {
+    let methods = ["espalier", "sparsegpt", "alps", "fista", "wanda", "magnitude"];
+    for (method, name) in methods.into_iter().zip(["llama-tiny", "opt-tiny", "qwen2-tiny"].into_iter().cycle()) {
+        let (run, tasks) = (in_small_blocks(name, method), TaskGroup::new());
+        let alone = TestWorker::prepared(&run, u64::MAX).with_assistants(&run, &[]).await;
+        let helpers: Vec<_> = (0..3).map(|_| served(&run, &tasks)).collect();
+        let endpoints: Vec<String> = helpers.iter().map(|(_, endpoint)| endpoint.clone()).collect();
+        for count in 1..=3 {
+            let mut owner = TestWorker::prepared(&run, 1 << 20);
+            assert_eq!(owner.with_assistants(&run, &endpoints[..count]).await, alone, "{name}, {method}, {count}");
+            assert!(owner.session.bytes_received() > 0, "nobody helped with {method}");
+        }
+        assert!(tasks.shut_down(Duration::from_secs(5)).await);
+    }
+}
+
+/// Hands on what is said at `endpoint`, and hangs up once so many bytes came back from there.
+async fn cut_off(tasks: &TaskGroup, endpoint: &str, after: u64) -> String {
+    let target = endpoint.strip_prefix("http://").unwrap().to_owned();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let group = tasks.clone();
+    tasks.spawn(async move {
+        let token = group.token();
+        while let Some(Ok((near, _))) = token.run_until_cancelled(listener.accept()).await {
+            let far = tokio::net::TcpStream::connect(&target).await.unwrap();
+            group.spawn(async move {
+                let ((mut near_read, mut near_write), (far_read, mut far_write)) =
+                    (near.into_split(), far.into_split());
+                let mut back = far_read.take(after);
+                tokio::select! {
+                    _ = tokio::io::copy(&mut near_read, &mut far_write) => {}
+                    _ = tokio::io::copy(&mut back, &mut near_write) => {}
+                }
+            });
+        }
+    });
+    format!("http://{address}")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_assistant_that_is_gone_costs_nothing_whenever_it_goes() {
+    let (run, tasks) = (in_small_blocks("llama-tiny", "espalier"), TaskGroup::new());
+    let (alone, none) = TestWorker::prepared(&run, u64::MAX).with_assistants(&run, &[]).await;
+    assert_eq!(none, 0);
+    let (helper, endpoint) = served(&run, &tasks);
+    // From before its first word to after its last: in the middle of sums, of solved blocks, of the output.
+    let mut lost = Vec::new();
+    for after in [0, 100, 5_000, 30_000, 100_000, 200_000, 300_000, 400_000, 1 << 30] {
+        let endpoint = cut_off(&tasks, &endpoint, after).await;
+        let (artifacts, given_up) =
+            TestWorker::prepared(&run, u64::MAX).with_assistants(&run, std::slice::from_ref(&endpoint)).await;
+        assert_eq!(artifacts, alone, "cut off after {after} bytes");
+        lost.push(given_up);
+    }
+    assert_eq!((lost[0], lost[1], *lost.last().unwrap()), (2, 2, 0), "{lost:?}");
+    assert!(lost.iter().filter(|&&lost| lost > 0).count() > 3, "{lost:?}");
+    // Nobody there, and somebody who is prepared for nothing.
+    let stranger = TestWorker::idle(u64::MAX);
+    let listener = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let (unprepared, session, group) = (listener.endpoint(), Arc::clone(&stranger.session), tasks.clone());
+    tasks.spawn(async move { listener.serve(session, group.clone(), group.token()).await.unwrap() });
+    let useless = ["http://127.0.0.1:1".to_owned(), unprepared, endpoint];
+    let (artifacts, given_up) = TestWorker::prepared(&run, u64::MAX).with_assistants(&run, &useless).await;
+    assert_eq!((artifacts, given_up), (alone, 4));
+    drop(helper);
+    assert!(tasks.shut_down(Duration::from_secs(5)).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_unit_of_its_own_ends_an_assistance() {
+    let (run, tasks) = (in_small_blocks("llama-tiny", "espalier"), TaskGroup::new());
+    let (alone, _) = TestWorker::prepared(&run, u64::MAX).with_assistants(&run, &[]).await;
+    let (mut helper, endpoint) = served(&run, &tasks);
+    let mut owner = TestWorker::prepared(&run, u64::MAX);
+    let assistants = [endpoint];
+    let (shared, own) = tokio::join!(owner.with_assistants(&run, &assistants), helper.prune(&run, 0, embedded(&[])));
+    assert_eq!((&shared.0, &own.0), (&alone, &alone[0]));
+    assert!(tasks.shut_down(Duration::from_secs(5)).await);
 }

@@ -46,6 +46,11 @@ pub struct Workplace<'a> {
 }
 
 impl Workplace<'_> {
+    /// Counts bytes that came from a peer.
+    pub fn received(&self, bytes: u64) {
+        self.bytes_received.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     /// Whether layers are calibrated on what their pruned predecessors give.
     pub fn is_chain(&self) -> bool {
         !self.is_survey && self.run.job.propagation.mode == Propagation::Pruned
@@ -135,7 +140,7 @@ impl Workplace<'_> {
         let watch = Stopwatch::start();
         let fetched = self.runtime.block_on(fetch(&remote, self.peers, expected, self.cache, self.control.token()))?;
         let (seconds, bytes) = (watch.seconds(), expected.bytes());
-        self.bytes_received.fetch_add(bytes, Ordering::Relaxed);
+        self.received(bytes);
         phases.add("fetch", seconds, 0.0);
         let gigabytes_per_second = bytes as f64 / 1e9 / seconds;
         tracing::debug!(%boundary, endpoint, bytes, seconds, gigabytes_per_second, "hidden states fetched");

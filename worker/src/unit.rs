@@ -190,6 +190,15 @@ pub enum TaskError {
     /// The tensor library failed.
     #[error("tensor backend failed")]
     Backend(#[from] candle_core::Error),
+    /// The owner of a shared layer said something that may not come then.
+    #[error("{what} came out of turn")]
+    OutOfTurn {
+        /// What it was, or should have been.
+        what: &'static str,
+    },
+    /// A layer that cannot be shared: its job does not chain layers, or tunes them as a whole.
+    #[error("layers of this job are not shared")]
+    NotShared,
     /// The unit was abandoned.
     #[error("cancelled")]
     Cancelled,
@@ -228,6 +237,8 @@ impl TaskError {
             Self::Mask(error) => error.class(),
             Self::NotHeld { .. } | Self::Backend(_) | Self::Cancelled => FaultClass::RetryElsewhere,
             Self::NoStructure { .. }
+            | Self::OutOfTurn { .. }
+            | Self::NotShared
             | Self::NoBlocks(_)
             | Self::PlanLength { .. }
             | Self::WrongSource { .. }

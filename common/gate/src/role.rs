@@ -58,7 +58,7 @@ impl FromStr for Role {
 }
 
 /// Every method of every service, and the roles that may call it. What is not here may be called by nobody.
-const METHODS: [(&str, &[Role]); 18] = [
+const METHODS: [(&str, &[Role]); 19] = [
     ("/espalier.v1.Coordinator/Register", &[Role::Worker]),
     ("/espalier.v1.Coordinator/Heartbeat", &[Role::Worker]),
     ("/espalier.v1.Coordinator/Report", &[Role::Worker]),
@@ -77,6 +77,7 @@ const METHODS: [(&str, &[Role]); 18] = [
     ("/espalier.v1.Worker/Abandon", &[Role::Coordinator]),
     ("/espalier.v1.Worker/Release", &[Role::Coordinator]),
     ("/espalier.v1.Activations/Fetch", &[Role::Worker, Role::Coordinator]),
+    ("/espalier.v1.Assistance/Assist", &[Role::Worker, Role::Coordinator]),
 ];
 
 /// The roles that may call a method, by its path; nothing for a method that is not ours.
@@ -137,7 +138,10 @@ mod tests {
         };
         assert_eq!(allowed(Role::Viewer), BTreeSet::from(["Watch", "Status"]));
         assert_eq!(allowed(Role::Submitter), BTreeSet::from(["Watch", "Status", "Submit", "Cancel"]));
-        assert_eq!(allowed(Role::Worker), BTreeSet::from(["Register", "Heartbeat", "Report", "Leave", "Fetch"]));
+        assert_eq!(
+            allowed(Role::Worker),
+            BTreeSet::from(["Register", "Heartbeat", "Report", "Leave", "Fetch", "Assist"])
+        );
         assert!(allowed(Role::Coordinator).contains("PruneLayer") && !allowed(Role::Coordinator).contains("Submit"));
         assert!(!may(&Roles::new(), &Role::ALL));
     }

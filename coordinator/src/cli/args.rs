@@ -264,7 +264,7 @@ pub(crate) struct LocalArgs {
     /// Worker processes on this machine.
     #[arg(long, default_value_t = 1, value_parser = positive)]
     pub(crate) workers: usize,
-    /// Compute threads at any moment: divided among workers that compute at once [default: as many as the machine has].
+    /// Compute threads, divided among the workers [default: as many as the machine has].
     #[arg(long, value_parser = positive)]
     pub(crate) threads: Option<usize>,
 }

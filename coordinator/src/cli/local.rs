@@ -17,7 +17,7 @@ use crate::config::CoordinatorConfig;
 use crate::error::RunError;
 use crate::events::{EventLog, RunEvent};
 use crate::fleet::Roster;
-use crate::local::{Launch, LocalWorkers, Threads};
+use crate::local::{Launch, LocalWorkers};
 use crate::rpc::service::Service;
 use crate::run::Setting;
 use crate::schedule::Limits;
@@ -74,12 +74,10 @@ async fn signal() {
     }
 }
 
-/// Starts a service and workers, does `work` with them, and ends them whatever came of it. Workers that take turns have all
-/// threads each.
+/// Starts a service and workers, does `work` with them, and ends them whatever came of it.
 pub(crate) async fn with_workers<T>(
     local: &LocalArgs,
     logs: &Path,
-    taking_turns: bool,
     roster: Roster,
     work: impl Future<Output = Result<T, RunError>>,
 ) -> Result<T, CliError> {
@@ -91,7 +89,7 @@ pub(crate) async fn with_workers<T>(
     let launch = Launch {
         program: config.coordinator.worker_program,
         workers: local.workers,
-        threads: if taking_turns { Threads::Each(threads) } else { Threads::Divided(threads) },
+        threads,
         logs: logs.to_owned(),
         coordinator: service.address,
     };

@@ -26,7 +26,7 @@ pub(crate) async fn run(mut args: PlanArgs, json: bool) -> Result<(), CliError> 
     let one = LocalArgs { workers: 1, threads: Some(1) };
     let roster = Roster::default();
     let setting = local::setting(&folder.path().to_string_lossy(), &one, roster.clone(), local::stop_on_signal())?;
-    let outline = local::with_workers(&one, &folder.path().join("logs"), false, roster, async {
+    let outline = local::with_workers(&one, &folder.path().join("logs"), roster, async {
         run::wait_for_workers(&setting).await?;
         run::inspect(&setting, &job).await
     })

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use espalier_common::config;
-use espalier_common::job::{JobSpec, Propagation};
+use espalier_common::job::JobSpec;
 use espalier_common::store::{self, BlobStore};
 
 use super::args::{LocalArgs, PruneArgs, ReportArgs, ResumeArgs};
@@ -94,10 +94,9 @@ async fn run_here(job: JobSpec, run_url: &str, local: &LocalArgs, json: bool) ->
     let store = open(run_url)?;
     let logs = Logs::of(run_url, store.as_ref())?;
     let existed = store.directory().is_none_or(Path::exists);
-    let chain = job.propagation.mode == Propagation::Pruned;
     let result = local::shown(&events, json, async {
         let run = Run::open(job, setting)?;
-        Box::pin(local::with_workers(local, logs.path(), chain, roster, run.execute())).await
+        Box::pin(local::with_workers(local, logs.path(), roster, run.execute())).await
     })
     .await;
     match result {

@@ -92,6 +92,10 @@ pub(crate) fn summary(report: &Report, run_folder: &str) -> String {
     if report.totals.retries > 0 {
         text.push_str(&format!("{} leases ended badly and were given again\n", report.totals.retries));
     }
+    if report.totals.assistants_lost > 0 {
+        let lost = report.totals.assistants_lost;
+        text.push_str(&format!("{lost} times a worker that helped with a layer was given up on\n"));
+    }
     if let Some(perplexity) = &report.perplexity {
         text.push_str(&format!(
             "perplexity {:.3} dense → {:.3} pruned  ({} windows of {} tokens)\n",

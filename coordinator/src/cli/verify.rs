@@ -65,5 +65,5 @@ async fn family_finding(model: &str) -> Result<Option<String>, CliError> {
             Err(error) => Err(RunError::Call(error)),
         }
     };
-    local::with_workers(&here, &folder.path().join("logs"), false, roster.clone(), inspect).await
+    local::with_workers(&here, &folder.path().join("logs"), roster.clone(), inspect).await
 }

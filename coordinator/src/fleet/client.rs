@@ -71,6 +71,8 @@ pub enum UnitCall {
         pattern: Pattern,
         /// Whether its output is also left in the run's store.
         keeps_output: bool,
+        /// Endpoints of workers that may help.
+        assistants: Vec<String>,
     },
     /// Run a dense layer and look at it.
     Survey {
@@ -186,11 +188,12 @@ impl WorkerClient for GrpcWorkerClient {
                 let message = pb::ForwardLayerRequest { lease: wire_lease, source: Some(source.into()) };
                 self.answer("ForwardLayer", stub.forward_layer(Self::request(message, SHORT)).await)?
             }
-            UnitCall::Prune { source, pattern, keeps_output } => {
+            UnitCall::Prune { source, pattern, keeps_output, assistants } => {
                 let pattern_json = serde_json::to_string(&pattern).expect("a pattern is plain data");
                 let source = Some(source.into());
+                let keep_output = keeps_output;
                 let message =
-                    pb::PruneLayerRequest { lease: wire_lease, source, pattern_json, keep_output: keeps_output };
+                    pb::PruneLayerRequest { lease: wire_lease, source, pattern_json, keep_output, assistants };
                 self.answer("PruneLayer", stub.prune_layer(Self::request(message, SHORT)).await)?
             }
             UnitCall::Survey { source, sparsities } => {

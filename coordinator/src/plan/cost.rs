@@ -65,6 +65,8 @@ pub struct JobCost {
     pub layers: Vec<LayerCost>,
     /// Bytes of the hidden states at one boundary.
     pub boundary_bytes: u64,
+    /// Whether idle workers help with a layer of a chain: not with one that loses heads and channels.
+    pub is_shared: bool,
 }
 
 /// Counts what `job` costs on a model of this outline.
@@ -77,7 +79,7 @@ pub fn count(outline: &ModelOutline, job: &JobSpec, solver: Solver) -> JobCost {
         streams: if two_streams { 2 } else { 1 },
     };
     let layers = outline.layers.iter().map(|layer| size.layer(layer, solver)).collect();
-    JobCost { layers, boundary_bytes: size.boundary_bytes() }
+    JobCost { layers, boundary_bytes: size.boundary_bytes(), is_shared: outline.structure.is_none() }
 }
 
 #[derive(Debug, Clone, Copy)]

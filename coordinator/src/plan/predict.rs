@@ -14,6 +14,9 @@ use super::cost::{JobCost, Memory};
 use super::megaflops;
 use crate::schedule::{Action, Event, Limits, Origin, Scheduler, Shape};
 
+/// A layer's sequences are cut into eight leaves, one of them the owner's at least.
+const MOST_ASSISTANTS: usize = 7;
+
 /// How a run would go.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Prediction {
@@ -159,7 +162,8 @@ impl<'a> Rehearsal<'a> {
         let mut actions = Vec::new();
         for (index, worker) in self.workers.iter().enumerate() {
             let speed = megaflops(worker.gflops);
-            actions.extend(self.scheduler.step(Event::WorkerJoined { worker: WorkerId(index as u64), speed }));
+            let (worker, more_come) = (WorkerId(index as u64), index + 1 < self.workers.len());
+            actions.extend(self.scheduler.step(Event::WorkerJoined { worker, speed, more_come }));
         }
         // The scheduler is asked again as each worker joins, but a unit that was begun stays where it is.
         let mut now = 0.0;
@@ -197,7 +201,14 @@ impl<'a> Rehearsal<'a> {
         let outcome = match lease.unit {
             Unit::Prune(_) => {
                 let artifact = Artifact { name: String::new(), sha256: Digest::of(&[]), bytes: 0 };
-                Outcome::Pruned { artifact, sublayers: Vec::new(), kept: None, phases: Vec::new(), boundary: None }
+                Outcome::Pruned {
+                    artifact,
+                    sublayers: Vec::new(),
+                    kept: None,
+                    phases: Vec::new(),
+                    boundary: None,
+                    assistants_lost: 0,
+                }
             }
             _ => Outcome::Forwarded { phases: Vec::new() },
         };
@@ -211,8 +222,8 @@ impl<'a> Rehearsal<'a> {
     fn begin(&mut self, actions: &[Action], now: f64, after: Option<usize>) {
         for action in actions {
             match action {
-                Action::Start { lease, origin, .. } => {
-                    let phases = self.phases(*lease, *origin);
+                Action::Start { lease, origin, assistants, .. } => {
+                    let phases = self.phases(*lease, *origin, assistants);
                     let seconds: f64 = phases.iter().map(|(_, seconds)| seconds).sum();
                     self.running.push(Running { lease: *lease, from: now, to: now + seconds, phases, after });
                 }
@@ -227,7 +238,7 @@ impl<'a> Rehearsal<'a> {
     }
 
     /// What a unit does on its worker, phase by phase, in seconds.
-    fn phases(&mut self, lease: Lease, origin: Origin) -> Vec<(&'static str, f64)> {
+    fn phases(&mut self, lease: Lease, origin: Origin, assistants: &[WorkerId]) -> Vec<(&'static str, f64)> {
         let (Unit::Prune(layer) | Unit::Forward(layer)) = lease.unit else { return Vec::new() };
         let speed = self.workers[lease.worker.0 as usize].gflops * 1e9;
         let layers = &self.cost.layers[origin.boundary().0 as usize..=layer.0 as usize];
@@ -244,10 +255,22 @@ impl<'a> Rehearsal<'a> {
         phases.push(("load", load_bytes as f64 / (self.cluster.storage.gigabytes_per_second * 1e9)));
         let (own, before) = layers.split_last().expect("a unit has a layer");
         let replayed: f64 = before.iter().map(|layer| layer.forward_flops).sum();
-        phases.push(("forward", (replayed + own.forward_flops) / speed));
+        // A shared layer: equal shares of the sequences, so that the slowest counts, and blocks to whoever is free.
+        let shared = assistants.iter().take(if self.cost.is_shared { MOST_ASSISTANTS } else { 0 });
+        let speeds: Vec<f64> = shared.map(|worker| self.workers[worker.0 as usize].gflops * 1e9).collect();
+        let hands = 1.0 + speeds.len() as f64;
+        let together = speed + speeds.iter().sum::<f64>();
+        let slowest = speeds.iter().copied().fold(speed, f64::min);
+        if !speeds.is_empty() {
+            // Each share goes to its assistant and comes back.
+            let bytes = 2.0 * self.cost.boundary_bytes as f64 * (hands - 1.0) / hands;
+            self.bytes_moved = self.bytes_moved.saturating_add(bytes as u64);
+            phases.push(("share", bytes * 8.0 / (self.cluster.network.gigabits_per_second * 1e9)));
+        }
+        phases.push(("forward", replayed / speed + own.forward_flops / hands / slowest));
         if let Unit::Prune(_) = lease.unit {
-            phases.push(("gram", own.gram_flops / speed));
-            phases.push(("solve", own.solve_flops / (speed * self.cluster.solver.efficiency)));
+            phases.push(("gram", own.gram_flops / hands / slowest));
+            phases.push(("solve", own.solve_flops / (together * self.cluster.solver.efficiency)));
         }
         phases
     }
@@ -322,7 +345,7 @@ mod tests {
         (spec, workers.collect())
     }
 
-    fn plan(mode: &str, layers: usize, gflops: &[f64], memory_bytes: u64) -> Result<Prediction, PlanError> {
+    fn plan_of(mode: &str, layers: usize, gflops: &[f64], memory_bytes: u64) -> Result<Prediction, PlanError> {
         let (outline, job) = (outline(layers), job(mode));
         let (cluster, workers) = cluster(gflops, memory_bytes);
         let cost = cost::count(&outline, &job, cluster.solver);
@@ -332,9 +355,13 @@ mod tests {
 
     #[test]
     fn a_chain_is_its_own_critical_path_and_moves_one_boundary_a_handover() {
-        let plan = plan("pruned", 6, &[1.0, 1.0, 1.0], u64::MAX).unwrap();
+        let plan = plan_of("pruned", 6, &[1.0, 1.0, 1.0], u64::MAX).unwrap();
         assert_eq!(plan.critical_path.len(), 6);
-        assert_eq!(plan.bytes_moved, 2 * 320 * 64 * 4);
+        // Two handovers, and in each layer two of three shares that go out and come back.
+        let boundary = 320 * 64 * 4;
+        assert!(plan.bytes_moved.abs_diff(2 * boundary + 6 * 2 * boundary * 2 / 3) <= 6);
+        let one = plan_of("pruned", 6, &[1.0], u64::MAX).unwrap();
+        assert!(plan.seconds < 0.45 * one.seconds, "{} against {}", plan.seconds, one.seconds);
         let layers: Vec<usize> = plan.workers.iter().map(|part| part.layers.len()).collect();
         assert_eq!(layers, [2, 2, 2]);
         let busy: f64 = plan.workers.iter().map(|part| part.busy_seconds).sum();
@@ -345,8 +372,8 @@ mod tests {
 
     #[test]
     fn independent_layers_go_faster_with_more_workers_and_never_beyond_their_number() {
-        let one = plan("dense", 8, &[1.0], u64::MAX).unwrap();
-        let two = plan("dense", 8, &[1.0, 1.0], u64::MAX).unwrap();
+        let one = plan_of("dense", 8, &[1.0], u64::MAX).unwrap();
+        let two = plan_of("dense", 8, &[1.0, 1.0], u64::MAX).unwrap();
         assert!(two.seconds < 0.65 * one.seconds, "{} against {}", two.seconds, one.seconds);
         assert!(two.seconds >= 0.5 * one.seconds);
         assert_eq!(two.workers.iter().map(|part| part.layers.len()).sum::<usize>(), 8);
@@ -354,7 +381,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_named() {
-        let error = plan("pruned", 2, &[1.0], 100_000).unwrap_err();
+        let error = plan_of("pruned", 2, &[1.0], 100_000).unwrap_err();
         assert!(matches!(error, PlanError::Memory { layer: 0, .. }));
         let message = error.to_string();
         assert!(message.contains("worker w0") && message.contains("GB"), "{message}");

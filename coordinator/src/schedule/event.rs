@@ -18,6 +18,9 @@ pub enum Event {
         worker: WorkerId,
         /// How fast it measured itself, in any unit that all workers share; 0 if it did not.
         speed: u64,
+        /// Whether others of the same beginning are on their way. Nothing is leased because of this one then, so that the first
+        /// layer of a chain has assistants too; the next event leases, whatever it is.
+        more_come: bool,
     },
     /// A worker left, or its process was seen to end.
     WorkerLost {
@@ -94,6 +97,8 @@ pub enum Action {
         origin: Origin,
         /// Whether a pruned layer's output is also left in the run's store.
         keeps_output: bool,
+        /// Workers that have nothing to do until the unit ends, and may help. What comes of it does not depend on them.
+        assistants: Vec<WorkerId>,
     },
     /// Delete a boundary from the run's store: a later one is there.
     Discard {

@@ -19,6 +19,12 @@ pub enum Broken {
         /// The unit.
         unit: Unit,
     },
+    /// A worker helps with a lease that is over, or its own, or while it has work of its own.
+    #[error("a worker assists with {unit}, but cannot")]
+    StrayAssistant {
+        /// The unit.
+        unit: Unit,
+    },
     /// A unit waits for one that is committed, or was let loose before the one it waits for was.
     #[error("{unit} is out of order")]
     OutOfOrder {
@@ -70,6 +76,15 @@ pub fn check(scheduler: &Scheduler) -> Result<(), Broken> {
             && scheduler.units.get(&lease.unit) != Some(&UnitState::Leased { lease })
         {
             return Err(Broken::WorkerWithoutLease { unit: lease.unit });
+        }
+    }
+    for (worker, state) in &scheduler.workers {
+        if let Some(lease) = state.assists
+            && (state.running.is_some()
+                || lease.worker == *worker
+                || scheduler.units.get(&lease.unit) != Some(&UnitState::Leased { lease }))
+        {
+            return Err(Broken::StrayAssistant { unit: lease.unit });
         }
     }
     for (unit, on) in scheduler.shape.units() {

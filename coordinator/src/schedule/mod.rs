@@ -50,6 +50,8 @@ struct WorkerState {
     last_seen: Millis,
     speed: u64,
     running: Option<Lease>,
+    /// The lease of another worker that it helps with. It is free again when the lease ends, however it ends.
+    assists: Option<Lease>,
     /// What the unit it runs began with.
     began_with: Origin,
 }
@@ -134,8 +136,9 @@ impl Scheduler {
         if self.ended {
             return actions;
         }
+        let holds_back = matches!(event, Event::WorkerJoined { more_come: true, .. });
         match event {
-            Event::WorkerJoined { worker, speed } => self.add(worker, speed),
+            Event::WorkerJoined { worker, speed, .. } => self.add(worker, speed),
             Event::WorkerLost { worker } => self.remove(worker),
             Event::Heartbeat { worker } => self.hear(worker),
             Event::UnitDone { lease, outcome, held } if self.holds(lease) => {
@@ -146,7 +149,7 @@ impl Scheduler {
             Event::UnitDone { .. } | Event::UnitFailed { .. } => {}
             Event::Tick { now } => self.pass_time(now, &mut actions),
         }
-        if !self.ended {
+        if !self.ended && !holds_back {
             self.lease_ready_units(&mut actions);
             self.finish_if_done(&mut actions);
         }
@@ -174,8 +177,9 @@ impl Scheduler {
     }
 
     fn add(&mut self, worker: WorkerId, speed: u64) {
-        self.workers
-            .insert(worker, WorkerState { last_seen: self.now, speed, running: None, began_with: Origin::Tokens });
+        let state =
+            WorkerState { last_seen: self.now, speed, running: None, assists: None, began_with: Origin::Tokens };
+        self.workers.insert(worker, state);
         self.alone_since = None;
         self.assign_owners();
     }
@@ -184,6 +188,7 @@ impl Scheduler {
         let Some(state) = self.workers.remove(&worker) else { return };
         if let Some(lease) = state.running {
             self.units.insert(lease.unit, UnitState::Ready);
+            self.dismiss_assistants(lease);
         }
         for holders in self.held.values_mut() {
             holders.remove(&worker);
@@ -268,6 +273,13 @@ impl Scheduler {
         {
             worker.running = None;
         }
+        self.dismiss_assistants(lease);
+    }
+
+    fn dismiss_assistants(&mut self, lease: Lease) {
+        for worker in self.workers.values_mut().filter(|worker| worker.assists == Some(lease)) {
+            worker.assists = None;
+        }
     }
 
     fn fail(&mut self, lease: Lease, fault: Fault, actions: &mut Vec<Action>) {
@@ -301,10 +313,14 @@ impl Scheduler {
         }
     }
 
+    fn idle(&self) -> Vec<WorkerId> {
+        let idle = self.workers.iter().filter(|(_, state)| state.running.is_none() && state.assists.is_none());
+        idle.map(|(worker, _)| *worker).collect()
+    }
+
     /// Gives every idle worker the unit that suits it best.
     fn lease_ready_units(&mut self, actions: &mut Vec<Action>) {
-        let idle: Vec<WorkerId> =
-            self.workers.iter().filter(|(_, state)| state.running.is_none()).map(|(worker, _)| *worker).collect();
+        let idle = self.idle();
         // Owners first, so that nobody takes away what its owner is free to do.
         for pass in [Self::best_own_unit, Self::best_other_unit] {
             for worker in &idle {
@@ -314,6 +330,23 @@ impl Scheduler {
                     self.lease(unit, *worker, actions);
                 }
             }
+        }
+        self.name_assistants(actions);
+    }
+
+    /// In a chain one layer is pruned at a time: whoever has nothing to do when it begins helps with it.
+    fn name_assistants(&mut self, actions: &mut [Action]) {
+        if !matches!(self.shape, Shape::PruneChain { .. }) {
+            return;
+        }
+        let begun = actions.iter_mut().find_map(|action| match action {
+            Action::Start { lease, assistants, .. } => Some((*lease, assistants)),
+            _ => None,
+        });
+        let Some((lease, assistants)) = begun else { return };
+        *assistants = self.idle();
+        for worker in assistants {
+            self.workers.get_mut(worker).expect("idle workers are there").assists = Some(lease);
         }
     }
 
@@ -366,7 +399,12 @@ impl Scheduler {
         state.running = Some(lease);
         state.began_with = origin;
         actions.push(Action::Record(Record::Leased { lease }));
-        actions.push(Action::Start { lease, origin, keeps_output: self.keeps_output(unit, worker) });
+        actions.push(Action::Start {
+            lease,
+            origin,
+            keeps_output: self.keeps_output(unit, worker),
+            assistants: Vec::new(),
+        });
     }
 
     /// In a chain, outputs that another worker will need, and those behind every so many layers, are stored.

@@ -15,7 +15,7 @@ fn chain(layers: usize) -> Scheduler {
 }
 
 fn joined(worker: WorkerId) -> Event {
-    Event::WorkerJoined { worker, speed: 1 }
+    Event::WorkerJoined { worker, speed: 1, more_come: false }
 }
 
 fn started(actions: &[Action]) -> Vec<(Lease, Origin)> {
@@ -40,6 +40,7 @@ fn outcome(unit: Unit) -> Outcome {
             sublayers: Vec::new(),
             phases: Vec::new(),
             boundary: None,
+            assistants_lost: 0,
         },
         Unit::Forward(_) => Outcome::Forwarded { phases: Vec::new() },
         Unit::Evaluate(_) => Outcome::Evaluated { window_nll: vec![1.0], phases: Vec::new() },
@@ -83,11 +84,63 @@ fn a_chain_goes_layer_by_layer_and_moves_to_the_next_owner() {
     assert!(scheduler.is_finished());
 }
 
+fn assistants(actions: &[Action]) -> Vec<WorkerId> {
+    let named = actions.iter().filter_map(|action| match action {
+        Action::Start { assistants, .. } => Some(assistants.clone()),
+        _ => None,
+    });
+    named.flatten().collect()
+}
+
+#[test]
+fn whoever_has_nothing_to_do_when_a_layer_begins_assists_until_it_ends() {
+    const C: WorkerId = WorkerId(3);
+    let mut scheduler = chain(5);
+    let first = scheduler.step(joined(A));
+    assert_eq!(assistants(&first), []);
+    // In the middle of a layer nobody joins it.
+    assert_eq!(scheduler.step(joined(B)), []);
+    let second = scheduler.step(done(started(&first)[0].0));
+    assert_eq!(assistants(&second), [B]);
+    // An assistant that is lost is gone, and nothing else happens.
+    assert_eq!(scheduler.step(joined(C)), []);
+    assert_eq!(scheduler.step(Event::WorkerLost { worker: B }), []);
+    let third = scheduler.step(done(started(&second)[0].0));
+    assert_eq!(assistants(&third), [if started(&third)[0].0.worker == A { C } else { A }]);
+    // A lost owner leaves its layer to its assistant, and a fault to whoever there is.
+    let owner = started(&third)[0].0.worker;
+    let again = scheduler.step(Event::WorkerLost { worker: owner });
+    assert_eq!((started(&again).len(), assistants(&again)), (1, vec![]));
+    let _ = scheduler.step(joined(B));
+    let lease = started(&again)[0].0;
+    let retried = scheduler.step(Event::UnitFailed { lease, fault: fault(FaultClass::RetryHere) });
+    assert_eq!(assistants(&retried).len(), 1);
+}
+
+#[test]
+fn the_first_layer_waits_for_those_who_begin_together_but_not_for_long() {
+    let mut scheduler = chain(2);
+    assert_eq!(scheduler.step(Event::WorkerJoined { worker: A, speed: 1, more_come: true }), []);
+    let begun = scheduler.step(joined(B));
+    assert_eq!((started(&begun).len(), assistants(&begun).len()), (1, 1));
+    let mut scheduler = chain(2);
+    assert_eq!(scheduler.step(Event::WorkerJoined { worker: A, speed: 1, more_come: true }), []);
+    assert_eq!(started(&scheduler.step(Event::Tick { now: Millis(500) })).len(), 1);
+}
+
+#[test]
+fn layers_apart_have_no_assistants() {
+    let mut scheduler = Scheduler::new(Shape::PruneApart { layer_bytes: vec![1; 2] }, Limits::default());
+    let first = scheduler.step(joined(A));
+    let second = scheduler.step(joined(B));
+    assert_eq!((assistants(&first), assistants(&second)), (vec![], vec![]));
+}
+
 #[test]
 fn a_faster_worker_gets_more_layers() {
     let mut scheduler = chain(6);
-    let _ = scheduler.step(Event::WorkerJoined { worker: A, speed: 100 });
-    let _ = scheduler.step(Event::WorkerJoined { worker: B, speed: 200 });
+    let _ = scheduler.step(Event::WorkerJoined { worker: A, speed: 100, more_come: false });
+    let _ = scheduler.step(Event::WorkerJoined { worker: B, speed: 200, more_come: false });
     let owned = |worker| scheduler.owners.values().filter(|owner| **owner == worker).count();
     assert_eq!((owned(A), owned(B)), (2, 4));
 }

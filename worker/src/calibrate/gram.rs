@@ -37,6 +37,15 @@ pub enum GramError {
     /// Nothing was added.
     #[error("no tokens were added to the gram")]
     Empty,
+    /// Some sequences were not added.
+    #[error("sequences are missing from the gram")]
+    Incomplete,
+    /// More sequences than there are.
+    #[error("more than {sequences} sequences were added to the gram")]
+    Surplus {
+        /// How many there are.
+        sequences: usize,
+    },
     /// An input is NaN or infinite, or so large that its square is.
     #[error("inputs of channel {channel} are not finite, or their squares are not")]
     NotFinite {
@@ -52,7 +61,9 @@ impl GramError {
     /// What may be done about it.
     pub fn class(&self) -> FaultClass {
         match self {
-            Self::Shape { .. } | Self::Unpaired | Self::Mismatch { .. } => FaultClass::Bug,
+            Self::Shape { .. } | Self::Unpaired | Self::Mismatch { .. } | Self::Incomplete | Self::Surplus { .. } => {
+                FaultClass::Bug
+            }
             Self::Empty | Self::NotFinite { .. } => FaultClass::Reject,
             Self::Backend(_) => FaultClass::RetryElsewhere,
         }
@@ -77,6 +88,29 @@ impl GramAccumulator {
     pub fn new(columns: usize, with_dense: bool) -> Self {
         let dense = with_dense.then(|| (Sum::new(columns, false), Sum::new(columns, true)));
         Self { columns, tokens: 0, gram: Sum::new(columns, true), dense }
+    }
+
+    /// How many numbers [`Self::values`] has.
+    pub fn length(columns: usize, with_dense: bool) -> usize {
+        let length = |symmetric| tiles(columns, symmetric).map(|(_, _, height, width)| height * width).sum::<usize>();
+        if with_dense { 2 * length(true) + length(false) } else { length(true) }
+    }
+
+    /// The sums as they are, for a wire.
+    pub fn values(&self) -> impl Iterator<Item = f64> {
+        let dense = self.dense.iter().flat_map(|(cross, gram)| [cross, gram]);
+        [&self.gram].into_iter().chain(dense).flat_map(|sum| sum.tiles.iter()).flat_map(|tile| tile.sum.iter().copied())
+    }
+
+    /// Sums over `tokens` tokens, from their [`Self::values`].
+    pub fn from_values(columns: usize, with_dense: bool, tokens: usize, values: &[f64]) -> Self {
+        let mut sums = Self { tokens, ..Self::new(columns, with_dense) };
+        let mut values = values.iter();
+        let dense = sums.dense.iter_mut().flat_map(|(cross, gram)| [cross, gram]);
+        for tile in [&mut sums.gram].into_iter().chain(dense).flat_map(|sum| sum.tiles.iter_mut()) {
+            tile.sum.iter_mut().zip(&mut values).for_each(|(sum, value)| *sum = *value);
+        }
+        sums
     }
 
     /// Tokens added so far.
@@ -178,21 +212,22 @@ struct Tile {
     sum: Vec<f64>,
 }
 
+/// Top, left, height and width of each tile.
+fn tiles(columns: usize, symmetric: bool) -> impl Iterator<Item = (usize, usize, usize, usize)> {
+    // Small tiles waste less work on the diagonal, large ones multiply faster.
+    let side = if columns <= 768 { 96 } else { 192 };
+    let size = move |start: usize| side.min(columns - start);
+    (0..columns)
+        .step_by(side)
+        .flat_map(move |top| (0..columns).step_by(side).map(move |left| (top, left)))
+        .filter(move |(top, left)| !symmetric || left >= top)
+        .map(move |(top, left)| (top, left, size(top), size(left)))
+}
+
 impl Sum {
     fn new(columns: usize, symmetric: bool) -> Self {
-        // Small tiles waste less work on the diagonal, large ones multiply faster.
-        let side = if columns <= 768 { 96 } else { 192 };
-        let size = |start: usize| side.min(columns - start);
-        let tiles = (0..columns)
-            .step_by(side)
-            .flat_map(|top| (0..columns).step_by(side).map(move |left| (top, left)))
-            .filter(|(top, left)| !symmetric || left >= top)
-            .map(|(top, left)| {
-                let (height, width) = (size(top), size(left));
-                Tile { top, left, height, width, sum: vec![0.0; height * width] }
-            })
-            .collect();
-        Self { columns, symmetric, tiles }
+        let tile = |(top, left, height, width)| Tile { top, left, height, width, sum: vec![0.0; height * width] };
+        Self { columns, symmetric, tiles: tiles(columns, symmetric).map(tile).collect() }
     }
 
     fn add(&mut self, a: &[Vec<f32>], b: &[Vec<f32>]) {

@@ -5,3 +5,4 @@ pub mod capture;
 pub mod evaluate;
 pub mod gram;
 pub mod squares;
+pub mod tree;

@@ -129,7 +129,11 @@ pub(crate) fn cut_tensors(
     names.map(|name| header_of(checkpoint, &name)).collect()
 }
 
-fn header_of(checkpoint: &dyn Checkpoint, name: &str) -> Result<(String, Dtype, Vec<usize>), TaskError> {
+/// Name, element type and shape of a tensor of the checkpoint.
+///
+/// # Errors
+/// `MissingTensor`.
+pub(crate) fn header_of(checkpoint: &dyn Checkpoint, name: &str) -> Result<(String, Dtype, Vec<usize>), TaskError> {
     let header = checkpoint
         .header(name)
         .ok_or_else(|| CheckpointError::MissingTensor { path: checkpoint.path().clone(), tensor: name.to_owned() })?;

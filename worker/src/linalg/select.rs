@@ -232,21 +232,6 @@ pub fn keep_largest_per_row(values: &[f32], columns: usize, drop: impl Fn(usize)
     );
 }
 
-/// Marks what stays when consecutive rows of `columns` values, `row_block` rows at a time, lose `drop(first, end)` values each.
-pub fn keep_largest_per_row_block(
-    values: &[f32],
-    columns: usize,
-    row_block: usize,
-    drop: impl Fn(usize, usize) -> usize,
-    keep: &mut [u8],
-) {
-    let size = columns.saturating_mul(row_block).max(1);
-    for (block, (keep, values)) in keep.chunks_mut(size).zip(values.chunks(size)).enumerate() {
-        let first = block.saturating_mul(row_block);
-        keep_largest(values, drop(first, first + values.len() / columns.max(1)), keep);
-    }
-}
-
 fn keep_largest_of_row(values: &[f32], drop: usize, ranked: &mut Vec<u64>, keep: &mut [u8]) {
     keep.fill(1);
     if drop == 0 {
@@ -405,15 +390,6 @@ mod tests {
             keep_largest(&values, drop, &mut keep);
             assert_eq!(keep, sorted_keep(&values, drop));
         }
-    }
-
-    #[test]
-    fn row_blocks_have_budgets_of_their_own() {
-        let values = oracle::random(2, 7 * 5);
-        let mut keep = vec![7; values.len()];
-        keep_largest_per_row_block(&values, 5, 3, |first, end| (end - first) * 2, &mut keep);
-        let dropped: Vec<_> = keep.chunks(15).map(|block| block.iter().filter(|&&k| k == 0).count()).collect();
-        assert_eq!(dropped, [6, 6, 2]);
     }
 
     #[test]

@@ -20,39 +20,42 @@ use crate::linalg::factor::{self, NotPositiveDefinite};
 use crate::linalg::gemm::{View, gemm, row_tile};
 use crate::linalg::select::{self, Census, Cut, Window};
 
-/// Inverses are remembered for the other sublayers of a group up to this many bytes; beyond it they are made anew.
-const CACHE_BYTES: usize = 512 << 20;
+/// Inverses are remembered for the other blocks of a group up to this many bytes; beyond it they are made anew.
+const CACHE_BYTES: usize = 1 << 30;
 
 /// Where the zeros may go.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Budget {
-    /// The zeros of the whole matrix.
+    /// What the zeros look like.
     pub(crate) pattern: Pattern,
-    /// Rows that share a budget of unstructured zeros; `None` for all of them.
-    pub(crate) row_block: Option<usize>,
+    /// How many they are, if they may be anywhere.
+    pub(crate) zeros: usize,
 }
 
 impl Budget {
     /// P: marks the largest of `values [rows, n]` that the budget lets stay.
-    pub(crate) fn project(self, values: &[f32], n: usize, keep: &mut [u8]) {
-        let rows = values.len() / n.max(1);
-        match (self.pattern, self.row_block) {
-            (Pattern::NofM { keep: kept, of }, _) => select::keep_n_of_m(values, kept, of, keep),
-            (_, None) => select::keep_largest(values, self.pattern.zeros(rows, n), keep),
-            (_, Some(block)) => {
-                let drop = |first, end| self.pattern.zeros_in_part(first, end, n);
-                select::keep_largest_per_row_block(values, n, block, drop, keep);
-            }
+    pub(crate) fn project(self, values: &[f32], keep: &mut [u8]) {
+        match self.pattern {
+            Pattern::NofM { keep: kept, of } => select::keep_n_of_m(values, kept, of, keep),
+            _ => select::keep_largest(values, self.zeros, keep),
         }
     }
 }
 
-/// `(Ĝ + ρI)⁻¹` for the values of ρ that the sublayers of a group ask for: the ramp is the same for all, so the first to get
+/// `(Ĝ + ρI)⁻¹` for the values of ρ that the blocks of a group ask for: the ramp is the same for all, so the first to get
 /// there does the work.
 #[derive(Debug)]
 pub(crate) struct Inverses {
     conditioned: Arc<Conditioned>,
-    known: Mutex<BTreeMap<u32, Arc<Vec<f32>>>>,
+    known: Mutex<BTreeMap<u32, Slot>>,
+}
+
+/// One inverse.
+#[derive(Debug, Clone)]
+enum Slot {
+    /// Somebody is at it.
+    Claimed,
+    Ready(Arc<Vec<f32>>),
 }
 
 impl Inverses {
@@ -60,48 +63,51 @@ impl Inverses {
         Self { conditioned, known: Mutex::default() }
     }
 
-    /// The inverse, and the flops if they were spent now.
+    /// Whether `steps` inverses of width `n` would all be remembered.
+    pub(crate) fn remembers(n: usize, steps: usize) -> bool {
+        n * n * steps * size_of::<f32>() <= CACHE_BYTES
+    }
+
+    /// The inverse, and the flops spent on it and others. Whoever finds it under way elsewhere makes those `ahead` instead of
+    /// waiting: waiting for a thread whose stack this one may lie on would never end.
     ///
     /// # Errors
     /// `NotPositiveDefinite`.
-    pub(crate) fn at(&self, rho: f32) -> Result<(Arc<Vec<f32>>, f64), SolveError> {
-        if let Some(inverse) = self.known().get(&rho.to_bits()) {
-            return Ok((Arc::clone(inverse), 0.0));
+    pub(crate) fn at(
+        &self,
+        rho: f32,
+        ahead: impl IntoIterator<Item = f32>,
+    ) -> Result<(Arc<Vec<f32>>, f64), SolveError> {
+        let mut ahead = ahead.into_iter();
+        let mut flops = 0.0;
+        loop {
+            let next = {
+                let mut known = self.known();
+                let next = match known.get(&rho.to_bits()) {
+                    Some(Slot::Ready(inverse)) => return Ok((Arc::clone(inverse), flops)),
+                    None => rho,
+                    Some(Slot::Claimed) => ahead.find(|rho| !known.contains_key(&rho.to_bits())).unwrap_or(rho),
+                };
+                if Self::remembers(self.conditioned.n, known.len() + 1) {
+                    known.entry(next.to_bits()).or_insert(Slot::Claimed);
+                }
+                next
+            };
+            let inverse =
+                factor::inverse(self.shifted(next), self.conditioned.n).map_err(|error| self.refusal(error))?;
+            let inverse = Arc::new(inverse);
+            flops += self.flops();
+            if let Some(slot) = self.known().get_mut(&next.to_bits()) {
+                *slot = Slot::Ready(Arc::clone(&inverse));
+            }
+            if next.to_bits() == rho.to_bits() {
+                return Ok((inverse, flops));
+            }
         }
-        // The lock is free meanwhile: two solves may do the same work, with the same bits.
-        let inverse = factor::inverse(self.shifted(rho), self.conditioned.n).map_err(|error| self.refusal(error))?;
-        let inverse = Arc::new(inverse);
-        if self.has_room_for(1) {
-            self.known().insert(rho.to_bits(), Arc::clone(&inverse));
-        }
-        Ok((inverse, self.flops()))
     }
 
-    /// Makes the inverses at some values of ρ at once, if there is room for them, and returns the flops spent.
-    ///
-    /// # Errors
-    /// `NotPositiveDefinite`.
-    pub(crate) fn prepare(&self, rhos: &[f32]) -> Result<f64, SolveError> {
-        let missing: Vec<f32> = {
-            let known = self.known();
-            rhos.iter().copied().filter(|rho| !known.contains_key(&rho.to_bits())).collect()
-        };
-        if missing.len() < 2 || !self.has_room_for(missing.len()) {
-            return Ok(0.0);
-        }
-        let matrices = missing.iter().map(|&rho| self.shifted(rho)).collect();
-        let inverses = factor::inverses(matrices, self.conditioned.n).map_err(|error| self.refusal(error))?;
-        let flops = self.flops() * missing.len() as f64;
-        self.known().extend(missing.iter().map(|rho| rho.to_bits()).zip(inverses.into_iter().map(Arc::new)));
-        Ok(flops)
-    }
-
-    fn known(&self) -> MutexGuard<'_, BTreeMap<u32, Arc<Vec<f32>>>> {
+    fn known(&self) -> MutexGuard<'_, BTreeMap<u32, Slot>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn has_room_for(&self, more: usize) -> bool {
-        (self.known().len() + more) * self.conditioned.gram.len() * size_of::<f32>() <= CACHE_BYTES
     }
 
     fn shifted(&self, rho: f32) -> Vec<f32> {
@@ -138,7 +144,7 @@ pub(crate) struct Search<'a> {
     primal: Vec<f32>,
     /// What is multiplied to get there.
     right: Vec<f32>,
-    /// Where the last cut was, if one budget is shared by the whole matrix, and where the next one is looked for first.
+    /// Where the last cut was, if zeros may be anywhere, and where the next one is looked for first.
     cut: Cut,
     window: Window,
     /// The ρ that U is scaled by.
@@ -150,7 +156,7 @@ impl<'a> Search<'a> {
     /// Starts at D = P(`start`) with a dual of zero.
     pub(crate) fn new(start: Vec<f32>, anchor: &'a [f32], shift: Option<&'a [f32]>, n: usize, budget: Budget) -> Self {
         let mut keep = vec![1; start.len()];
-        budget.project(&start, n, &mut keep);
+        budget.project(&start, &mut keep);
         let mut merged = start;
         select::zero_dropped(&mut merged, &keep);
         let right = vec![0.0; merged.len()];
@@ -210,10 +216,8 @@ impl<'a> Search<'a> {
             })
             .collect();
         self.rho = rho;
-        match (pattern, self.budget.row_block) {
-            (Pattern::NofM { .. }, _) => {}
-            (_, Some(_)) => self.budget.project(&self.merged, n, &mut self.keep),
-            (_, None) => self.cut_at(&censuses, pattern.zeros(rows, n)),
+        if !matches!(pattern, Pattern::NofM { .. }) {
+            self.cut_at(&censuses, self.budget.zeros);
         }
     }
 
@@ -253,7 +257,7 @@ impl<'a> Search<'a> {
     /// B of the last iteration, and the support it would have.
     pub(crate) fn primal(&self) -> (&[f32], Vec<u8>) {
         let mut keep = vec![1; self.primal.len()];
-        self.budget.project(&self.primal, self.n, &mut keep);
+        self.budget.project(&self.primal, &mut keep);
         (&self.primal, keep)
     }
 
@@ -284,7 +288,7 @@ mod tests {
         let relaxed: Vec<f64> = b.iter().zip(d).map(|(b, d)| sigma * b + (1.0 - sigma) * d).collect();
         let sum: Vec<f64> = relaxed.iter().zip(dual).map(|(b, l)| b + l / rho).collect();
         let mut keep = vec![1; sum.len()];
-        budget.project(&sum.iter().map(|&x| x as f32).collect::<Vec<_>>(), n, &mut keep);
+        budget.project(&sum.iter().map(|&x| x as f32).collect::<Vec<_>>(), &mut keep);
         let d: Vec<f64> = sum.iter().zip(keep).map(|(x, keep)| x * f64::from(keep)).collect();
         let dual = (0..c.len()).map(|i| dual[i] + rho * (relaxed[i] - d[i])).collect();
         (b, d, dual)
@@ -303,7 +307,7 @@ mod tests {
         let inverses = Inverses::new(Arc::new(conditioned));
         let cases = fixture::patterns().into_iter().flat_map(|pattern| [1.0, 1.5].map(|sigma| (pattern, sigma)));
         for (pattern, sigma) in cases {
-            let budget = Budget { pattern, row_block: None };
+            let budget = Budget { pattern, zeros: pattern.zeros(10, n) };
             let mut search = Search::new(anchor.clone(), &anchor, Some(&shift), n, budget);
             let mut d = oracle::wide(&search.merged);
             let mut dual = vec![0.0; c.len()];
@@ -313,7 +317,7 @@ mod tests {
                 let exact = oracle::inverse(&shifted, n);
                 let b;
                 (b, d, dual) = naive_step(&c, (&d, &dual), &exact, (f64::from(rho), sigma), n, budget);
-                search.step(&inverses.at(rho).unwrap().0, rho, sigma as f32);
+                search.step(&inverses.at(rho, []).unwrap().0, rho, sigma as f32);
                 let (primal, _) = search.primal();
                 assert!(primal.iter().zip(&b).all(|(x, y)| (f64::from(*x) - y).abs() < 1e-4), "{pattern}, {sigma}");
                 fixture::assert_obeys(&search.clone().finish().0, n, pattern);
@@ -334,7 +338,7 @@ mod tests {
             (0..n).for_each(|j| shifted[j * (n + 1)] += f64::from(rho));
             let exact = oracle::inverse(&shifted, n);
             let size = exact.iter().fold(0.0f64, |a, b| a.max(b.abs()));
-            let found = inverses.at(rho).unwrap().0;
+            let found = inverses.at(rho, []).unwrap().0;
             assert!(found.iter().zip(&exact).all(|(x, y)| (f64::from(*x) - y).abs() <= 1e-4 * size), "{rho}");
         }
     }
@@ -344,7 +348,23 @@ mod tests {
         let problem = fixture::random(1, 2, 8, 30);
         let (conditioned, ()) = Conditioned::factored(&problem.stats.gram, 0.01, |_| Ok(())).unwrap();
         let inverses = Inverses::new(Arc::new(conditioned));
-        assert!(inverses.at(0.1).unwrap().1 > 0.0);
-        assert!(inverses.at(0.1).unwrap().1 <= 0.0);
+        assert!(inverses.at(0.1, []).unwrap().1 > 0.0);
+        assert!(inverses.at(0.1, []).unwrap().1 <= 0.0);
+    }
+
+    #[test]
+    fn threads_that_meet_at_an_inverse_make_those_ahead_and_get_the_same_bits() {
+        let problem = fixture::random(1, 2, 40, 90);
+        let (conditioned, ()) = Conditioned::factored(&problem.stats.gram, 0.01, |_| Ok(())).unwrap();
+        let conditioned = Arc::new(conditioned);
+        let ramp = [0.1f32, 0.2, 0.3, 0.4, 0.5];
+        let walk = |inverses: &Inverses| -> Vec<Arc<Vec<f32>>> {
+            let step = |step: usize| inverses.at(ramp[step], ramp[step + 1..].iter().copied()).unwrap().0;
+            (0..ramp.len()).map(step).collect()
+        };
+        let alone = walk(&Inverses::new(Arc::clone(&conditioned)));
+        let shared = Inverses::new(conditioned);
+        let together = oracle::with_threads(3, || (0..8).into_par_iter().map(|_| walk(&shared)).collect::<Vec<_>>());
+        assert!(together.iter().all(|found| *found == alone));
     }
 }

@@ -21,7 +21,7 @@ use crate::linalg::select;
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "2",
+    version: "3",
     summary: "ADMM finds the support, conjugate gradients the weights on it",
     build,
 };
@@ -126,19 +126,19 @@ impl Schedule {
 }
 
 impl GroupSolver for Group {
-    fn solve(&self, problem: &Problem<'_>, ctx: &SolveCtx) -> Result<Solution, SolveError> {
+    fn solve_block(&self, problem: &Problem<'_>, zeros: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {
         let admitted = admit(NAME, problem, self.conditioned.n)?;
         let (rows, n) = (admitted.rows, admitted.columns);
-        if problem.pattern.zeros(rows, n) == 0 {
+        if zeros == 0 {
             return self.conditioned.solution(problem, admitted.weight, 0, 0.0);
         }
         let anchor = self.conditioned.scaled(&admitted.weight);
-        let budget = Budget { pattern: problem.pattern, row_block: None };
+        let budget = Budget { pattern: problem.pattern, zeros };
         let begin = || Search::new(anchor.clone(), &anchor, None, n, budget);
         let mut search = begin();
         let mut schedule = Schedule::default();
         let mut rho = self.params.rho;
-        let (mut inverse, mut flops) = self.inverses.at(rho as f32)?;
+        let (mut inverse, mut flops) = self.inverses.at(rho as f32, [])?;
         let mut iterations = 0;
         while iterations < self.params.max_iters {
             ctx.check_cancelled()?;
@@ -162,7 +162,7 @@ impl GroupSolver for Group {
                 break;
             }
             let spent;
-            (inverse, spent) = self.inverses.at(rho as f32)?;
+            (inverse, spent) = self.inverses.at(rho as f32, [])?;
             flops += spent;
         }
         let (primal, keep) = search.primal();
@@ -176,10 +176,6 @@ impl GroupSolver for Group {
         flops += f64::from(iterations) * 2.0 * (rows * n) as f64 * n as f64 + refit.flops;
         let values = self.conditioned.restored(&refit.values, &keep, &admitted.weight);
         self.conditioned.solution(problem, values, iterations, flops)
-    }
-
-    fn row_block(&self) -> Option<usize> {
-        None
     }
 }
 

@@ -14,17 +14,17 @@ use super::admm::{Budget, Inverses, Search};
 use super::blend::least_held_out;
 use super::condition::{Conditioned, admit, supports_valid};
 use super::{
-    Built, GroupSolver, InputStats, Method, ParamsError, Problem, Solution, SolveCtx, SolveError, Solver, Statistics,
-    read_params,
+    Built, GroupSolver, InputStats, Method, ParamsError, Problem, RowBlock, Solution, SolveCtx, SolveError, Solver,
+    Statistics, read_params,
 };
 use crate::linalg::gemm::product;
 use crate::linalg::pcg::{self, Limits, Quadratic};
-use crate::linalg::{factor, values};
+use crate::linalg::{select, values};
 
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "3",
+    version: "4",
     summary: "the default: ADMM on a continuation ramp, then a refit on its support",
     build,
 };
@@ -37,8 +37,10 @@ const LARGEST_RHO: f64 = 1e6;
 const CHECK_EVERY: u32 = 3;
 /// The search ends when fewer than this share of the kept weights changed places.
 const SETTLED: f64 = 2e-4;
-/// Steps of the ramp whose inverses are made at once, one to a thread.
-const FACTORED_TOGETHER: usize = 4;
+/// Steps of the ramp that a search takes at most, but for the best of profiles.
+const RAMP_STEPS: usize = 16;
+/// Steps of the ramp whose inverses a block makes rather than wait for another's.
+const LOOK_AHEAD: usize = 3;
 const MOST_ITERATIONS: u32 = 300;
 /// The largest block of rows: no matrix has as many.
 const MOST_ROWS: usize = 1 << 24;
@@ -77,8 +79,7 @@ pub struct Params {
     pub alpha: f64,
     /// Share of the gram's mean diagonal added to it, pulling towards the dense weight.
     pub damping: f64,
-    /// Rows that share a budget of unstructured zeros; 0 for the whole matrix. On a real layer of 192 rows, blocks of 96 cost
-    /// 1.2 % of error and blocks of 32 cost 1.8 %.
+    /// Most rows that are solved together, which is what workers share; 0 for the whole matrix, however large.
     pub row_block: usize,
     /// Most steps of the refit.
     pub refit_steps: usize,
@@ -86,7 +87,7 @@ pub struct Params {
 
 impl Default for Params {
     fn default() -> Self {
-        Self { profile: Profile::Balanced, alpha: 0.0, damping: 0.01, row_block: 0, refit_steps: 12 }
+        Self { profile: Profile::Balanced, alpha: 0.0, damping: 0.01, row_block: 144, refit_steps: 12 }
     }
 }
 
@@ -166,45 +167,59 @@ impl Group {
     fn unconstrained(&self, anchor: &[f32], shift: Option<&[f32]>) -> Result<Vec<f32>, SolveError> {
         let Some(shift) = shift else { return Ok(anchor.to_vec()) };
         let n = self.conditioned.n;
-        let inverse = factor::inverse(self.conditioned.gram.clone(), n).map_err(|error| {
-            SolveError::NotPositiveDefinite { columns: n, pivot: error.pivot, damping: self.conditioned.damping }
-        })?;
+        // Remembered with those of the ramp: every block asks for it.
+        let (inverse, _) = self.inverses.at(0.0, [])?;
         let mut out = product(shift, &inverse, n, n);
         out.iter_mut().zip(anchor).for_each(|(v, w)| *v += w);
         Ok(out)
     }
 
+    /// What an α makes of a weight, and where its search starts.
+    fn start(&self, alpha: f64, weight: &[f32]) -> Result<Start, SolveError> {
+        let n = self.conditioned.n;
+        let anchor = self.conditioned.scaled_alive(weight);
+        let towards_dense = self.towards_dense.as_ref().filter(|_| alpha > 0.0);
+        let shift = towards_dense.map(|towards| shifted(alpha, product(weight, towards, n, n)));
+        let free = self.unconstrained(&anchor, shift.as_deref())?;
+        Ok(Start { anchor, shift, free })
+    }
+
+    /// Rows of a block: as many as there may be at most, the blocks as even as multiples of 16 allow. There is but one if a
+    /// target blend is to be chosen, which is for all rows together, or if the inverses of the whole ramp cannot be
+    /// remembered: each block would make them anew.
+    fn block_height(&self, rows: usize) -> usize {
+        let n = self.conditioned.n;
+        match self.params.row_block {
+            most if most > 0 && self.params.alpha <= 0.0 && Inverses::remembers(n, RAMP_STEPS) => {
+                rows.div_ceil(rows.div_ceil(most).max(1)).next_multiple_of(16)
+            }
+            _ => rows,
+        }
+    }
+
     /// Solves with the target `C_α`.
-    fn solve_towards(&self, alpha: f64, problem: &Problem<'_>, ctx: &SolveCtx) -> Result<Solution, SolveError> {
+    fn solve_towards(
+        &self,
+        alpha: f64,
+        problem: &Problem<'_>,
+        zeros: usize,
+        ctx: &SolveCtx,
+    ) -> Result<Solution, SolveError> {
         let admitted = admit(NAME, problem, self.conditioned.n)?;
         let (rows, n) = (admitted.rows, admitted.columns);
-        if problem.pattern.zeros(rows, n) == 0 {
+        if zeros == 0 {
             return self.conditioned.solution(problem, admitted.weight, 0, 0.0);
         }
-        let anchor = self.conditioned.scaled_alive(&admitted.weight);
-        let towards_dense = self.towards_dense.as_ref().filter(|_| alpha > 0.0);
-        let shift = towards_dense.map(|towards| shifted(alpha, product(&admitted.weight, towards, n, n)));
+        let Start { anchor, shift, free } = self.start(alpha, &admitted.weight)?;
         let shift = shift.as_deref();
-        let budget = Budget {
-            pattern: problem.pattern,
-            row_block: (self.params.row_block > 0).then_some(self.params.row_block),
-        };
-        let mut search = Search::new(self.unconstrained(&anchor, shift)?, &anchor, shift, n, budget);
+        let mut search = Search::new(free, &anchor, shift, n, Budget { pattern: problem.pattern, zeros });
 
         let (growth, sigma) = self.params.profile.ramp();
         let next = |rho: f64| (rho * growth).min(LARGEST_RHO);
         let (mut rho, mut iterations, mut flops) = (FIRST_RHO, 0, 0.0);
         while iterations < MOST_ITERATIONS {
-            // One thread alone would only make some that the search may never come to.
-            let together = rayon::current_num_threads() > 1;
-            if together && (iterations / CHECK_EVERY).is_multiple_of(FACTORED_TOGETHER as u32) {
-                let ahead: Vec<f32> = std::iter::successors(Some(rho), |rho| Some(next(*rho)))
-                    .take(FACTORED_TOGETHER)
-                    .map(|r| r as f32)
-                    .collect();
-                flops += self.inverses.prepare(&ahead)?;
-            }
-            let (inverse, spent) = self.inverses.at(rho as f32)?;
+            let ahead = std::iter::successors(Some(next(rho)), |rho| Some(next(*rho))).take(LOOK_AHEAD);
+            let (inverse, spent) = self.inverses.at(rho as f32, ahead.map(|rho| rho as f32))?;
             flops += spent;
             for _ in 0..CHECK_EVERY {
                 ctx.check_cancelled()?;
@@ -226,6 +241,16 @@ impl Group {
     }
 }
 
+/// Where a search starts.
+struct Start {
+    /// Ŵ, `[rows, n]`.
+    anchor: Vec<f32>,
+    /// T, `[rows, n]`, if it is not zero.
+    shift: Option<Vec<f32>>,
+    /// V̂°, `[rows, n]`.
+    free: Vec<f32>,
+}
+
 /// `α·T`.
 fn shifted(alpha: f64, mut shift: Vec<f32>) -> Vec<f32> {
     shift.iter_mut().for_each(|value| *value = (alpha * f64::from(*value)) as f32);
@@ -233,13 +258,27 @@ fn shifted(alpha: f64, mut shift: Vec<f32>) -> Vec<f32> {
 }
 
 impl GroupSolver for Group {
-    fn solve(&self, problem: &Problem<'_>, ctx: &SolveCtx) -> Result<Solution, SolveError> {
-        let solve = |alpha| self.solve_towards(alpha, problem, ctx);
-        least_held_out(self.params.alpha, problem, self.held_out.as_deref(), solve)
+    /// The zeros are dealt out beforehand: a block gets as many as it has among the smallest values of the whole V̂°, which is
+    /// what the search begins with.
+    fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
+        let (rows, n) = problem.weight.dims2()?;
+        let height = self.block_height(rows);
+        let mut blocks = RowBlock::each(problem, height)?;
+        if blocks.len() > 1 && !matches!(problem.pattern, Pattern::NofM { .. }) {
+            let weight = admit(NAME, problem, self.conditioned.n)?.weight;
+            let mut keep = vec![1; weight.len()];
+            let free = self.start(self.params.alpha, &weight)?.free;
+            select::keep_largest(&free, problem.pattern.zeros(rows, n), &mut keep);
+            for (block, keep) in blocks.iter_mut().zip(keep.chunks(height * n)) {
+                block.zeros = keep.iter().filter(|keep| **keep == 0).count();
+            }
+        }
+        Ok(blocks)
     }
 
-    fn row_block(&self) -> Option<usize> {
-        None
+    fn solve_block(&self, problem: &Problem<'_>, zeros: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {
+        let solve = |alpha| self.solve_towards(alpha, problem, zeros, ctx);
+        least_held_out(self.params.alpha, problem, self.held_out.as_deref(), solve)
     }
 }
 
@@ -270,6 +309,40 @@ mod tests {
                     assert!(ratio <= most, "{file} {profile} {}: {ratio:.4} of ALPS' error", reference.pattern);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn zeros_are_dealt_out_to_the_last_and_blocks_are_even() {
+        let (problem, _) = fixture::golden("smollm2_layer2_v_proj", "alps");
+        let pattern = Pattern::Unstructured { sparsity: 0.5 };
+        let (solver, _) = build(&json!({ "row_block": 50 })).unwrap();
+        let group = solver.prepare(Arc::clone(&problem.stats), &SolveCtx::default()).unwrap();
+        let weight = problem.tensor();
+        let blocks = group.blocks(&Problem { tensor: "w", weight: &weight, pattern, imported: None }).unwrap();
+        let rows = problem.weight.len() / problem.columns;
+        assert_eq!(blocks.iter().map(|block| block.rows).collect::<Vec<_>>(), [48; 4]);
+        assert_eq!(blocks.iter().map(|block| block.zeros).sum::<usize>(), pattern.zeros(rows, problem.columns));
+        // By rank over the whole matrix, in loops: rows that lie among the smallest lose more.
+        let (conditioned, ()) = Conditioned::factored(&problem.stats.gram, 0.01, |_| Ok(())).unwrap();
+        let scaled = conditioned.scaled_alive(&problem.weight);
+        let mut order: Vec<usize> = (0..scaled.len()).collect();
+        order.sort_by(|&a, &b| scaled[a].abs().total_cmp(&scaled[b].abs()));
+        let mut dealt = [0; 4];
+        order[..pattern.zeros(rows, problem.columns)].iter().for_each(|i| dealt[i / problem.columns / 48] += 1);
+        assert_eq!(blocks.iter().map(|block| block.zeros).collect::<Vec<_>>(), dealt);
+        assert!(dealt.iter().any(|zeros| *zeros != dealt[0]), "a real layer's rows are not alike");
+    }
+
+    #[test]
+    fn a_target_blend_is_chosen_for_a_whole_matrix() {
+        let corrected = fixture::random_corrected(2, 48, 32, 200);
+        let weight = corrected.problem.tensor();
+        for (alpha, blocks) in [(0.0, 3), (0.5, 1)] {
+            let (solver, _) = build(&json!({ "row_block": 16, "alpha": alpha })).unwrap();
+            let group = solver.prepare(Arc::clone(&corrected.problem.stats), &SolveCtx::default()).unwrap();
+            let problem = Problem { tensor: "w", weight: &weight, pattern: patterns()[0], imported: None };
+            assert_eq!(group.blocks(&problem).unwrap().len(), blocks, "{alpha}");
         }
     }
 
@@ -306,9 +379,7 @@ mod tests {
         let group = Group { conditioned, towards_dense, held_out: None, inverses, params: Params::default() };
         for alpha in [0.5, 1.0] {
             let expected = corrected.unconstrained(alpha, damping);
-            let shift = shifted(alpha, product(&problem.weight, group.towards_dense.as_ref().unwrap(), n, n));
-            let anchor = group.conditioned.scaled_alive(&problem.weight);
-            let found = group.unconstrained(&anchor, Some(&shift)).unwrap();
+            let found = group.start(alpha, &problem.weight).unwrap().free;
             // The condition of the scaled gram is at most n/δ.
             let size = expected.iter().fold(0.0f64, |size, v| size.max(v.abs()));
             let tolerance = 4.0 * n as f64 / damping * f64::from(f32::EPSILON) * size;

@@ -31,7 +31,7 @@ use crate::linalg::{matrix, select, spectral, values};
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "3",
+    version: "4",
     summary: "an l1 problem by FISTA, rounded; its weight by bisection on the rounding's share of the error",
     build,
 };
@@ -270,16 +270,17 @@ impl Group {
     fn warm_start(
         &self,
         lasso: &Lasso<'_>,
-        pattern: Pattern,
+        budget: Budget,
         ctx: &SolveCtx,
     ) -> Result<(Vec<f32>, Vec<u8>, f64), SolveError> {
+        let pattern = budget.pattern;
         let with_error = |(mut values, keep): (Vec<f32>, Vec<u8>)| {
             select::zero_dropped(&mut values, &keep);
             let error = lasso.error(&values);
             (values, keep, error)
         };
         let mut kept = vec![1; lasso.weight.len()];
-        Budget { pattern, row_block: None }.project(lasso.weight, self.n, &mut kept);
+        budget.project(lasso.weight, &mut kept);
         if lasso.weight.iter().zip(&kept).all(|(w, keep)| *keep == 1 || w.abs() <= 0.0) {
             return Ok(with_error((lasso.weight.to_vec(), kept)));
         }
@@ -302,7 +303,7 @@ impl Group {
 }
 
 impl GroupSolver for Group {
-    fn solve(&self, problem: &Problem<'_>, ctx: &SolveCtx) -> Result<Solution, SolveError> {
+    fn solve_block(&self, problem: &Problem<'_>, zeros: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {
         let admitted = admit(NAME, problem, self.n)?;
         let (rows, n, weight) = (admitted.rows, self.n, admitted.weight);
         let dead_channels = self.norms.iter().filter(|norm| **norm <= 0.0).count() as u32;
@@ -312,7 +313,7 @@ impl GroupSolver for Group {
             let damping_raised = self.compensation.as_ref().map_or(0, Compensation::damping_raised);
             Ok(Solution { weight, iterations, damping, damping_raised, dead_channels, alpha: None, flops })
         };
-        if problem.pattern.zeros(rows, n) == 0 {
+        if zeros == 0 {
             return finish(weight, 0, 0.0);
         }
         let shift = self.correction.as_ref().map(|correction| product(&weight, &correction.towards_dense, n, n));
@@ -321,8 +322,8 @@ impl GroupSolver for Group {
         let constant = self.correction.as_ref().map_or(0.0, |c| row_forms(&weight, &c.gap, &weight, n).iter().sum());
         let distance = |error: f64| (error + constant).max(0.0).sqrt();
 
-        let (mut best, mut best_keep, mut best_error) = self.warm_start(&lasso, problem.pattern, ctx)?;
-        let budget = Budget { pattern: problem.pattern, row_block: None };
+        let budget = Budget { pattern: problem.pattern, zeros };
+        let (mut best, mut best_keep, mut best_error) = self.warm_start(&lasso, budget, ctx)?;
         let mut lambda = self.params.lambda * lasso.largest_lambda();
         let mut bracket = Bracket { low: None, high: None };
         let (mut iterations, mut rounds, mut stale) = (0, 0, 0);
@@ -335,7 +336,7 @@ impl GroupSolver for Group {
             rounds += 1;
             let relaxed = distance(lasso.error(&solved));
             let mut keep = vec![1; solved.len()];
-            budget.project(&solved, n, &mut keep);
+            budget.project(&solved, &mut keep);
             select::zero_dropped(&mut solved, &keep);
             let error = lasso.error(&solved);
             let total = distance(error);
@@ -357,10 +358,6 @@ impl GroupSolver for Group {
         }
         let products = f64::from(iterations + 2 * rounds + 3);
         finish(best, iterations, products * 2.0 * (rows * n) as f64 * n as f64 + self.shared.take())
-    }
-
-    fn row_block(&self) -> Option<usize> {
-        None
     }
 }
 

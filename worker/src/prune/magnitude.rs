@@ -48,14 +48,14 @@ impl Solver for Magnitude {
 }
 
 impl GroupSolver for Magnitude {
-    fn solve(&self, problem: &Problem<'_>, ctx: &SolveCtx) -> Result<Solution, SolveError> {
+    fn solve_block(&self, problem: &Problem<'_>, zeros: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {
         ctx.check_cancelled()?;
         let admitted = admit(NAME, problem, problem.weight.dim(1)?)?;
         let mut weight = admitted.weight;
         let mut keep = vec![1; weight.len()];
         match problem.pattern {
             Pattern::NofM { keep: n, of } => select::keep_n_of_m(&weight, n, of, &mut keep),
-            _ => select::keep_largest(&weight, problem.pattern.zeros(admitted.rows, admitted.columns), &mut keep),
+            _ => select::keep_largest(&weight, zeros, &mut keep),
         }
         select::zero_dropped(&mut weight, &keep);
         Ok(Solution {
@@ -67,10 +67,6 @@ impl GroupSolver for Magnitude {
             alpha: None,
             flops: 0.0,
         })
-    }
-
-    fn row_block(&self) -> Option<usize> {
-        None
     }
 }
 

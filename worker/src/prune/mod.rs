@@ -21,10 +21,11 @@ use std::sync::Arc;
 
 use espalier_common::fault::FaultClass;
 use espalier_common::pattern::Pattern;
+use rayon::prelude::*;
 use serde::Serialize;
 use serde::de::{DeserializeOwned, Error as _};
 
-pub use problem::{InputStats, Problem, Solution, SolveCtx, Statistics};
+pub use problem::{InputStats, Problem, RowBlock, Solution, SolveCtx, Statistics};
 pub use structured::StructuredSolver;
 
 /// One pruning algorithm with its parameters.
@@ -58,14 +59,35 @@ pub trait Solver: Send + Sync {
 }
 
 /// A solver made ready for the inputs of one group.
+///
+/// A sublayer is solved block by block: [`Self::blocks`] cuts it, [`Self::solve_block`] solves one block whoever has the others.
+/// Both may be called from several threads at once.
 pub trait GroupSolver: Send + Sync {
-    /// Minimises ‖X̂·W'ᵀ − X·Wᵀ‖²_F over the W' that obey `problem.pattern`. May be called from several threads at once.
+    /// Cuts a sublayer into blocks of rows that can be solved apart, with the zeros that each must get. Fixed by the problem
+    /// alone, never by who is there to solve it. One block, unless the method can do with less than the whole matrix.
     ///
     /// # Errors
     /// See [`SolveError`].
-    fn solve(&self, problem: &Problem<'_>, ctx: &SolveCtx) -> Result<Solution, SolveError>;
-    /// Rows per block if row blocks may be solved apart with the same result (`None`: the whole matrix shares one budget).
-    fn row_block(&self) -> Option<usize>;
+    fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
+        Ok(vec![RowBlock::whole(problem)?])
+    }
+    /// Minimises ‖X̂·W'ᵀ − X·Wᵀ‖²_F over the W' that obey `problem.pattern`, for the rows of one block: `problem` has these rows
+    /// alone, and `zeros` of its weights must go.
+    ///
+    /// # Errors
+    /// See [`SolveError`].
+    fn solve_block(&self, problem: &Problem<'_>, zeros: usize, ctx: &SolveCtx) -> Result<Solution, SolveError>;
+    /// Solves all blocks of a sublayer.
+    ///
+    /// # Errors
+    /// See [`SolveError`].
+    fn solve(&self, problem: &Problem<'_>, ctx: &SolveCtx) -> Result<Solution, SolveError> {
+        let blocks = self.blocks(problem)?;
+        let solve =
+            |block: &RowBlock| problem.solve_rows(block, |problem, zeros| self.solve_block(problem, zeros, ctx));
+        let solved = blocks.par_iter().map(solve).collect::<Result<Vec<_>, SolveError>>()?;
+        Solution::joined(solved)
+    }
 }
 
 /// Every method there is: those that place zeros, from the plainest to the best, then those that remove whole structures.

@@ -59,7 +59,58 @@ pub struct Problem<'a> {
     pub imported: Option<&'a Tensor>,
 }
 
-/// A pruned sublayer.
+/// Rows of a sublayer that are solved apart from the others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowBlock {
+    /// The first row.
+    pub first: usize,
+    /// How many.
+    pub rows: usize,
+    /// Weights of the block that must become zero.
+    pub zeros: usize,
+}
+
+impl RowBlock {
+    /// All rows of a problem, with all of its zeros.
+    ///
+    /// # Errors
+    /// If the weight is no matrix.
+    pub fn whole(problem: &Problem<'_>) -> candle_core::Result<Self> {
+        let (rows, columns) = problem.weight.dims2()?;
+        Ok(Self { first: 0, rows, zeros: problem.pattern.zeros(rows, columns) })
+    }
+
+    /// Blocks of `height` rows, and one of what is left; each with the zeros of its own share.
+    ///
+    /// # Errors
+    /// If the weight is no matrix.
+    pub fn each(problem: &Problem<'_>, height: usize) -> Result<Vec<Self>, SolveError> {
+        let (rows, columns) = problem.weight.dims2()?;
+        let block = |first: usize| {
+            let end = (first + height).min(rows);
+            Self { first, rows: end - first, zeros: problem.pattern.zeros_in_part(first, end, columns) }
+        };
+        Ok((0..rows).step_by(height.max(1)).map(block).collect())
+    }
+}
+
+impl Problem<'_> {
+    /// Hands the rows of one block to `solve`, as a problem of their own, with the zeros they must get.
+    ///
+    /// # Errors
+    /// What `solve` says, and `Backend` if the block has rows that the weight does not.
+    pub fn solve_rows(
+        &self,
+        block: &RowBlock,
+        solve: impl FnOnce(&Problem<'_>, usize) -> Result<Solution, SolveError>,
+    ) -> Result<Solution, SolveError> {
+        let of = |matrix: &Tensor| matrix.narrow(0, block.first, block.rows);
+        let (weight, imported) = (of(self.weight)?, self.imported.map(of).transpose()?);
+        solve(&Problem { weight: &weight, imported: imported.as_ref(), ..*self }, block.zeros)
+    }
+}
+
+/// A pruned sublayer, or some rows of one.
 #[derive(Debug, Clone)]
 pub struct Solution {
     /// `[out, in]`, f32, obeying the pattern exactly.
@@ -76,6 +127,24 @@ pub struct Solution {
     pub alpha: Option<f64>,
     /// Floating-point operations of the matrix products and factorisations (shared ones are counted by the first user).
     pub flops: f64,
+}
+
+impl Solution {
+    /// Puts the solutions of consecutive blocks of rows together. Iterations are those of the block that took most.
+    ///
+    /// # Errors
+    /// `Backend` if there is no block, or blocks are not of one width.
+    pub fn joined(mut blocks: Vec<Self>) -> Result<Self, SolveError> {
+        if blocks.len() == 1 {
+            return Ok(blocks.remove(0));
+        }
+        let weights: Vec<&Tensor> = blocks.iter().map(|block| &block.weight).collect();
+        let weight = Tensor::cat(&weights, 0)?;
+        let iterations = blocks.iter().map(|block| block.iterations).max().unwrap_or(0);
+        let flops = blocks.iter().map(|block| block.flops).sum();
+        let first = blocks.swap_remove(0);
+        Ok(Self { weight, iterations, flops, ..first })
+    }
 }
 
 /// What a solver may know of its surroundings: a cancellation flag, and nothing that changes its result.

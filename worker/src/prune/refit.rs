@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use super::blend::least_held_out;
 use super::condition::{Conditioned, admit};
 use super::{
-    Built, GroupSolver, InputStats, Method, ParamsError, Problem, Solution, SolveCtx, SolveError, Solver, Statistics,
-    read_params,
+    Built, GroupSolver, InputStats, Method, ParamsError, Problem, RowBlock, Solution, SolveCtx, SolveError, Solver,
+    Statistics, read_params,
 };
 use crate::linalg::pcg::{self, Limits, Quadratic};
 use crate::linalg::quadratic::{self, Correction};
@@ -23,7 +23,7 @@ use crate::linalg::{gemm, values};
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "2",
+    version: "3",
     summary: "keeps the zeros of another checkpoint (mask) and refits its weights to the dense model",
     build,
 };
@@ -31,6 +31,8 @@ pub const METHOD: Method = Method {
 const NAME: &str = "refit";
 /// A row has converged when its squared residual has fallen to this share of the first one.
 const TOLERANCE: f64 = 1e-8;
+/// Rows of a block: enough to multiply fast.
+const ROWS: usize = 192;
 
 /// Parameters of a refit.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -171,7 +173,6 @@ impl Group {
         let flops = refit.flops + 3.0 * 2.0 * (rows * n * n) as f64;
         conditioned.solution(problem, solved, refit.steps, flops)
     }
-
     /// What each row of `solution [rows, n]` adds to the error, up to a constant of the row: `ΔGΔᵀ − 2Δ·T`, undamped.
     fn errors(&self, solution: &[f32], weight: &[f32], shift: Option<&[f32]>) -> Vec<f64> {
         let n = self.conditioned.n;
@@ -201,14 +202,14 @@ impl Group {
 }
 
 impl GroupSolver for Group {
-    fn solve(&self, problem: &Problem<'_>, ctx: &SolveCtx) -> Result<Solution, SolveError> {
-        let solve = |alpha| self.solve_towards(alpha, problem, ctx);
-        least_held_out(self.params.alpha, problem, self.held_out.as_deref(), solve)
+    /// Rows have nothing in common but the inputs, and a target blend, which is chosen for all of them together.
+    fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
+        if self.params.alpha > 0.0 { Ok(vec![RowBlock::whole(problem)?]) } else { RowBlock::each(problem, ROWS) }
     }
 
-    /// A target blend is chosen for all rows together.
-    fn row_block(&self) -> Option<usize> {
-        (self.params.alpha <= 0.0).then_some(1)
+    fn solve_block(&self, problem: &Problem<'_>, _: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {
+        let solve = |alpha| self.solve_towards(alpha, problem, ctx);
+        least_held_out(self.params.alpha, problem, self.held_out.as_deref(), solve)
     }
 }
 

@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 use super::condition::{Conditioned, SharedFlops, admit, supports_valid};
 use super::sweep::Span;
 use super::{
-    Built, GroupSolver, InputStats, Method, ParamsError, Problem, Solution, SolveCtx, SolveError, Solver, Statistics,
-    read_params,
+    Built, GroupSolver, InputStats, Method, ParamsError, Problem, RowBlock, Solution, SolveCtx, SolveError, Solver,
+    Statistics, read_params,
 };
 use crate::linalg::gemm::{View, gemm};
 use crate::linalg::quadratic::dot;
@@ -27,7 +27,7 @@ use crate::linalg::{factor, select};
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "2",
+    version: "3",
     summary: "prunes columns left to right and compensates in the columns to come",
     build,
 };
@@ -185,17 +185,21 @@ fn choose(weight: &[f32], keep: &mut [u8], (columns, n): (Range<usize>, usize), 
 }
 
 impl GroupSolver for Compensation {
-    fn solve(&self, problem: &Problem<'_>, ctx: &SolveCtx) -> Result<Solution, SolveError> {
+    /// Rows of an N:M pattern do not compete; those of an unstructured one do, in every block of columns.
+    fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
+        match problem.pattern {
+            Pattern::NofM { .. } => RowBlock::each(problem, 2 * ROWS),
+            _ => Ok(vec![RowBlock::whole(problem)?]),
+        }
+    }
+
+    fn solve_block(&self, problem: &Problem<'_>, _: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {
         let admitted = admit(NAME, problem, self.conditioned.n)?;
         let mut weight = admitted.weight;
         let (keep, _) = self.prune(&mut weight, problem.pattern, ctx)?;
         select::zero_dropped(&mut weight, &keep);
         let flops = (admitted.rows * admitted.columns) as f64 * admitted.columns as f64 + self.shared.take();
         self.conditioned.solution(problem, weight, 1, flops)
-    }
-
-    fn row_block(&self) -> Option<usize> {
-        None
     }
 }
 

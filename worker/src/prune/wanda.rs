@@ -20,7 +20,7 @@ use crate::linalg::{matrix, select, values};
 
 /// This method's row in the table.
 pub const METHOD: Method =
-    Method { name: NAME, version: "1", summary: "drops the smallest |weight|·‖input‖ of each row", build };
+    Method { name: NAME, version: "2", summary: "drops the smallest |weight|·‖input‖ of each row", build };
 
 const NAME: &str = "wanda";
 
@@ -89,7 +89,7 @@ struct Group {
 }
 
 impl GroupSolver for Group {
-    fn solve(&self, problem: &Problem<'_>, ctx: &SolveCtx) -> Result<Solution, SolveError> {
+    fn solve_block(&self, problem: &Problem<'_>, _: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {
         ctx.check_cancelled()?;
         let admitted = admit(NAME, problem, self.norms.len())?;
         let mut weight = admitted.weight;
@@ -104,10 +104,6 @@ impl GroupSolver for Group {
             alpha: None,
             flops: 0.0,
         })
-    }
-
-    fn row_block(&self) -> Option<usize> {
-        None
     }
 }
 

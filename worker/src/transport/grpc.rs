@@ -10,8 +10,10 @@ use espalier_common::wire::run_from_wire;
 use espalier_gate::{Dialer, GateError, Role};
 use espalier_proto::v1::activations_client::ActivationsClient;
 use espalier_proto::v1::activations_server::Activations;
-use espalier_proto::v1::{Chunk, FetchRequest, Open, fetch_request};
-use tokio::sync::mpsc;
+use espalier_proto::v1::assistance_client::AssistanceClient;
+use espalier_proto::v1::head::Matter;
+use espalier_proto::v1::{Begin, Chunk, FetchRequest, Open, Parcel, fetch_request, parcel};
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -20,6 +22,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::chunk::{Assembler, Expected, cut};
 use super::credit::{Credit, Grants};
+use super::parcel::{Letter, LetterBox, Outgoing, ParcelError, head, pieces};
 use super::{CHUNK_BYTES, ChunkError, WINDOW_BYTES};
 use crate::calibrate::cache::{ActivationCache, CacheError};
 use crate::holdings::{HiddenStates, Holdings};
@@ -188,6 +191,33 @@ pub enum LinkError {
         #[source]
         source: ChunkError,
     },
+    /// A worker that shares a layer with this one is gone, or says so.
+    #[error("sharing a layer with {endpoint}")]
+    Shared {
+        /// The other worker.
+        endpoint: String,
+        /// What tonic said.
+        #[source]
+        source: Box<tonic::Status>,
+    },
+    /// What it says breaks the protocol.
+    #[error("letter from {endpoint}")]
+    Parcel {
+        /// The other worker.
+        endpoint: String,
+        /// What is wrong with it.
+        #[source]
+        source: ParcelError,
+    },
+    /// What was to be sent to it cannot be read.
+    #[error("letter to {endpoint}")]
+    Unreadable {
+        /// The other worker.
+        endpoint: String,
+        /// Why.
+        #[source]
+        source: CacheError,
+    },
     /// The unit was cancelled.
     #[error("cancelled")]
     Cancelled,
@@ -198,8 +228,10 @@ impl LinkError {
     pub fn class(&self) -> FaultClass {
         match self {
             Self::Endpoint { .. } => FaultClass::Bug,
-            Self::Gate(_) | Self::NotHeld { .. } | Self::Silent { .. } | Self::Cancelled => FaultClass::RetryElsewhere,
-            Self::Call { .. } | Self::Chunk { .. } => FaultClass::RetryHere,
+            Self::Gate(_) | Self::NotHeld { .. } | Self::Silent { .. } | Self::Unreadable { .. } | Self::Cancelled => {
+                FaultClass::RetryElsewhere
+            }
+            Self::Call { .. } | Self::Chunk { .. } | Self::Shared { .. } | Self::Parcel { .. } => FaultClass::RetryHere,
         }
     }
 }
@@ -269,6 +301,143 @@ async fn receive(
     }
     assembler.finish().map_err(wrong)?;
     Ok(HiddenStates { streams })
+}
+
+/// What came from a worker that shares a layer with this one.
+#[derive(Debug)]
+pub struct Received {
+    /// Which one, as the receiver numbers them.
+    pub from: usize,
+    /// A letter, or why there will be none any more.
+    pub letter: Result<Letter, LinkError>,
+}
+
+/// One worker that shares a layer with this one, and what is sent to it and received from it.
+pub struct Line<S> {
+    /// Its endpoint, or a word for it.
+    pub endpoint: String,
+    /// Its number.
+    pub number: usize,
+    /// How large the body of a letter must be, if it may come at all.
+    pub size_of: S,
+    /// What to send.
+    pub letters: mpsc::Receiver<Outgoing>,
+    /// Where to put what comes. The end of the line is the last of it.
+    pub received: mpsc::Sender<Received>,
+}
+
+impl<S: Fn(&Matter) -> Option<u64>> Line<S> {
+    /// Calls an assistant through `peers`, and carries letters until either side has no more to say.
+    pub async fn call(mut self, peers: &Dialer, begin: Begin) {
+        let (out, queue) = mpsc::channel(QUEUE);
+        let opening = Parcel { content: Some(parcel::Content::Begin(begin)) };
+        out.try_send(opening).expect("the queue is empty and its receiver alive");
+        let called = async {
+            let channel = channel(&self.endpoint, peers)?;
+            let mut client = AssistanceClient::new(channel).max_decoding_message_size(MESSAGE_LIMIT_BYTES);
+            client.assist(ReceiverStream::new(queue)).await.map_err(|source| self.shared(source))
+        };
+        let ended = match called.await {
+            Ok(response) => self.carry(response.into_inner(), &out).await,
+            Err(error) => Err(error),
+        };
+        self.tell_end(ended).await;
+    }
+
+    /// Answers an owner whose call was taken, until either side has no more to say.
+    pub async fn answer(mut self, parcels: Streaming<Parcel>, out: mpsc::Sender<Parcel>) {
+        let ended = self.carry(parcels, &out).await;
+        self.tell_end(ended).await;
+    }
+
+    fn shared(&self, source: Status) -> LinkError {
+        LinkError::Shared { endpoint: self.endpoint.clone(), source: Box::new(source) }
+    }
+
+    async fn tell_end(&self, ended: Result<(), LinkError>) {
+        if let Err(error) = ended {
+            // Whoever listened may be through with it.
+            let _ = self.received.send(Received { from: self.number, letter: Err(error) }).await;
+        }
+    }
+
+    async fn carry(&mut self, parcels: Streaming<Parcel>, out: &mpsc::Sender<Parcel>) -> Result<(), LinkError> {
+        let Self { endpoint, number, size_of, letters, received } = self;
+        // A window each way, granted from the start.
+        let purse = Semaphore::new(WINDOW_BYTES as usize);
+        tokio::select! {
+            written = write(letters, endpoint, out, &purse) => written,
+            read = read(parcels, (endpoint, *number), size_of, received, out, &purse) => read,
+        }
+    }
+}
+
+/// Sends letters, never beyond what the receiver granted.
+async fn write(
+    letters: &mut mpsc::Receiver<Outgoing>,
+    endpoint: &str,
+    out: &mpsc::Sender<Parcel>,
+    purse: &Semaphore,
+) -> Result<(), LinkError> {
+    while let Some(Outgoing { matter, body }) = letters.recv().await {
+        let unreadable = |source| LinkError::Unreadable { endpoint: endpoint.to_owned(), source };
+        let body = tokio::task::spawn_blocking(move || body.into_bytes()).await.map_err(|_| LinkError::Cancelled)?;
+        let body = body.map_err(unreadable)?;
+        let opening = parcel::Content::Head(head(matter, &body));
+        if out.send(Parcel { content: Some(opening) }).await.is_err() {
+            return Ok(()); // the other side went away, as reading tells
+        }
+        for piece in pieces(body) {
+            let paid = purse.acquire_many(piece.data.len() as u32).await;
+            paid.expect("nobody closes the purse").forget();
+            if out.send(Parcel { content: Some(parcel::Content::Piece(piece)) }).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Receives letters, and grants again what was taken of them.
+async fn read(
+    mut parcels: Streaming<Parcel>,
+    (endpoint, number): (&str, usize),
+    size_of: &impl Fn(&Matter) -> Option<u64>,
+    received: &mpsc::Sender<Received>,
+    out: &mpsc::Sender<Parcel>,
+    purse: &Semaphore,
+) -> Result<(), LinkError> {
+    let shared = |source| LinkError::Shared { endpoint: endpoint.to_owned(), source: Box::new(source) };
+    let wrong = |source| LinkError::Parcel { endpoint: endpoint.to_owned(), source };
+    let (mut letters, mut ledger) = (LetterBox::default(), Grants::new(WINDOW_BYTES));
+    while let Some(parcel) = parcels.message().await.map_err(shared)? {
+        let letter = match parcel.content {
+            Some(parcel::Content::Head(head)) => letters.open(head, size_of).map_err(wrong)?,
+            Some(parcel::Content::Piece(piece)) => {
+                let letter = letters.add(&piece).map_err(wrong)?;
+                if let Some(bytes) = ledger.consume(piece.data.len() as u64) {
+                    // A sender that is done no longer listens.
+                    let _ = out.send(Parcel { content: Some(parcel::Content::CreditBytes(bytes)) }).await;
+                }
+                letter
+            }
+            Some(parcel::Content::CreditBytes(bytes)) => {
+                let more = usize::try_from(bytes).unwrap_or(usize::MAX);
+                if purse.available_permits().saturating_add(more) > WINDOW_BYTES as usize {
+                    return Err(shared(Status::invalid_argument("more was granted than a window")));
+                }
+                purse.add_permits(more);
+                None
+            }
+            Some(parcel::Content::Begin(_)) | None => return Err(wrong(ParcelError::OutOfTurn)),
+        };
+        if let Some(letter) = letter
+            && received.send(Received { from: number, letter: Ok(letter) }).await.is_err()
+        {
+            return Ok(());
+        }
+    }
+    Err(shared(Status::unavailable("it has hung up")))
 }
 
 /// How a worker calls another.

@@ -160,7 +160,10 @@ impl World {
             }
             match action {
                 Action::Record(record) => self.append(record)?,
-                Action::Start { lease, origin, keeps_output } => self.start(lease, origin, keeps_output)?,
+                Action::Start { lease, origin, keeps_output, assistants } => {
+                    self.check_assistants(lease, &assistants)?;
+                    self.start(lease, origin, keeps_output)?;
+                }
                 Action::Discard { boundary } => self.store.retain(|(stored, _), _| *stored != boundary),
                 Action::Release { worker, boundaries } => {
                     if let Some(&process) = self.numbers.get(&worker) {
@@ -265,6 +268,25 @@ impl World {
         Ok(())
     }
 
+    /// Whoever helps is there and has no lease. Its death, or the end of the lease, is for the invariants to watch.
+    fn check_assistants(&mut self, lease: Lease, assistants: &[WorkerId]) -> Result<(), String> {
+        for worker in assistants {
+            if *worker == lease.worker || !self.numbers.contains_key(worker) {
+                return Err(format!("{lease} is to be assisted by {worker}"));
+            }
+        }
+        let idle =
+            self.scheduler.workers.values().filter(|worker| worker.running.is_none() && worker.assists.is_none());
+        if self.is_chain() && idle.count() > 0 {
+            return Err(format!("somebody has nothing to do when {lease} begins"));
+        }
+        if !self.is_chain() && !assistants.is_empty() {
+            return Err(format!("{lease} is assisted, though others can be had"));
+        }
+        *self.faults.entry("assistant").or_default() += assistants.len();
+        Ok(())
+    }
+
     /// What the journal says of a stored boundary.
     fn stored(&self, boundary: Boundary) -> Result<Digest, String> {
         let stored = self.journal.iter().find_map(|record| match record {
@@ -325,7 +347,8 @@ impl World {
         }
         // The coordinator may have died meanwhile.
         if self.processes[index].number == Some(number) {
-            self.tell(Event::WorkerJoined { worker: number, speed }, may_crash)?;
+            let more_come = self.rng.random_bool(0.2);
+            self.tell(Event::WorkerJoined { worker: number, speed, more_come }, may_crash)?;
         }
         Ok(())
     }
@@ -499,6 +522,7 @@ fn ten_thousand_schedules_lose_nothing_and_commit_nothing_wrong() {
         "lost start",
         "slow link",
         "passing fault",
+        "assistant",
     ] {
         assert!(faults.get(name).is_some_and(|count| *count > 500), "{name} is too rare: {faults:?}");
     }

@@ -150,6 +150,7 @@ impl World {
                 kept: None,
                 phases: Vec::new(),
                 boundary: kept,
+                assistants_lost: 0,
             },
             None if self.kind == Kind::Survey => {
                 let survey = LayerSurvey { outliers: Some(input.len() as f64), curves: Vec::new() };

@@ -20,7 +20,7 @@ pub const WANDA: Method = Method {
 /// Magnitude's row in the table.
 pub const MAGNITUDE: Method = Method {
     name: MAGNITUDE_NAME,
-    version: "1",
+    version: "2",
     summary: "structured: removes the heads and channels with the smallest weights; nothing makes up for them",
     build: |params| build(MAGNITUDE_NAME, Score::Magnitude, params),
 };

@@ -17,7 +17,7 @@ use crate::prune::{Built, Method, ParamsError, SolveCtx, SolveError, read_params
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "1",
+    version: "2",
     summary: "structured: removes heads and channels by their exact cost, the others make up for them",
     build,
 };

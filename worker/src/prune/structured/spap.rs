@@ -21,7 +21,7 @@ use crate::prune::{Built, Method, ParamsError, SolveCtx, SolveError, read_params
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "2",
+    version: "3",
     summary: "structured, feed-forward channels only: a growing penalty decides which go (our reconstruction)",
     build,
 };

@@ -1,0 +1,337 @@
+//! Sums over calibration sequences in a fixed tree: whoever has which sequences, the bits are the same.
+//!
+//! The sequences are cut into [`LEAVES`] leaves by their number alone. Each leaf is summed in order, and leaves are merged as a
+//! binary tree. So some consecutive leaves are a few whole [`Branch`]es, however many workers there are to have them, and what
+//! is merged with what never changes. Held-out sequences are summed apart, in the same tree.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+
+use super::gram::{GramAccumulator, GramError};
+use crate::prune::InputStats;
+
+/// Leaves of the tree: as many workers can share a layer's sequences. At most four partial sums are held while leaves are
+/// summed one after another.
+pub const LEAVES: usize = 8;
+
+/// The sequences of some consecutive leaves, of `sequences` in all.
+pub fn sequences_of(leaves: &Range<usize>, sequences: usize) -> Range<usize> {
+    leaves.start * sequences / LEAVES..leaves.end * sequences / LEAVES
+}
+
+/// A whole subtree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Branch {
+    /// Its first leaf, a multiple of their number.
+    pub first: usize,
+    /// Number of its leaves, a power of two.
+    pub leaves: usize,
+}
+
+impl Branch {
+    /// The fewest branches that some consecutive leaves are, in order.
+    pub fn of(leaves: &Range<usize>) -> Vec<Self> {
+        let (mut branches, mut first) = (Vec::new(), leaves.start);
+        while first < leaves.end {
+            let mut size = 1;
+            while first.is_multiple_of(2 * size) && first + 2 * size <= leaves.end {
+                size *= 2;
+            }
+            branches.push(Self { first, leaves: size });
+            first += size;
+        }
+        branches
+    }
+
+    /// The branch that this one is merged with.
+    fn sibling(self) -> usize {
+        self.first ^ self.leaves
+    }
+}
+
+/// What is summed, and over what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sampling {
+    /// Width of the inputs.
+    pub columns: usize,
+    /// Whether dense inputs come beside the corrected ones.
+    pub with_dense: bool,
+    /// Calibration sequences in all.
+    pub sequences: usize,
+    /// How many of them, from the first, are calibrated with; the others are held out.
+    pub calibrating: usize,
+    /// Tokens of each.
+    pub tokens: usize,
+}
+
+impl Sampling {
+    /// Calibrating and held-out sequences of a branch.
+    fn parts(&self, branch: Branch) -> [usize; 2] {
+        let all = sequences_of(&(branch.first..branch.first + branch.leaves), self.sequences);
+        let calibrating = all.end.min(self.calibrating).saturating_sub(all.start);
+        [calibrating, all.len() - calibrating]
+    }
+
+    /// Numbers that the sums of a branch are, in [`Sums::values`].
+    pub fn values(&self, branch: Branch) -> usize {
+        let parts = self.parts(branch).into_iter().filter(|sequences| *sequences > 0).count();
+        parts * GramAccumulator::length(self.columns, self.with_dense)
+    }
+}
+
+/// The sums over the sequences of a branch; `None` where it has no such sequence.
+#[derive(Debug, Clone, Default)]
+pub struct Sums {
+    calibrating: Option<GramAccumulator>,
+    held_out: Option<GramAccumulator>,
+}
+
+impl Sums {
+    fn merge(self, second: &Self) -> Result<Self, GramError> {
+        let merge = |first: Option<GramAccumulator>, second: &Option<GramAccumulator>| match (first, second) {
+            (Some(first), Some(second)) => GramAccumulator::merge(first, second).map(Some),
+            (first, second) => Ok(first.or_else(|| second.clone())),
+        };
+        Ok(Self {
+            calibrating: merge(self.calibrating, &second.calibrating)?,
+            held_out: merge(self.held_out, &second.held_out)?,
+        })
+    }
+
+    /// All numbers of the sums, for a wire.
+    pub fn values(&self) -> Vec<f64> {
+        [&self.calibrating, &self.held_out].into_iter().flatten().flat_map(GramAccumulator::values).collect()
+    }
+
+    /// The sums of a branch from their numbers, as many as [`Sampling::values`] says.
+    pub fn from_values(sampling: &Sampling, branch: Branch, values: &[f64]) -> Self {
+        let length = GramAccumulator::length(sampling.columns, sampling.with_dense);
+        let mut chunks = values.chunks_exact(length);
+        let mut read = |sequences: usize| {
+            let tokens = sequences * sampling.tokens;
+            let values = (sequences > 0).then(|| chunks.next()).flatten()?;
+            Some(GramAccumulator::from_values(sampling.columns, sampling.with_dense, tokens, values))
+        };
+        let [calibrating, held_out] = sampling.parts(branch);
+        Self { calibrating: read(calibrating), held_out: read(held_out) }
+    }
+}
+
+/// Branches that are there, each merged with its sibling as soon as both are.
+#[derive(Debug, Default)]
+pub struct Forest {
+    branches: BTreeMap<usize, (Branch, Sums)>,
+}
+
+impl Forest {
+    /// Adds a branch.
+    ///
+    /// # Errors
+    /// `Mismatch`, if it is of other inputs than its sibling.
+    pub fn insert(&mut self, mut branch: Branch, mut sums: Sums) -> Result<(), GramError> {
+        while branch.leaves < LEAVES {
+            let sibling = branch.sibling();
+            if self.branches.get(&sibling).is_none_or(|(other, _)| other.leaves != branch.leaves) {
+                break;
+            }
+            let (_, other) = self.branches.remove(&sibling).expect("it was just seen");
+            sums = if sibling < branch.first { other.merge(&sums)? } else { sums.merge(&other)? };
+            branch = Branch { first: branch.first.min(sibling), leaves: 2 * branch.leaves };
+        }
+        self.branches.insert(branch.first, (branch, sums));
+        Ok(())
+    }
+
+    /// The branches, in order.
+    pub fn into_branches(self) -> impl Iterator<Item = (Branch, Sums)> {
+        self.branches.into_values()
+    }
+
+    /// The means over all sequences, in f32 on `device`, once every leaf is there.
+    ///
+    /// # Errors
+    /// `Incomplete`, and those of [`GramAccumulator::finish`].
+    pub fn finish(mut self, device: &Device) -> Result<InputStats, GramError> {
+        let whole = self.branches.remove(&0).filter(|(branch, _)| branch.leaves == LEAVES);
+        let (_, Sums { calibrating, held_out }) = whole.ok_or(GramError::Incomplete)?;
+        let mut stats = calibrating.ok_or(GramError::Empty)?.finish(device)?;
+        stats.held_out = held_out.map(|held_out| held_out.finish(device)).transpose()?.map(Arc::new);
+        Ok(stats)
+    }
+}
+
+/// Sums up the sequences of consecutive leaves as they come, in order.
+#[derive(Debug)]
+pub struct Gatherer {
+    sampling: Sampling,
+    leaves: Range<usize>,
+    /// The next sequence.
+    next: usize,
+    leaf: Sums,
+    forest: Forest,
+    flops: f64,
+}
+
+impl Gatherer {
+    /// Begins before the first sequence of `leaves`.
+    pub fn new(sampling: Sampling, leaves: Range<usize>) -> Self {
+        let next = sequences_of(&leaves, sampling.sequences).start;
+        Self { sampling, leaves, next, leaf: Sums::default(), forest: Forest::default(), flops: 0.0 }
+    }
+
+    /// Adds the inputs of the next sequences, see [`GramAccumulator::add`].
+    ///
+    /// # Errors
+    /// `Shape`, `Unpaired`.
+    pub fn add(&mut self, corrected: &[Tensor], dense: Option<&[Tensor]>) -> Result<(), GramError> {
+        let Sampling { columns, with_dense, sequences, calibrating, .. } = self.sampling;
+        let mut done = 0;
+        while done < corrected.len() {
+            if self.leaves.is_empty() {
+                return Err(GramError::Surplus { sequences: self.next });
+            }
+            let leaf = sequences_of(&(self.leaves.start..self.leaves.start + 1), sequences);
+            if self.next >= leaf.end {
+                self.close_leaf()?;
+                continue;
+            }
+            let is_calibrating = self.next < calibrating;
+            let end = if is_calibrating { leaf.end.min(calibrating) } else { leaf.end };
+            let here = done..(done + end - self.next).min(corrected.len());
+            let part = if is_calibrating { &mut self.leaf.calibrating } else { &mut self.leaf.held_out };
+            let sum = part.get_or_insert_with(|| GramAccumulator::new(columns, with_dense));
+            let before = sum.flops();
+            sum.add(&corrected[here.clone()], dense.map(|dense| &dense[here.clone()]))?;
+            self.flops += sum.flops() - before;
+            self.next += here.len();
+            done = here.end;
+        }
+        Ok(())
+    }
+
+    fn close_leaf(&mut self) -> Result<(), GramError> {
+        match self.leaves.next() {
+            Some(first) => self.forest.insert(Branch { first, leaves: 1 }, std::mem::take(&mut self.leaf)),
+            None => Ok(()),
+        }
+    }
+
+    /// The sums, and the floating-point operations they took.
+    ///
+    /// # Errors
+    /// `Incomplete` if sequences are missing.
+    pub fn finish(mut self) -> Result<(Forest, f64), GramError> {
+        if self.next < sequences_of(&self.leaves, self.sampling.sequences).end {
+            return Err(GramError::Incomplete);
+        }
+        while !self.leaves.is_empty() {
+            self.close_leaf()?;
+        }
+        Ok((self.forest, self.flops))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linalg::{matrix, oracle, values};
+
+    const COLUMNS: usize = 20;
+    const TOKENS: usize = 9;
+
+    fn sampling(sequences: usize, calibrating: usize) -> Sampling {
+        Sampling { columns: COLUMNS, with_dense: true, sequences, calibrating, tokens: TOKENS }
+    }
+
+    fn inputs(seed: u64, sequences: usize) -> Vec<Tensor> {
+        let sequence = |at: usize| oracle::inputs(seed + at as u64, TOKENS, COLUMNS);
+        (0..sequences).map(|at| matrix(sequence(at), COLUMNS, &Device::Cpu).unwrap()).collect()
+    }
+
+    /// Sums up `leaves` from inputs that come `batch` at a time.
+    fn gathered(sampling: Sampling, leaves: Range<usize>, batch: usize) -> Forest {
+        let (corrected, dense) = (inputs(1, sampling.sequences), inputs(100, sampling.sequences));
+        let all = sequences_of(&leaves, sampling.sequences);
+        let mut gatherer = Gatherer::new(sampling, leaves);
+        for (corrected, dense) in corrected[all.clone()].chunks(batch).zip(dense[all].chunks(batch)) {
+            gatherer.add(corrected, Some(dense)).unwrap();
+        }
+        gatherer.finish().unwrap().0
+    }
+
+    fn bits(stats: &InputStats) -> Vec<Vec<f32>> {
+        let of = |stats: &InputStats| {
+            let dense = stats.dense.as_ref().unwrap();
+            [&stats.gram, &dense.cross, &dense.gram].map(|tensor| values(tensor).unwrap())
+        };
+        of(stats).into_iter().chain(stats.held_out.iter().flat_map(|held_out| of(held_out))).collect()
+    }
+
+    #[test]
+    fn any_split_and_any_batches_give_the_same_bits() {
+        for (sequences, calibrating) in [(32, 26), (13, 13), (8, 7), (5, 4), (1, 1)] {
+            let sampling = sampling(sequences, calibrating);
+            let whole = bits(&gathered(sampling, 0..LEAVES, 1).finish(&Device::Cpu).unwrap());
+            for cuts in [vec![0, 8], vec![0, 4, 8], vec![0, 3, 6, 8], vec![0, 1, 2, 3, 4, 5, 6, 7, 8], vec![0, 5, 8]] {
+                let mut forest = Forest::default();
+                // The last part is there first, and each goes over a wire.
+                for part in cuts.windows(2).rev() {
+                    for (branch, sums) in gathered(sampling, part[0]..part[1], 3).into_branches() {
+                        let values = sums.values();
+                        assert_eq!(values.len(), sampling.values(branch));
+                        forest.insert(branch, Sums::from_values(&sampling, branch, &values)).unwrap();
+                    }
+                }
+                let stats = forest.finish(&Device::Cpu).unwrap();
+                assert_eq!(stats.tokens, calibrating * TOKENS);
+                assert_eq!(bits(&stats), whole, "{sequences} sequences cut at {cuts:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_sums_are_those_of_naive_f64_loops() {
+        let sampling = sampling(11, 9);
+        let stats = gathered(sampling, 0..LEAVES, 2).finish(&Device::Cpu).unwrap();
+        let held_out = stats.held_out.clone().unwrap();
+        let rows = |range: Range<usize>| -> Vec<f32> {
+            inputs(1, 11)[range].iter().flat_map(|sequence| values(sequence).unwrap()).collect()
+        };
+        for (found, rows) in [(&stats.gram, rows(0..9)), (&held_out.gram, rows(9..11))] {
+            let expected = oracle::gram(&rows, &rows, COLUMNS);
+            let size = expected.iter().fold(0.0f64, |a, b| a.max(b.abs()));
+            let found = values(found).unwrap();
+            assert!(found.iter().zip(&expected).all(|(x, y)| (f64::from(*x) - y).abs() <= 1e-6 * size));
+        }
+    }
+
+    #[test]
+    fn leaves_are_whole_branches() {
+        let branches = |leaves: Range<usize>| -> Vec<(usize, usize)> {
+            Branch::of(&leaves).into_iter().map(|branch| (branch.first, branch.leaves)).collect()
+        };
+        assert_eq!(branches(0..8), [(0, 8)]);
+        assert_eq!(branches(3..6), [(3, 1), (4, 2)]);
+        assert_eq!(branches(1..8), [(1, 1), (2, 2), (4, 4)]);
+        for (first, end) in (0..=LEAVES).flat_map(|first| (first..=LEAVES).map(move |end| (first, end))) {
+            let forest = gathered(sampling(8, 6), first..end, 1);
+            let found: Vec<Branch> = forest.into_branches().map(|(branch, _)| branch).collect();
+            assert_eq!(found, Branch::of(&(first..end)));
+        }
+    }
+
+    #[test]
+    fn too_little_and_too_much_are_told() {
+        let sampling = sampling(8, 8);
+        let mut gatherer = Gatherer::new(sampling, 2..4);
+        let inputs = inputs(1, 3);
+        gatherer.add(&inputs[..1], Some(&inputs[..1])).unwrap();
+        assert!(matches!(gatherer.finish(), Err(GramError::Incomplete)));
+        let mut gatherer = Gatherer::new(sampling, 2..4);
+        assert!(matches!(gatherer.add(&inputs, Some(&inputs)), Err(GramError::Surplus { sequences: 4 })));
+        assert!(matches!(gathered(sampling, 0..4, 1).finish(&Device::Cpu), Err(GramError::Incomplete)));
+    }
+}

@@ -1,0 +1,216 @@
+//! The assistant's side of a shared layer: it does what the owner's letters ask for, in their order, and keeps nothing.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use espalier_common::checkpoint::cast;
+use espalier_common::clock::Stopwatch;
+use espalier_common::ids::LayerIndex;
+use espalier_common::outline::LayerOutline;
+use espalier_proto::v1 as pb;
+use espalier_proto::v1::head::Matter;
+use rayon::prelude::*;
+use tokio::sync::mpsc;
+
+use super::share::{Share, sampling};
+use super::{LayerSizes, statistics};
+use crate::linalg::{matrix, values};
+use crate::prune::{GroupSolver, Problem, RowBlock, Solution};
+use crate::run::Run;
+use crate::source::Workplace;
+use crate::transport::parcel::{Body, numbers};
+use crate::transport::{Letter, Outgoing, Received};
+use crate::unit::{Phases, TaskError};
+
+/// The line to the owner.
+pub struct OwnerLine {
+    /// What it says.
+    pub orders: mpsc::Receiver<Received>,
+    /// What it is answered.
+    pub answers: mpsc::Sender<Outgoing>,
+}
+
+/// Assists with a layer until the owner hangs up; says so if it cannot.
+pub fn assist(place: &Workplace<'_>, layer: LayerIndex, leaves: Range<usize>, line: OwnerLine) {
+    let answers = line.answers.clone();
+    let assisted = Assistant::begin(place, layer, leaves, line).and_then(Assistant::serve);
+    match assisted {
+        Ok(()) => tracing::info!(%layer, "assisted"),
+        Err(TaskError::Cancelled) => tracing::info!(%layer, "assistance ended"),
+        Err(error) => {
+            let fault = error.fault();
+            tracing::warn!(%layer, %fault, "cannot assist");
+            // The owner may be gone; then it needs no answer.
+            let _ = answers.blocking_send(Outgoing::of(Matter::Fault(fault.into())));
+        }
+    }
+}
+
+struct Assistant<'a> {
+    place: &'a Workplace<'a>,
+    line: OwnerLine,
+    outline: LayerOutline,
+    sizes: LayerSizes,
+    share: Share,
+    /// The group whose statistics came last, ready to be solved.
+    solver: Option<(usize, Box<dyn GroupSolver>)>,
+    phases: Phases,
+}
+
+/// The owner's next letter; `None` once it has hung up.
+fn next(place: &Workplace<'_>, line: &mut OwnerLine) -> Result<Option<Letter>, TaskError> {
+    let (orders, token) = (&mut line.orders, place.control.token());
+    let received = place.runtime.block_on(async {
+        tokio::select! {
+            received = orders.recv() => Ok(received),
+            () = token.cancelled() => Err(TaskError::Cancelled),
+        }
+    });
+    match received?.map(|received| received.letter) {
+        Some(Ok(letter)) => Ok(Some(letter)),
+        Some(Err(error)) => {
+            tracing::debug!(%error, "the owner is gone");
+            Ok(None)
+        }
+        None => Ok(None),
+    }
+}
+
+impl<'a> Assistant<'a> {
+    /// Loads the layer and takes its share of the hidden states.
+    fn begin(
+        place: &'a Workplace<'a>,
+        layer: LayerIndex,
+        leaves: Range<usize>,
+        mut line: OwnerLine,
+    ) -> Result<Self, TaskError> {
+        let decoder = &place.run.model.decoder;
+        let (outline, loaded) = (decoder.outline(layer)?, decoder.load_layer(layer)?);
+        let sizes = LayerSizes::new(place.run, layer, leaves.clone())?;
+        let shape = (place.run.tokens.sequence_length(), decoder.hidden_size());
+        let mut streams = Vec::new();
+        for stream in 0..sizes.streams() {
+            let mut entries = Vec::new();
+            for sequence in sizes.sequences() {
+                let expected = pb::Hidden { stream: stream as u32, sequence: sequence as u32 };
+                let Some(letter) = next(place, &mut line)? else { return Err(TaskError::Cancelled) };
+                if letter.matter != Matter::Hidden(expected) {
+                    return Err(TaskError::OutOfTurn { what: "hidden states" });
+                }
+                let hidden = Tensor::from_vec(numbers::<f32>(&letter.body), shape, &place.run.device)?;
+                entries.push(place.cache.put(hidden)?);
+            }
+            streams.push((loaded.share(), entries));
+        }
+        let share = Share::new(leaves, streams);
+        let assistant = Self { place, line, outline, sizes, share, solver: None, phases: Phases::default() };
+        assistant.answer(Outgoing::of(Matter::Ready(pb::Ready { threads: rayon::current_num_threads() as u32 })))?;
+        Ok(assistant)
+    }
+
+    fn answer(&self, letter: Outgoing) -> Result<(), TaskError> {
+        self.line.answers.blocking_send(letter).map_err(|_| TaskError::Cancelled)
+    }
+
+    fn serve(mut self) -> Result<(), TaskError> {
+        while let Some(Letter { matter, body }) = next(self.place, &mut self.line)? {
+            self.place.control.check_cancelled()?;
+            match matter {
+                Matter::Gather(group) => self.gather(group as usize)?,
+                Matter::Statistics(group) => self.prepare(group as usize, &body)?,
+                Matter::Solve(order) => self.solve(&order)?,
+                Matter::Apply(group) => self.apply(group as usize, &body)?,
+                Matter::Finish(pb::Finish {}) => return self.finish(),
+                _ => return Err(TaskError::OutOfTurn { what: "an order" }),
+            }
+        }
+        Ok(())
+    }
+
+    fn gather(&mut self, group: usize) -> Result<(), TaskError> {
+        self.solver = None;
+        let forest = self.share.gather(self.place, group, &self.outline.groups[group], &mut self.phases)?;
+        for (branch, sums) in forest.into_branches() {
+            let (first_leaf, leaves) = (branch.first as u32, branch.leaves as u32);
+            let matter = Matter::Sums(pb::Sums { group: group as u32, first_leaf, leaves });
+            self.answer(Outgoing::with_values(matter, sums.values()))?;
+        }
+        Ok(())
+    }
+
+    fn prepare(&mut self, group: usize, body: &[u8]) -> Result<(), TaskError> {
+        let first = &self.outline.groups[group][0];
+        let stats = statistics::unpack(&sampling(self.place.run, first.columns), body, &self.place.run.device)?;
+        let solver = self.place.run.method.solver.prepare(Arc::new(stats), &self.place.control.solve_ctx());
+        let failed = |source| TaskError::Solve { tensor: first.tensor.clone(), source };
+        self.solver = Some((group, solver.map_err(failed)?));
+        Ok(())
+    }
+
+    fn solve(&self, order: &pb::Solve) -> Result<(), TaskError> {
+        let group = order.group as usize;
+        let prepared = self.solver.as_ref().filter(|(prepared, _)| *prepared == group);
+        let (_, solver) = prepared.ok_or(TaskError::OutOfTurn { what: "an order to solve" })?;
+        let pattern = Run::layer_pattern(&order.pattern_json)?;
+        let (place, ctx, layer) = (self.place, self.place.control.solve_ctx(), self.share.layer());
+        let solve = |block: &pb::Block| -> Result<(pb::SolvedBlock, Vec<f32>), TaskError> {
+            let member = block.member as usize;
+            let sublayer = &self.outline.groups[group][member];
+            let mask = place.run.mask.as_ref();
+            let imported = mask.map(|mask| mask.weight(sublayer, &place.run.device)).transpose()?;
+            let weight = layer.weight(group, member);
+            let problem = Problem { tensor: &sublayer.tensor, weight, pattern, imported: imported.as_ref() };
+            let rows = RowBlock {
+                first: block.first_row as usize,
+                rows: block.rows as usize,
+                zeros: usize::try_from(block.zeros).unwrap_or(usize::MAX).min(sublayer.elements()),
+            };
+            let watch = Stopwatch::start();
+            let solved = problem.solve_rows(&rows, |problem, zeros| solver.solve_block(problem, zeros, &ctx));
+            let solved = solved.map_err(|source| TaskError::Solve { tensor: sublayer.tensor.clone(), source })?;
+            Ok((told(*block, &solved, watch.seconds()), values(&solved.weight)?))
+        };
+        let solved = order.blocks.par_iter().map(solve).collect::<Result<Vec<_>, TaskError>>()?;
+        let (blocks, rows): (Vec<_>, Vec<_>) = solved.into_iter().unzip();
+        let matter = Matter::Solved(pb::Solved { order: order.order, group: order.group, blocks });
+        self.answer(Outgoing::with_values(matter, rows.concat()))
+    }
+
+    fn apply(&mut self, group: usize, body: &[u8]) -> Result<(), TaskError> {
+        let mut rest = body;
+        for (member, sublayer) in self.outline.groups[group].iter().enumerate() {
+            let (_, dtype, _) = self.place.stored_as(sublayer)?;
+            let (stored, others) = rest.split_at(sublayer.elements() * dtype.bytes());
+            rest = others;
+            let weight = matrix(cast::f32_from_bytes(dtype, stored), sublayer.columns, &self.place.run.device)?;
+            self.share.set_weight(group, member, weight);
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> Result<(), TaskError> {
+        let Self { place, line, sizes, share, mut phases, .. } = self;
+        for (stream, entries) in share.finish(place, &mut phases)?.into_iter().enumerate() {
+            for (sequence, entry) in sizes.sequences().zip(entries) {
+                let matter = Matter::Output(pb::Hidden { stream: stream as u32, sequence: sequence as u32 });
+                let letter = Outgoing { matter, body: Body::States(entry) };
+                line.answers.blocking_send(letter).map_err(|_| TaskError::Cancelled)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the owner is told of a block that was solved.
+fn told(block: pb::Block, solved: &Solution, seconds: f64) -> pb::SolvedBlock {
+    pb::SolvedBlock {
+        block: Some(block),
+        iterations: solved.iterations,
+        damping: solved.damping,
+        damping_raised: solved.damping_raised,
+        dead_channels: solved.dead_channels,
+        flops: solved.flops,
+        seconds,
+    }
+}

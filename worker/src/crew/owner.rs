@@ -1,0 +1,638 @@
+//! The owner's side of a shared layer: what it does itself, what it lends out, and what it takes back.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use candle_core::Tensor;
+use espalier_common::clock::Stopwatch;
+use espalier_common::ids::{LayerIndex, Lease};
+use espalier_common::outline::LayerOutline;
+use espalier_common::pattern::Pattern;
+use espalier_common::tasks::TaskGroup;
+use espalier_common::wire::lease_to_wire;
+use espalier_proto::v1 as pb;
+use espalier_proto::v1::head::Matter;
+use rayon::prelude::*;
+use tokio::sync::mpsc;
+
+use super::board::{Board, Task, is_plausible};
+use super::share::{Share, sampling};
+use super::{LayerSizes, statistics};
+use crate::calibrate::cache::Entry;
+use crate::calibrate::tree::{Branch, Forest, LEAVES, Sums, sequences_of};
+use crate::holdings::HiddenStates;
+use crate::linalg::matrix;
+use crate::model::DecoderLayer;
+use crate::prune::{GroupSolver, InputStats, Problem, Solution, SolveCtx, SolveError, Statistics};
+use crate::source::Workplace;
+use crate::transport::grpc::Line;
+use crate::transport::parcel::{Body, numbers};
+use crate::transport::{LinkError, Outgoing, Received};
+use crate::unit::{Phases, TaskError};
+
+/// An assistant may take so many times as long as the owner itself would.
+const PATIENCE: f64 = 4.0;
+/// And this much longer: it has a layer to load, and its machine may have other things to do for a while.
+const LEAST_PATIENCE: Duration = Duration::from_secs(30);
+/// What lines may take to end once they are hung up.
+const HANG_UP: Duration = Duration::from_secs(1);
+/// How long an owner that solves looks for answers at a time.
+const GLANCE: Duration = Duration::from_millis(50);
+/// Orders to solve that an assistant has at a time: one that it is at, and one on its way.
+const ORDERS: usize = 2;
+/// Letters that wait to be read: more than all assistants send before they are read.
+const ANSWERS: usize = 64;
+/// Letters to an assistant besides those with its share: what one group takes.
+const LETTERS: usize = 16;
+
+/// Who an owner may ask for help, and in whose name.
+#[derive(Debug, Clone)]
+pub struct Help {
+    /// The owner's lease.
+    pub lease: Lease,
+    /// Endpoints of workers that are idle meanwhile.
+    pub assistants: Vec<String>,
+}
+
+/// A layer's sequences, with whoever has them.
+pub(crate) struct Crew<'a> {
+    place: &'a Workplace<'a>,
+    outline: &'a LayerOutline,
+    pattern: Pattern,
+    input: HiddenStates,
+    /// The owner's own shares: one, and those of assistants that were given up on.
+    shares: Vec<Share>,
+    assistants: Vec<Assistant>,
+    answers: Option<mpsc::Receiver<Received>>,
+    lines: TaskGroup,
+    lost: u32,
+    next_order: u32,
+}
+
+/// An assistant, as long as it is one.
+struct Assistant {
+    endpoint: String,
+    leaves: Range<usize>,
+    letters: mpsc::Sender<Outgoing>,
+    /// Blocks that it solves at a time; 1 until it says more.
+    threads: usize,
+    is_there: bool,
+    /// It has given all that it was asked for, and hangs up.
+    is_through: bool,
+}
+
+/// Blocks that an assistant was asked for.
+struct Order {
+    assistant: usize,
+    number: u32,
+    tasks: Vec<usize>,
+}
+
+impl<'a> Crew<'a> {
+    /// Lends shares of the input of a layer to assistants, if there are any. The owner has the first share.
+    ///
+    /// # Errors
+    /// What the model says of the layer.
+    pub(crate) fn assemble(
+        place: &'a Workplace<'a>,
+        layer: (LayerIndex, &'a LayerOutline, Box<dyn DecoderLayer>),
+        pattern: Pattern,
+        input: HiddenStates,
+        help: &Help,
+    ) -> Result<Self, TaskError> {
+        let (index, outline, loaded) = layer;
+        let sequences = place.run.tokens.sequences();
+        // Nobody gets an empty share: there are at least as many sequences as leaves with some.
+        let hands = (1 + help.assistants.len()).min(LEAVES).min(sequences);
+        let leaves_of = |hand: usize| hand * LEAVES / hands..(hand + 1) * LEAVES / hands;
+        let (heard, answers) = mpsc::channel(ANSWERS);
+        let own = share(leaves_of(0), &input, |_| loaded.share(), sequences);
+        let mut crew = Self {
+            place,
+            outline,
+            pattern,
+            input,
+            shares: vec![own],
+            assistants: Vec::new(),
+            answers: (hands > 1).then_some(answers),
+            lines: TaskGroup::new(),
+            lost: 0,
+            next_order: 0,
+        };
+        for (number, endpoint) in help.assistants.iter().take(hands - 1).enumerate() {
+            let leaves = leaves_of(number + 1);
+            let sizes = Arc::new(LayerSizes::new(place.run, index, leaves.clone())?);
+            let share = sizes.sequences();
+            let (letters, queue) = mpsc::channel(share.len() * crew.input.streams.len() + LETTERS);
+            let line = Line {
+                endpoint: endpoint.clone(),
+                number,
+                size_of: move |matter: &Matter| sizes.of_answer(matter),
+                letters: queue,
+                received: heard.clone(),
+            };
+            let begin = pb::Begin {
+                lease: Some(lease_to_wire(&place.run.id, help.lease)),
+                first_leaf: leaves.start as u32,
+                end_leaf: leaves.end as u32,
+            };
+            let (token, peers) = (crew.lines.token(), place.peers.clone());
+            let _runtime = place.runtime.enter();
+            crew.lines.spawn(async move {
+                tokio::select! {
+                    () = line.call(&peers, begin) => {}
+                    () = token.cancelled() => {}
+                }
+            });
+            crew.assistants.push(Assistant {
+                endpoint: endpoint.clone(),
+                leaves,
+                letters,
+                threads: 1,
+                is_there: true,
+                is_through: false,
+            });
+            for (stream, entries) in crew.input.streams.clone().into_iter().enumerate() {
+                for sequence in share.clone() {
+                    let matter = Matter::Hidden(pb::Hidden { stream: stream as u32, sequence: sequence as u32 });
+                    crew.send(number, Outgoing { matter, body: Body::States(entries[sequence].clone()) });
+                }
+            }
+        }
+        Ok(crew)
+    }
+
+    /// The layer, as far as it is pruned.
+    pub(crate) fn layer(&self) -> &dyn DecoderLayer {
+        self.shares[0].layer()
+    }
+
+    /// Assistants that were given up on.
+    pub(crate) fn lost(&self) -> u32 {
+        self.lost
+    }
+
+    /// Sends a letter, unless the assistant is given up on. The queue holds all letters that can be due.
+    fn send(&mut self, number: usize, letter: Outgoing) {
+        let assistant = &self.assistants[number];
+        if assistant.is_there && assistant.letters.try_send(letter).is_err() {
+            self.lose(number, "it does not take what it is sent");
+        }
+    }
+
+    fn send_all(&mut self, letter: impl Fn() -> Outgoing) {
+        (0..self.assistants.len()).for_each(|number| self.send(number, letter()));
+    }
+
+    fn is_there(&self, number: usize) -> bool {
+        self.assistants.get(number).is_some_and(|assistant| assistant.is_there)
+    }
+
+    /// Gives an assistant up: whatever comes of it now is too late.
+    fn lose(&mut self, number: usize, reason: &str) {
+        let assistant = &mut self.assistants[number];
+        if std::mem::replace(&mut assistant.is_there, false) {
+            tracing::warn!(assistant = assistant.endpoint, reason, "going on without an assistant");
+            // Its line ends when nothing can be sent any more.
+            assistant.letters = mpsc::channel(1).0;
+            self.lost += 1;
+        }
+    }
+
+    /// The next letter of an assistant that is still one, within `wait`; faults and ends of lines are dealt with here.
+    fn next_letter(&mut self, wait: Duration) -> Result<Option<(usize, Matter, Vec<u8>)>, TaskError> {
+        let Some(answers) = &mut self.answers else { return Ok(None) };
+        let token = self.place.control.token();
+        let received = self.place.runtime.block_on(async {
+            tokio::select! {
+                received = tokio::time::timeout(wait, answers.recv()) => Ok(received.ok().flatten()),
+                () = token.cancelled() => Err(TaskError::Cancelled),
+            }
+        })?;
+        let Some(Received { from, letter }) = received.filter(|received| self.is_there(received.from)) else {
+            return Ok(None);
+        };
+        match letter {
+            Ok(letter) => match letter.matter {
+                Matter::Fault(fault) => self.lose(from, &fault.message),
+                Matter::Ready(ready) => self.assistants[from].threads = (ready.threads as usize).clamp(1, 1024),
+                matter => return Ok(Some((from, matter, letter.body))),
+            },
+            Err(_) if self.assistants[from].is_through => {}
+            Err(error) => self.lose(from, &described(&error)),
+        }
+        Ok(None)
+    }
+
+    /// Waits for as many letters of each assistant as are `missing`, as long as they may take by what the owner took for the
+    /// leaves and in the seconds of `own`. An assistant whose letter `take` does not want is given up on; one that has sent all
+    /// of its `last` letters may hang up.
+    fn collect(
+        &mut self,
+        own: (usize, f64),
+        (mut missing, last): (Vec<usize>, bool),
+        mut take: impl FnMut(usize, Matter, Vec<u8>) -> bool,
+    ) -> Result<(), TaskError> {
+        let watch = Stopwatch::start();
+        loop {
+            let late: Vec<usize> =
+                (0..missing.len()).filter(|&number| self.is_there(number) && missing[number] > 0).collect();
+            let Some(most) = late.iter().map(|&number| self.assistants[number].leaves.len()).max() else {
+                return Ok(());
+            };
+            let allowed = LEAST_PATIENCE.as_secs_f64() + PATIENCE * own.1 * most as f64 / own.0.max(1) as f64;
+            if watch.seconds() > allowed {
+                late.into_iter().for_each(|number| self.lose(number, "it is too slow"));
+                return Ok(());
+            }
+            if let Some((number, matter, body)) = self.next_letter(GLANCE)? {
+                if missing[number] > 0 && take(number, matter, body) {
+                    missing[number] -= 1;
+                    self.assistants[number].is_through = last && missing[number] == 0;
+                } else {
+                    self.lose(number, "it said something out of turn");
+                }
+            }
+        }
+    }
+
+    /// Takes over the shares of assistants that are gone.
+    fn adopt(&mut self) {
+        let sequences = self.place.run.tokens.sequences();
+        for number in 0..self.assistants.len() {
+            let leaves = self.assistants[number].leaves.clone();
+            if self.is_there(number) || self.shares.iter().any(|share| *share.leaves() == leaves) {
+                continue;
+            }
+            let lanes = self.shares[0].lanes();
+            let adopted = share(leaves, &self.input, |stream| lanes[stream].layer().share(), sequences);
+            self.shares.push(adopted);
+        }
+    }
+
+    /// Brings all sequences before a group and sums up its inputs.
+    ///
+    /// # Errors
+    /// See [`TaskError`].
+    pub(crate) fn gather(&mut self, group: usize, phases: &mut Phases) -> Result<InputStats, TaskError> {
+        let members = &self.outline.groups[group];
+        let failed = |source| TaskError::Gram { tensor: members[0].tensor.clone(), source };
+        self.send_all(|| Outgoing::of(Matter::Gather(group as u32)));
+        self.adopt();
+        let mut forest = Forest::default();
+        let (watch, own) = (Stopwatch::start(), self.own_leaves());
+        self.gather_own(0, group, &mut forest, phases)?;
+        let (seconds, watch) = (watch.seconds(), Stopwatch::start());
+        let sampling = sampling(self.place.run, members[0].columns);
+        let mut wanted: Vec<Vec<Branch>> = self.assistants.iter().map(|one| Branch::of(&one.leaves)).collect();
+        let mut sums: Vec<Vec<(Branch, Sums)>> = wanted.iter().map(|_| Vec::new()).collect();
+        let missing = wanted.iter().map(Vec::len).collect();
+        self.collect((own, seconds), (missing, false), |number, matter, body| {
+            let Matter::Sums(told) = matter else { return false };
+            let branch = Branch { first: told.first_leaf as usize, leaves: told.leaves as usize };
+            let Some(place) = wanted[number].iter().position(|wanted| *wanted == branch) else { return false };
+            wanted[number].swap_remove(place);
+            let values: Vec<f64> = numbers(&body);
+            sums[number].push((branch, Sums::from_values(&sampling, branch, &values)));
+            told.group as usize == group
+        })?;
+        self.waited(&watch, phases);
+        for (number, sums) in sums.into_iter().enumerate().filter(|(number, _)| self.is_there(*number)) {
+            self.place.received(sums.iter().map(|(branch, _)| sampling.values(*branch) as u64 * 8).sum());
+            sums.into_iter().try_for_each(|(branch, sums)| forest.insert(branch, sums)).map_err(failed)?;
+            tracing::trace!(number, group, "sums are there");
+        }
+        let here = self.shares.len();
+        self.adopt();
+        self.gather_own(here, group, &mut forest, phases)?;
+        let watch = Stopwatch::start();
+        let stats = forest.finish(&self.place.run.device).map_err(failed)?;
+        phases.add("gram", watch.seconds(), 0.0);
+        Ok(stats)
+    }
+
+    fn waited(&self, watch: &Stopwatch, phases: &mut Phases) {
+        if !self.assistants.is_empty() {
+            phases.add("wait", watch.seconds(), 0.0);
+        }
+    }
+
+    fn own_leaves(&self) -> usize {
+        self.shares.iter().map(|share| share.leaves().len()).sum()
+    }
+
+    /// Gathers the owner's shares, from the one numbered `first` on.
+    fn gather_own(
+        &mut self,
+        first: usize,
+        group: usize,
+        forest: &mut Forest,
+        phases: &mut Phases,
+    ) -> Result<(), TaskError> {
+        let (place, members) = (self.place, &self.outline.groups[group]);
+        for share in &mut self.shares[first..] {
+            for (branch, sums) in share.gather(place, group, members, phases)?.into_branches() {
+                let failed = |source| TaskError::Gram { tensor: members[0].tensor.clone(), source };
+                forest.insert(branch, sums).map_err(failed)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Solves the sublayers of a group, block by block: the owner from the first on, assistants from the last. Returns each
+    /// solution with the seconds that were spent on it, whoever spent them.
+    ///
+    /// # Errors
+    /// The member that failed, and why.
+    pub(crate) fn solve(
+        &mut self,
+        group: usize,
+        stats: &InputStats,
+        solver: &dyn GroupSolver,
+        problems: &[Problem<'_>],
+        ctx: &SolveCtx,
+    ) -> Result<Vec<(Solution, f64)>, (usize, SolveError)> {
+        let cut = |(member, problem): (usize, &Problem<'_>)| {
+            solver.blocks(problem).map(|blocks| (member, blocks)).map_err(|error| (member, error))
+        };
+        let cut = problems.par_iter().enumerate().map(cut).collect::<Result<Vec<_>, _>>()?;
+        let tasks =
+            cut.into_iter().flat_map(|(member, blocks)| blocks.into_iter().map(move |block| Task { member, block }));
+        let tasks: Vec<Task> = tasks.collect();
+        // A method that looks at no more than norms is through before its statistics are sent.
+        // One that looks at held-out inputs, which are the owner's alone, has no blocks.
+        let method = &self.place.run.method.solver;
+        let is_shared = method.needs() >= Statistics::Gram
+            && !method.needs_held_out()
+            && tasks.len() > 1
+            && self.assistants.iter().any(|assistant| assistant.is_there);
+        let board = Board::new(tasks);
+        let solve = |task: Task| {
+            let watch = Stopwatch::start();
+            let solved = problems[task.member]
+                .solve_rows(&task.block, |problem, zeros| solver.solve_block(problem, zeros, ctx))?;
+            Ok((solved, watch.seconds()))
+        };
+        let backend = |error: candle_core::Error| (0, SolveError::from(error));
+        if is_shared {
+            let packed = Bytes::from_owner(Packed(statistics::pack(stats).map_err(backend)?));
+            let matter = || Matter::Statistics(group as u32);
+            self.send_all(|| Outgoing { matter: matter(), body: Body::Bytes(packed.clone()) });
+        }
+        while board.has_waiting() {
+            rayon::in_place_scope(|scope| {
+                for _ in 0..rayon::current_num_threads() {
+                    scope.spawn(|_| board.work(solve));
+                }
+                if is_shared { self.lend(group, problems, &board) } else { Ok(()) }
+            })
+            .map_err(|TaskCancelled| (0, SolveError::Cancelled))?;
+        }
+        board.finish(problems.len())
+    }
+
+    /// Gives out blocks to assistants until none waits, and takes what they make of them.
+    fn lend(&mut self, group: usize, problems: &[Problem<'_>], board: &Board) -> Result<(), TaskCancelled> {
+        let mut orders: VecDeque<Order> = VecDeque::new();
+        let mut idle: Option<Stopwatch> = None;
+        loop {
+            for _ in 0..ORDERS {
+                (0..self.assistants.len()).for_each(|number| self.order(number, group, board, &mut orders));
+            }
+            if orders.is_empty() {
+                return Ok(());
+            }
+            let letter = self.next_letter(GLANCE).map_err(|_| TaskCancelled)?;
+            self.place.received(letter.as_ref().map_or(0, |(_, _, body)| body.len() as u64));
+            if let Some((number, matter, body)) = letter
+                && !take_solved(problems, board, &mut orders, (number, &matter, &body))
+            {
+                self.lose(number, "it gave something else than what was asked for");
+            }
+            self.place.control.check_cancelled().map_err(|_| TaskCancelled)?;
+            if board.is_owner_idle() {
+                let watch = idle.get_or_insert_with(Stopwatch::start);
+                let rows = |order: &Order| order.tasks.iter().map(|&task| board.task(task).block.rows).sum::<usize>();
+                let most = orders.iter().map(rows).max().unwrap_or(0) * ORDERS;
+                if watch.seconds() > LEAST_PATIENCE.as_secs_f64() + PATIENCE * board.own_seconds(most) {
+                    let late: Vec<usize> = orders.iter().map(|order| order.assistant).collect();
+                    late.into_iter().for_each(|number| self.lose(number, "it is too slow"));
+                }
+            }
+            orders.retain(|order| {
+                let stays = self.is_there(order.assistant);
+                if !stays {
+                    board.give_back(&order.tasks);
+                }
+                stays
+            });
+        }
+    }
+
+    /// Asks an assistant for some blocks, if it has too few to do and blocks wait.
+    fn order(&mut self, number: usize, group: usize, board: &Board, orders: &mut VecDeque<Order>) {
+        let under_way = orders.iter().filter(|order| order.assistant == number).count();
+        if !self.is_there(number) || under_way >= ORDERS {
+            return;
+        }
+        let tasks = board.take_last(self.assistants[number].threads, 1 + self.assistants.len());
+        if tasks.is_empty() {
+            return;
+        }
+        self.next_order += 1;
+        let blocks = tasks.iter().map(|&task| asked(board.task(task))).collect();
+        let solve = pb::Solve {
+            order: self.next_order,
+            group: group as u32,
+            pattern_json: serde_json::to_string(&self.pattern).expect("a pattern is plain data"),
+            blocks,
+        };
+        orders.push_back(Order { assistant: number, number: self.next_order, tasks });
+        self.send(number, Outgoing::of(Matter::Solve(solve)));
+    }
+
+    /// Puts the pruned weights of a group into every copy of the layer. `stored` has the bytes of all members.
+    pub(crate) fn apply(&mut self, group: usize, weights: &[Tensor], stored: impl FnOnce() -> Vec<u8>) {
+        for share in &mut self.shares {
+            for (member, weight) in weights.iter().enumerate() {
+                share.set_weight(group, member, weight.clone());
+            }
+        }
+        if self.assistants.is_empty() {
+            return;
+        }
+        let stored = Bytes::from(stored());
+        self.send_all(|| Outgoing { matter: Matter::Apply(group as u32), body: Body::Bytes(stored.clone()) });
+    }
+
+    /// The only share of a crew of one.
+    pub(crate) fn alone(&mut self) -> &mut Share {
+        &mut self.shares[0]
+    }
+
+    /// Lets assistants run what is left of the layer; [`Self::finish`] is next.
+    pub(crate) fn send_off(&mut self) {
+        self.send_all(|| Outgoing::of(Matter::Finish(pb::Finish {})));
+    }
+
+    /// Runs what is left of the layer on all sequences; returns the layer's output, and how many assistants were given up on.
+    ///
+    /// # Errors
+    /// See [`TaskError`].
+    pub(crate) fn finish(mut self, phases: &mut Phases) -> Result<(HiddenStates, u32), TaskError> {
+        let (place, device) = (self.place, &self.place.run.device);
+        let sequences = place.run.tokens.sequences();
+        self.adopt();
+        let streams = self.input.streams.len();
+        let mut output: Vec<Vec<Option<Entry>>> = vec![vec![None; sequences]; streams];
+        let (watch, own) = (Stopwatch::start(), self.own_leaves());
+        // An assistant that is given up on from here on leaves its share to a layer that is pruned, and so it can be run again.
+        let layers: Vec<Box<dyn DecoderLayer>> =
+            self.shares[0].lanes().iter().map(|lane| lane.layer().share()).collect();
+        let run = |share: Share, output: &mut [Vec<Option<Entry>>], phases: &mut Phases| {
+            let range = sequences_of(share.leaves(), sequences);
+            for (stream, entries) in share.finish(place, phases)?.into_iter().enumerate() {
+                range.clone().zip(entries).for_each(|(sequence, entry)| output[stream][sequence] = Some(entry));
+            }
+            Ok::<_, TaskError>(())
+        };
+        for share in std::mem::take(&mut self.shares) {
+            run(share, &mut output, phases)?;
+        }
+        let seconds = watch.seconds();
+        phases.add("forward", seconds, 0.0);
+        let shape = (place.run.tokens.sequence_length(), place.run.model.decoder.hidden_size());
+        let ranges: Vec<Range<usize>> =
+            self.assistants.iter().map(|one| sequences_of(&one.leaves, sequences)).collect();
+        let missing = ranges.iter().map(|range| range.len() * streams).collect();
+        let mut failed = None;
+        let waited = Stopwatch::start();
+        self.collect((own, seconds), (missing, true), |number, matter, body| {
+            let Matter::Output(pb::Hidden { stream, sequence }) = matter else { return false };
+            let (stream, sequence) = (stream as usize, sequence as usize);
+            if !ranges[number].contains(&sequence) || output[stream][sequence].is_some() {
+                return false;
+            }
+            place.received(body.len() as u64);
+            let kept = Tensor::from_vec(numbers::<f32>(&body), shape, device)
+                .map_err(TaskError::from)
+                .and_then(|hidden| Ok(place.cache.put(hidden)?));
+            match kept {
+                Ok(entry) => output[stream][sequence] = Some(entry),
+                Err(error) => failed = Some(error),
+            }
+            true
+        })?;
+        failed.map_or(Ok(()), Err)?;
+        self.waited(&waited, phases);
+        for number in (0..self.assistants.len()).filter(|&number| !self.is_there(number)) {
+            let leaves = self.assistants[number].leaves.clone();
+            // Shares that were adopted before are there already.
+            if ranges[number].clone().all(|sequence| output.iter().all(|stream| stream[sequence].is_some())) {
+                continue;
+            }
+            let adopted = share(leaves, &self.input, |stream| layers[stream].share(), sequences);
+            run(adopted, &mut output, phases)?;
+        }
+        let whole = |stream: Vec<Option<Entry>>| {
+            stream.into_iter().map(|entry| entry.expect("every share was finished by somebody")).collect()
+        };
+        Ok((HiddenStates { streams: output.into_iter().map(whole).collect() }, self.lost))
+    }
+}
+
+impl Drop for Crew<'_> {
+    /// Hangs up: assistants have nothing that would be missed.
+    fn drop(&mut self) {
+        self.place.runtime.block_on(self.lines.shut_down(HANG_UP));
+    }
+}
+
+/// The unit was cancelled while its blocks were lent out.
+struct TaskCancelled;
+
+/// Owns packed statistics while letters point into them.
+struct Packed(Vec<f32>);
+
+impl AsRef<[u8]> for Packed {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+/// The sequences of some leaves before the layer, each stream with its copy of it.
+fn share(
+    leaves: Range<usize>,
+    input: &HiddenStates,
+    layer: impl Fn(usize) -> Box<dyn DecoderLayer>,
+    sequences: usize,
+) -> Share {
+    let range = sequences_of(&leaves, sequences);
+    let stream = |(stream, entries): (usize, &Vec<Entry>)| (layer(stream), entries[range.clone()].to_vec());
+    Share::new(leaves, input.streams.iter().enumerate().map(stream).collect::<Vec<_>>())
+}
+
+/// A block as it is asked for.
+fn asked(Task { member, block }: Task) -> pb::Block {
+    pb::Block {
+        member: member as u32,
+        first_row: block.first as u32,
+        rows: block.rows as u32,
+        zeros: block.zeros as u64,
+    }
+}
+
+/// Keeps the blocks of an order that was done; false if they are not what was asked for.
+fn take_solved(
+    problems: &[Problem<'_>],
+    board: &Board,
+    orders: &mut VecDeque<Order>,
+    (number, matter, body): (usize, &Matter, &[u8]),
+) -> bool {
+    let Matter::Solved(solved) = matter else { return false };
+    let Some(place) = orders.iter().position(|order| order.assistant == number && order.number == solved.order) else {
+        return false;
+    };
+    let tasks = &orders[place].tasks;
+    let are_those = tasks.iter().map(|&task| Some(asked(board.task(task))));
+    if !are_those.eq(solved.blocks.iter().map(|solved| solved.block)) {
+        return false;
+    }
+    let mut rest = body;
+    let mut done = Vec::new();
+    for (&index, told) in tasks.iter().zip(&solved.blocks) {
+        let Task { member, block } = board.task(index);
+        let problem = &problems[member];
+        let Ok(columns) = problem.weight.dim(1) else { return false };
+        let (rows, others) = rest.split_at(block.rows * columns * size_of::<f32>());
+        rest = others;
+        let rows: Vec<f32> = numbers(rows);
+        if !is_plausible(problem, &block, &rows) {
+            return false;
+        }
+        let Ok(weight) = matrix(rows, columns, problem.weight.device()) else { return false };
+        let solution = Solution {
+            weight,
+            iterations: told.iterations,
+            damping: told.damping,
+            damping_raised: told.damping_raised,
+            dead_channels: told.dead_channels,
+            // A method that chooses one is not shared.
+            alpha: None,
+            flops: told.flops,
+        };
+        done.push((index, solution, told.seconds));
+    }
+    orders.remove(place);
+    done.into_iter().for_each(|(index, solution, seconds)| board.put(index, solution, seconds));
+    true
+}
+
+/// An error and what caused it, in a line.
+fn described(error: &LinkError) -> String {
+    let source = std::error::Error::source(error).map(|source| format!(": {source}"));
+    format!("{error}{}", source.unwrap_or_default())
+}

@@ -1,0 +1,104 @@
+//! A group's statistics as an owner sends them: f32, symmetric matrices as their upper triangles, row by row.
+
+use candle_core::Device;
+
+use crate::calibrate::tree::Sampling;
+use crate::linalg::factor::mirror_upper;
+use crate::linalg::{matrix, values};
+use crate::prune::InputStats;
+use crate::prune::problem::DenseStats;
+use crate::transport::parcel::numbers;
+
+/// Bytes of [`pack`].
+pub(super) fn bytes(sampling: &Sampling) -> u64 {
+    let n = sampling.columns as u64;
+    let triangle = n * (n + 1) / 2;
+    4 * if sampling.with_dense { 2 * triangle + n * n } else { triangle }
+}
+
+/// The numbers of the statistics over calibration sequences, in order.
+pub(super) fn pack(stats: &InputStats) -> candle_core::Result<Vec<f32>> {
+    let mut packed = Vec::new();
+    push_triangle(&mut packed, &values(&stats.gram)?);
+    if let Some(dense) = &stats.dense {
+        packed.extend(values(&dense.cross)?);
+        push_triangle(&mut packed, &values(&dense.gram)?);
+    }
+    Ok(packed)
+}
+
+fn push_triangle(packed: &mut Vec<f32>, matrix: &[f32]) {
+    let n = matrix.len().isqrt();
+    (0..n).for_each(|row| packed.extend(&matrix[row * n + row..(row + 1) * n]));
+}
+
+/// The statistics from a body of the right size. Held-out ones are the owner's alone.
+pub(super) fn unpack(sampling: &Sampling, body: &[u8], device: &Device) -> candle_core::Result<InputStats> {
+    let packed: Vec<f32> = numbers(body);
+    let n = sampling.columns;
+    let (gram, rest) = packed.split_at(n * (n + 1) / 2);
+    let gram = matrix(from_triangle(gram, n), n, device)?;
+    let dense = if sampling.with_dense {
+        let (cross, triangle) = rest.split_at(n * n);
+        Some(DenseStats {
+            cross: matrix(cross.to_vec(), n, device)?,
+            gram: matrix(from_triangle(triangle, n), n, device)?,
+        })
+    } else {
+        None
+    };
+    Ok(InputStats { gram, dense, tokens: sampling.calibrating * sampling.tokens, held_out: None })
+}
+
+fn from_triangle(triangle: &[f32], n: usize) -> Vec<f32> {
+    let mut matrix = vec![0.0; n * n];
+    let mut rest = triangle;
+    for row in 0..n {
+        let (head, tail) = rest.split_at(n - row);
+        matrix[row * n + row..(row + 1) * n].copy_from_slice(head);
+        rest = tail;
+    }
+    mirror_upper(&mut matrix, n);
+    matrix
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linalg::oracle;
+
+    #[test]
+    fn statistics_come_back_bit_for_bit() {
+        let n = 13;
+        let symmetric = |seed| {
+            let x = oracle::random(seed, 30 * n);
+            let gram: Vec<f32> = oracle::gram(&x, &x, n).iter().map(|&value| value as f32).collect();
+            matrix(
+                from_triangle(
+                    &{
+                        let mut t = Vec::new();
+                        push_triangle(&mut t, &gram);
+                        t
+                    },
+                    n,
+                ),
+                n,
+                &Device::Cpu,
+            )
+            .unwrap()
+        };
+        let cross = matrix(oracle::random(3, n * n), n, &Device::Cpu).unwrap();
+        for with_dense in [false, true] {
+            let sampling = Sampling { columns: n, with_dense, sequences: 5, calibrating: 4, tokens: 6 };
+            let dense = with_dense.then(|| DenseStats { cross: cross.clone(), gram: symmetric(2) });
+            let stats = InputStats { gram: symmetric(1), dense, tokens: 24, held_out: None };
+            let packed = pack(&stats).unwrap();
+            let body: &[u8] = bytemuck::cast_slice(&packed);
+            assert_eq!(body.len() as u64, bytes(&sampling));
+            let found = unpack(&sampling, body, &Device::Cpu).unwrap();
+            assert_eq!(pack(&found).unwrap(), packed);
+            assert_eq!(values(&found.gram).unwrap(), values(&stats.gram).unwrap());
+            assert_eq!((found.tokens, found.dense.is_some()), (24, with_dense));
+        }
+    }
+}

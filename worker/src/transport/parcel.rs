@@ -1,0 +1,244 @@
+//! Letters between a layer's owner and its assistants: a head that says what it is about, and a body in checked pieces.
+
+use bytes::Bytes;
+use espalier_proto::v1::head::Matter;
+use espalier_proto::v1::{Head, Piece};
+
+use super::CHUNK_BYTES;
+use crate::calibrate::cache::{CacheError, Entry};
+
+/// A letter that came whole.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Letter {
+    /// What it is about.
+    pub matter: Matter,
+    /// Its body, of the size that the matter says.
+    pub body: Vec<u8>,
+}
+
+/// A letter to be sent.
+#[derive(Debug)]
+pub struct Outgoing {
+    /// What it is about.
+    pub matter: Matter,
+    /// Its body.
+    pub body: Body,
+}
+
+/// The body of a letter to be sent.
+#[derive(Debug)]
+pub enum Body {
+    /// These bytes; they may be none.
+    Bytes(Bytes),
+    /// Hidden states, read when it is their turn.
+    States(Entry),
+}
+
+impl Outgoing {
+    /// A letter without a body.
+    pub fn of(matter: Matter) -> Self {
+        Self { matter, body: Body::Bytes(Bytes::new()) }
+    }
+
+    /// A letter with these values.
+    pub fn with_values<T: bytemuck::NoUninit + Send + 'static>(matter: Matter, values: Vec<T>) -> Self {
+        Self { matter, body: Body::Bytes(Bytes::from_owner(Values(values))) }
+    }
+}
+
+impl Body {
+    /// The bytes, read from the cache if that is where they are.
+    ///
+    /// # Errors
+    /// See [`CacheError`].
+    pub fn into_bytes(self) -> Result<Bytes, CacheError> {
+        match self {
+            Self::Bytes(bytes) => Ok(bytes),
+            Self::States(entry) => Ok(Bytes::from_owner(Values(entry.take()?.flatten_all()?.to_vec1::<f32>()?))),
+        }
+    }
+}
+
+/// The numbers of a body, whose length is a multiple of theirs.
+pub fn numbers<T: bytemuck::Pod>(body: &[u8]) -> Vec<T> {
+    let mut numbers = vec![T::zeroed(); body.len() / size_of::<T>()];
+    bytemuck::cast_slice_mut(&mut numbers).copy_from_slice(body);
+    numbers
+}
+
+/// Owns numbers while pieces point into their bytes.
+struct Values<T>(Vec<T>);
+
+impl<T: bytemuck::NoUninit> AsRef<[u8]> for Values<T> {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+/// A head or piece that is not what may come next.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ParcelError {
+    /// A head that says nothing we know.
+    #[error("a letter is about nothing")]
+    NoMatter,
+    /// About something that the layer does not have, or that is not this side's to say.
+    #[error("a letter is about what this layer does not have: {0}")]
+    Foreign(String),
+    /// Another size than the matter has.
+    #[error("the body of a letter has {found} bytes, but must have {expected}")]
+    Size {
+        /// As announced.
+        found: u64,
+        /// As the matter says.
+        expected: u64,
+    },
+    /// A head where a piece must come, or the other way round.
+    #[error("a letter came in the middle of another, or a piece of none")]
+    OutOfTurn,
+    /// Not the next piece, or not of a size that it may have.
+    #[error("a piece of {bytes} bytes is at {found}, but 1 to {limit} may stand at {expected}")]
+    Piece {
+        /// Its length.
+        bytes: usize,
+        /// Where it says it is.
+        found: u64,
+        /// Where it must be.
+        expected: u64,
+        /// How long it may be.
+        limit: usize,
+    },
+    /// Damaged on the way.
+    #[error("checksum of a piece at byte {offset} does not match")]
+    Checksum {
+        /// Where in the body.
+        offset: u64,
+    },
+}
+
+/// The head of a letter whose body is `body`.
+pub fn head(matter: Matter, body: &Bytes) -> Head {
+    Head { body_bytes: body.len() as u64, matter: Some(matter) }
+}
+
+/// Cuts a body into pieces that share its bytes.
+pub fn pieces(body: Bytes) -> impl Iterator<Item = Piece> {
+    (0..body.len()).step_by(CHUNK_BYTES).map(move |start| {
+        let data = body.slice(start..body.len().min(start + CHUNK_BYTES));
+        Piece { offset: start as u64, crc32: crc32fast::hash(&data), data }
+    })
+}
+
+/// Puts letters together. No more than one is ever under way, and none is allocated before its size is known to be right.
+#[derive(Debug, Default)]
+pub struct LetterBox {
+    under_way: Option<(Letter, usize)>,
+}
+
+impl LetterBox {
+    /// Takes the head of the next letter; returns it at once if it has no body. `size_of` says how large the body must be, if
+    /// the matter is one that may come.
+    ///
+    /// # Errors
+    /// See [`ParcelError`].
+    pub fn open(
+        &mut self,
+        head: Head,
+        size_of: impl FnOnce(&Matter) -> Option<u64>,
+    ) -> Result<Option<Letter>, ParcelError> {
+        if self.under_way.is_some() {
+            return Err(ParcelError::OutOfTurn);
+        }
+        let matter = head.matter.ok_or(ParcelError::NoMatter)?;
+        let expected = size_of(&matter).ok_or_else(|| ParcelError::Foreign(format!("{matter:?}")))?;
+        if head.body_bytes != expected {
+            return Err(ParcelError::Size { found: head.body_bytes, expected });
+        }
+        let size = usize::try_from(expected).map_err(|_| ParcelError::Size { found: expected, expected: 0 })?;
+        let letter = Letter { matter, body: Vec::with_capacity(size) };
+        if size == 0 {
+            return Ok(Some(letter));
+        }
+        self.under_way = Some((letter, size));
+        Ok(None)
+    }
+
+    /// Takes the next piece; returns the letter that it completes.
+    ///
+    /// # Errors
+    /// See [`ParcelError`].
+    pub fn add(&mut self, piece: &Piece) -> Result<Option<Letter>, ParcelError> {
+        let (letter, size) = self.under_way.as_mut().ok_or(ParcelError::OutOfTurn)?;
+        let expected = letter.body.len() as u64;
+        let (bytes, limit) = (piece.data.len(), (*size - letter.body.len()).min(CHUNK_BYTES));
+        if piece.offset != expected || bytes == 0 || bytes > limit {
+            return Err(ParcelError::Piece { bytes, found: piece.offset, expected, limit });
+        }
+        if crc32fast::hash(&piece.data) != piece.crc32 {
+            return Err(ParcelError::Checksum { offset: piece.offset });
+        }
+        letter.body.extend_from_slice(&piece.data);
+        let is_whole = letter.body.len() == *size;
+        Ok(self.under_way.take_if(|_| is_whole).map(|(letter, _)| letter))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use espalier_proto::v1::Finish;
+
+    use super::*;
+
+    const BYTES: usize = 2 * CHUNK_BYTES + 12;
+
+    fn body() -> Bytes {
+        Bytes::from((0..BYTES).map(|at| (at * 7) as u8).collect::<Vec<u8>>())
+    }
+
+    fn opened() -> LetterBox {
+        let mut letters = LetterBox::default();
+        let size = |_: &Matter| Some(BYTES as u64);
+        assert_eq!(letters.open(head(Matter::Gather(3), &body()), size), Ok(None));
+        letters
+    }
+
+    #[test]
+    fn a_letter_comes_back_byte_for_byte() {
+        let mut letters = opened();
+        let whole: Vec<Letter> = pieces(body()).filter_map(|piece| letters.add(&piece).unwrap()).collect();
+        assert_eq!(whole, [Letter { matter: Matter::Gather(3), body: body().to_vec() }]);
+        let empty = letters.open(head(Matter::Finish(Finish {}), &Bytes::new()), |_| Some(0)).unwrap();
+        assert_eq!(empty.map(|letter| letter.matter), Some(Matter::Finish(Finish {})));
+    }
+
+    #[test]
+    fn bodies_of_another_size_are_refused_before_they_are_allocated() {
+        let open = |bytes: u64, expected: Option<u64>| {
+            let head = Head { body_bytes: bytes, matter: Some(Matter::Gather(0)) };
+            LetterBox::default().open(head, |_| expected)
+        };
+        assert_eq!(open(u64::MAX, Some(4)), Err(ParcelError::Size { found: u64::MAX, expected: 4 }));
+        assert!(matches!(open(0, None), Err(ParcelError::Foreign(_))));
+        let nothing = Head { body_bytes: 0, matter: None };
+        assert_eq!(LetterBox::default().open(nothing, |_| Some(0)), Err(ParcelError::NoMatter));
+    }
+
+    #[test]
+    fn every_kind_of_foreign_piece_is_refused() {
+        let all: Vec<Piece> = pieces(body()).collect();
+        let spoiled = |spoil: fn(&mut Piece)| {
+            let mut letters = opened();
+            letters.add(&all[0]).unwrap();
+            let mut piece = all[1].clone();
+            spoil(&mut piece);
+            letters.add(&piece).unwrap_err()
+        };
+        assert!(matches!(spoiled(|piece| piece.crc32 ^= 1), ParcelError::Checksum { .. }));
+        assert!(matches!(spoiled(|piece| piece.offset += 1), ParcelError::Piece { .. }));
+        assert!(matches!(spoiled(|piece| piece.data = Bytes::new()), ParcelError::Piece { bytes: 0, .. }));
+        let too_long = |piece: &mut Piece| piece.data = Bytes::from(vec![0; CHUNK_BYTES + 1]);
+        assert!(matches!(spoiled(too_long), ParcelError::Piece { .. }));
+        assert_eq!(LetterBox::default().add(&all[0]), Err(ParcelError::OutOfTurn));
+        let again = opened().open(head(Matter::Gather(3), &body()), |_| Some(BYTES as u64));
+        assert_eq!(again, Err(ParcelError::OutOfTurn));
+    }
+}
