@@ -1,12 +1,13 @@
 //! One layer shared by several workers, in a chain where only one could work otherwise.
 //!
-//! The layer's owner has everything: the input, the statistics, the artifact. It lends a [`Share`] of the calibration sequences
+//! The layer's owner has everything: the input, the statistics, the artifact. It lends a share of the calibration sequences
 //! to each assistant, asks for the sums over it, and for blocks of rows to be solved. An assistant keeps nothing beyond the
 //! stream that it is called on ([`assistant`]). If it dies, errs or is slow, the owner ([`owner`]) does its part itself, and the
 //! bits are the same: sums go up a fixed tree ([`crate::calibrate::tree`]), and blocks are cut by the solver alone.
 
 pub mod assistant;
 mod board;
+mod order;
 pub mod owner;
 mod share;
 mod sizes;
