@@ -55,9 +55,35 @@ pub fn row_forms(a: &[f32], matrix: &[f32], b: &[f32], n: usize) -> Vec<f64> {
         .collect()
 }
 
-/// `tr(ΔGΔᵀ)` of `delta [rows, n]` and a symmetric `gram [n, n]`.
+/// Columns of a panel of [`energy`]: few, so that little of the upper half is computed, but wide enough for a product.
+const PANEL: usize = 128;
+
+/// `tr(ΔGΔᵀ)` of `delta [rows, n]` and a symmetric `gram [n, n]`, of which the lower half is read: for each panel of columns,
+/// twice what lies below its square on the diagonal, and the square once.
 pub fn energy(delta: &[f32], gram: &[f32], n: usize) -> f64 {
-    row_forms(delta, gram, delta, n).iter().sum()
+    let tile = (row_tile(delta.len() / n.max(1)) * n).max(1);
+    let of_tile = |delta: &[f32]| {
+        let rows = delta.len() / n;
+        let mut image = vec![0.0; rows * PANEL.min(n)];
+        let mut forms = vec![0.0; rows];
+        for first in (0..n).step_by(PANEL) {
+            let width = PANEL.min(n - first);
+            let last = first + width;
+            let image = &mut image[..rows * width];
+            let square = View::new(&gram[first * n + first..], width, width, n);
+            gemm(image, width, 0.0, View::new(&delta[first..], rows, width, n), square, 1.0);
+            if last < n {
+                let below = View::new(&gram[last * n + first..], n - last, width, n);
+                gemm(image, width, 1.0, View::new(&delta[last..], rows, n - last, n), below, 2.0);
+            }
+            for ((form, image), delta) in forms.iter_mut().zip(image.chunks(width)).zip(delta.chunks(n)) {
+                *form += dot(image, &delta[first..last]);
+            }
+        }
+        forms
+    };
+    let forms: Vec<f64> = delta.par_chunks(tile).flat_map_iter(of_tile).collect();
+    forms.iter().sum()
 }
 
 /// Differences of the dense against the corrected statistics.
@@ -125,6 +151,24 @@ mod tests {
         let correction = Correction::new(&gram, &cross, &dense, n);
         let found = error(&v, &w, &gram, Some(&correction), n);
         assert!((found / expected - 1.0).abs() < 1e-5, "{found} {expected}");
+    }
+
+    #[test]
+    fn half_of_a_gram_gives_the_energy_of_the_whole_at_awkward_shapes() {
+        for (rows, n) in [(1, 1), (3, 127), (100, 128), (5, 129), (97, 300), (401, 40)] {
+            let (delta, x) = (oracle::random(5, rows * n), oracle::inputs(6, n + 9, n));
+            let gram = oracle::gram(&x, &x, n);
+            let mut expected = 0.0;
+            for row in delta.chunks(n) {
+                for i in 0..n {
+                    expected += f64::from(row[i]) * (0..n).map(|j| gram[i * n + j] * f64::from(row[j])).sum::<f64>();
+                }
+            }
+            let narrow: Vec<f32> = gram.iter().map(|&value| value as f32).collect();
+            let found = energy(&delta, &narrow, n);
+            let tolerance = 4.0 * n as f64 * f64::from(f32::EPSILON);
+            assert!((found / expected - 1.0).abs() <= tolerance, "{rows} x {n}: {found} {expected}");
+        }
     }
 
     #[test]
