@@ -114,7 +114,7 @@ fn start_one(program: &Path, name: &str, threads: usize, launch: &Launch) -> Res
         .arg("serve")
         .args(["--coordinator", &format!("http://{}", launch.coordinator)])
         .args(["--listen", "127.0.0.1:0", "--name", name, "--exit-with-stdin", "--local"])
-        .args(["--threads", &threads.to_string()])
+        .args(["--threads", &threads.to_string(), "--workers-here", &launch.workers.to_string()])
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::from(log))

@@ -2,6 +2,7 @@
 
 use std::io::Write as _;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -69,6 +70,9 @@ struct ServeArgs {
     /// Bytes of hidden states kept in memory; the rest goes to the scratch folder.
     #[arg(long, value_name = "BYTES")]
     memory_budget: Option<u64>,
+    /// Workers on this machine, this one included: they share the memory that is not given in bytes.
+    #[arg(long, value_name = "COUNT")]
+    workers_here: Option<NonZeroU32>,
     /// Folder for hidden states that do not fit in memory.
     #[arg(long, value_name = "DIR")]
     scratch: Option<PathBuf>,
@@ -129,6 +133,7 @@ fn run_worker(args: ServeArgs) -> anyhow::Result<()> {
         .set("tls.folder", path(args.tls_folder))
         .set("worker.threads", args.threads)
         .set("worker.memory_budget", args.memory_budget)
+        .set("worker.workers_here", args.workers_here.map(NonZeroU32::get))
         .set("worker.scratch", path(args.scratch))
         .set("worker.name", args.name)
         .set("log.format", log_format);

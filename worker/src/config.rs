@@ -1,6 +1,7 @@
 //! `worker.toml`: where a worker runs. What it computes is in the job.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use espalier_common::telemetry::LogConfig;
@@ -34,8 +35,11 @@ pub struct WorkerSection {
     pub name: Option<String>,
     /// Compute threads; as many as the process may use if none is given.
     pub threads: Option<usize>,
-    /// Bytes of hidden states kept in memory, the rest goes to `scratch`; a quarter of the machine's memory if none is given.
+    /// Bytes of hidden states kept in memory, the rest goes to `scratch`; a quarter of the machine's memory, shared by
+    /// `workers_here`, if none is given.
     pub memory_budget: Option<u64>,
+    /// Workers on this machine, this one included.
+    pub workers_here: NonZeroU32,
     /// Speed of f32 matrix products in GFLOP/s that the worker offers, by which layers are shared out; measured at the start if
     /// none is given, which a busy machine makes less of than it is.
     pub gflops: Option<f64>,
@@ -52,6 +56,7 @@ impl Default for WorkerSection {
             name: None,
             threads: None,
             memory_budget: None,
+            workers_here: NonZeroU32::MIN,
             gflops: None,
             scratch: None,
         }

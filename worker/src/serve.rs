@@ -105,7 +105,7 @@ async fn live(
     let listener = Listener::open(config.listen, config.advertise.as_deref(), Entrance { credentials, tokens: None })?;
     let stop = stop_signal(exit_with_stdin)?;
     let machine_bytes = memory::machine_bytes().unwrap_or(ASSUMED_MACHINE_BYTES);
-    let memory_bytes = config.memory_budget.unwrap_or(machine_bytes / 4);
+    let memory_bytes = config.memory_budget.unwrap_or(machine_bytes / 4 / u64::from(config.workers_here.get()));
     let cache = ActivationCache::new(memory_bytes, config.scratch.clone().unwrap_or_else(std::env::temp_dir));
     let (reporter, reports) = mpsc::channel(REPORTS);
     let session = Session::with_peers(DeviceThread::start()?, cache, reporter, runtime.handle().clone(), dialer);
