@@ -6,6 +6,7 @@ use std::sync::Arc;
 use espalier_common::calibration::TokenBlock;
 use espalier_common::checkpoint::Checkpoint;
 use espalier_common::config;
+use espalier_common::digest::Digest;
 use espalier_common::ids::{Lease, RunId, Unit};
 use espalier_common::job::EvaluationSpec;
 use espalier_common::report::{Artifact, Outcome};
@@ -107,8 +108,10 @@ impl Purpose for Evaluation {
 }
 
 /// What an evaluation found, and what it took.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Measured {
+    /// Digest of the windows' tokens.
+    pub tokens: Digest,
     /// The negative log-likelihood of each window, in nats, summed over its targets.
     pub window_nll: Vec<f64>,
     /// Seconds of forward passes, loading the layers included: of the worker that took longest.
@@ -149,13 +152,15 @@ impl Standalone {
     pub async fn execute(self, setting: &Setting) -> Result<Measured, RunError> {
         wait_for_workers(setting).await?;
         let count = self.block.sequences();
-        let phase = Phase::Evaluate { model: EvaluatedModel::Dense, windows: count };
+        let phase = Phase::EvaluateAlone { windows: count };
         setting.events.note(RunEvent::Phase { phase });
         let shares = shares_for(setting.roster.members().len(), count);
+        let block = put_block(self.store.as_ref(), &self.block)?;
+        let tokens = block.sha256;
         let purpose = Evaluation {
             model: EvaluatedModel::Dense,
             uri: self.uri,
-            tokens: put_block(self.store.as_ref(), &self.block)?,
+            tokens: block,
             run_url: self.store.url().to_owned(),
             windows: count as u32,
             shares,
@@ -176,7 +181,7 @@ impl Standalone {
         let scheduler =
             Scheduler::new(Shape::Evaluate { first: EvaluatedModel::Dense.first_share(), shares }, setting.limits);
         let outcomes = driver.drive(scheduler, Arc::new(purpose)).await?;
-        let mut measured = Measured::default();
+        let mut measured = Measured { tokens, window_nll: Vec::new(), seconds: 0.0, peak_rss_bytes: 0 };
         for outcome in outcomes.into_values() {
             if let Outcome::Evaluated { window_nll, phases } = outcome {
                 measured.window_nll.extend(window_nll);

@@ -123,6 +123,11 @@ pub enum Phase {
     },
     /// Writing the checkpoint.
     Assemble,
+    /// Measuring perplexity of a model that belongs to no run.
+    EvaluateAlone {
+        /// Number of windows.
+        windows: usize,
+    },
     /// Measuring perplexity.
     Evaluate {
         /// Of which model.

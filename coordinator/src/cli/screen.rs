@@ -93,6 +93,7 @@ fn phase_title(phase: Phase) -> (String, usize) {
         Phase::Try { plans } => ("trying plans".to_owned(), plans),
         Phase::Prune { layers } => ("pruning".to_owned(), layers),
         Phase::Assemble => ("writing".to_owned(), 0),
+        Phase::EvaluateAlone { windows } => ("evaluating".to_owned(), windows),
         Phase::Evaluate { model: EvaluatedModel::Dense, windows } => ("evaluating dense".to_owned(), windows),
         Phase::Evaluate { model: EvaluatedModel::Pruned, windows } => ("evaluating pruned".to_owned(), windows),
     }
