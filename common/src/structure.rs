@@ -31,6 +31,28 @@ pub struct Structure {
     /// Whether no runtime takes it narrower, so that what goes is only zeroed.
     #[serde(default)]
     pub only_masks: bool,
+    /// The heads of a layer as it is; `None` where layers differ, or an earlier version did not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub heads: Option<HeadCounts>,
+}
+
+/// How many heads attention has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeadCounts {
+    /// Query heads.
+    pub query: usize,
+    /// KV heads.
+    pub kv: usize,
+}
+
+impl HeadCounts {
+    /// Whether `devices` can share them: query heads evenly, KV heads evenly or copied evenly.
+    ///
+    /// Source: vLLM's rule, which copies KV heads where there are fewer of them than devices.
+    pub fn split_over(self, devices: usize) -> bool {
+        let copied = self.kv > 0 && devices.is_multiple_of(self.kv);
+        self.query.is_multiple_of(devices) && (self.kv.is_multiple_of(devices) || copied)
+    }
 }
 
 impl Structure {
@@ -105,6 +127,21 @@ impl Pair {
     pub fn loads_with(&self, blocks: usize) -> bool {
         let whole = |rule: &Divides| rule.of.is_multiple_of(blocks * rule.per_block);
         self.splits_into(blocks) && self.divides.as_ref().is_none_or(whole)
+    }
+
+    /// Whether attention of this many blocks can be split over `devices`.
+    pub fn splits_over(&self, blocks: usize, devices: usize) -> bool {
+        let query = blocks * self.config.values().max().copied().unwrap_or(1);
+        // Runs are the query heads of one KV head, which stays.
+        let kv = if self.runs > 1 { self.runs } else { blocks };
+        HeadCounts { query, kv }.split_over(devices)
+    }
+
+    /// The numbers of blocks nearest to `blocks`, below and above, that are `fit`.
+    pub fn nearest(&self, blocks: usize, fit: impl Fn(usize) -> bool) -> Vec<usize> {
+        let below = (1..blocks.min(self.blocks + 1)).rev().find(|&fewer| fit(fewer));
+        let above = (blocks + 1..=self.blocks).find(|&more| fit(more));
+        below.into_iter().chain(above).collect()
     }
 
     /// Whether every run can keep its part of this many blocks, and at least one.

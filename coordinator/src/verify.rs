@@ -26,7 +26,10 @@ pub fn findings(checkpoint: &dyn Checkpoint) -> Vec<String> {
     found.extend(tied(config, checkpoint));
     found.extend(foreign_classes(config));
     found.extend(damaged(checkpoint.path()));
-    found.extend(checkpoint.other_names().iter().map(|name| format!("{name} holds no floats")));
+    found.extend(wrong_total(checkpoint));
+    if quantised(config).is_none() {
+        found.extend(checkpoint.other_names().iter().map(|name| format!("{name} holds no floats")));
+    }
     for name in checkpoint.names() {
         let Some(header) = checkpoint.header(name) else { continue };
         match checkpoint.read(name) {
@@ -40,6 +43,23 @@ pub fn findings(checkpoint: &dyn Checkpoint) -> Vec<String> {
         }
     }
     found
+}
+
+/// How a checkpoint was quantised, if its config says that it was: runtimes then read its tensors in ways of their own.
+pub fn quantised(config: &Value) -> Option<&str> {
+    let quantization = config.get("quantization_config").filter(|quantization| !is_empty(quantization))?;
+    Some(quantization["quant_method"].as_str().unwrap_or("in a way that it does not name"))
+}
+
+/// An index that counts other bytes than its shards hold: a shard was replaced, or belongs to another checkpoint.
+fn wrong_total(checkpoint: &dyn Checkpoint) -> Option<String> {
+    let name = "model.safetensors.index.json";
+    let index: Value = serde_json::from_slice(&std::fs::read(checkpoint.path().join(name)).ok()?).ok()?;
+    let told = index["metadata"]["total_size"].as_u64()?;
+    let headers = checkpoint.names().into_iter().filter_map(|name| checkpoint.header(name));
+    let held: u64 = headers.map(|header| header.bytes() as u64).sum();
+    (told != held && checkpoint.other_names().is_empty())
+        .then(|| format!("{name} has metadata.total_size = {told}, but the tensors have {held} bytes"))
 }
 
 fn number(config: &Value, key: &str) -> Option<u64> {
@@ -155,6 +175,12 @@ mod tests {
         std::fs::write(folder.path().join("espalier.json"), manifest.to_string()).unwrap();
         let found = damaged(folder.path());
         assert!(found.len() == 2 && found[0].contains("../c") && found[1].starts_with("b is not"), "{found:?}");
+    }
+
+    #[test]
+    fn a_quantised_checkpoint_is_told_by_its_config() {
+        assert_eq!(quantised(&json!({ "quantization_config": {} })), None);
+        assert_eq!(quantised(&json!({ "quantization_config": { "quant_method": "gptq" } })), Some("gptq"));
     }
 
     #[test]

@@ -291,6 +291,10 @@ pub(crate) struct EvalArgs {
     /// At most this many windows.
     #[arg(long, value_parser = positive)]
     pub(crate) max_windows: Option<usize>,
+    /// Evaluate this model on the same windows too. With --bench, each model takes two passes in turn, and the ratio of their
+    /// times is reported.
+    #[arg(long, value_name = "DENSE")]
+    pub(crate) against: Option<String>,
     /// Also report tokens per second and peak memory of the forward passes.
     #[arg(long)]
     pub(crate) bench: bool,
@@ -326,6 +330,9 @@ pub(crate) struct ExportArgs {
     /// Where it goes: a directory that does not exist yet or is empty.
     #[arg(long, short)]
     pub(crate) output: PathBuf,
+    /// What stays must be such that this many devices can share it [default: 1].
+    #[arg(long, value_parser = positive)]
+    pub(crate) tensor_parallel: Option<usize>,
     /// Largest shard, e.g. 5GB or 512MiB.
     #[arg(long, default_value = "5GB")]
     pub(crate) shard_size: String,

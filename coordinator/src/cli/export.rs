@@ -12,7 +12,13 @@ pub(crate) fn run(args: &ExportArgs, json: bool) -> Result<(), CliError> {
     let shard_bytes = espalier_common::job::parse_size(&args.shard_size).ok_or_else(|| {
         CliError::usage(format!("--shard-size {}: not a size such as 5GB or 512MiB", args.shard_size))
     })?;
-    let asked = Export { source: &source, target: &args.output, layout: args.layout.into(), shard_bytes };
+    let asked = Export {
+        source: &source,
+        target: &args.output,
+        layout: args.layout.into(),
+        shard_bytes,
+        tensor_parallel: args.tensor_parallel.unwrap_or(1),
+    };
     let files = export(&asked).map_err(|error: ExportError| CliError::rejected(&error))?;
     let output = args.output.display();
     if json {

@@ -70,7 +70,8 @@ pub(crate) fn summary(report: &Report, run_folder: &str) -> String {
         .map(|(phase, seconds)| format!("{phase} {seconds:.1}"))
         .collect();
     let method = format!("{} to {}", report.method.name, report.pattern);
-    text.push_str(&format!("{method} in {:.1} s  (worker seconds: {})\n", report.totals.seconds, phases.join(", ")));
+    let spent = if phases.is_empty() { String::new() } else { format!("  (worker seconds: {})", phases.join(", ")) };
+    text.push_str(&format!("{method} in {:.1} s{spent}\n", report.totals.seconds));
     if let Some(allocation) = &report.allocation {
         let sparsities = allocation.layers.iter().map(|layer| 100.0 * layer.sparsity);
         let (least, most) = (sparsities.clone().fold(f64::INFINITY, f64::min), sparsities.fold(0.0, f64::max));

@@ -8,14 +8,15 @@ use super::{CliError, local, screen};
 use crate::error::{RunError, exit};
 use crate::fleet::{CallError, Roster};
 use crate::run::wait_for_workers;
-use crate::verify::findings;
+use crate::verify::{findings, quantised};
 
 /// Prints what is wrong with a checkpoint; any finding is an exit code of 65.
 pub(crate) async fn run(args: &VerifyArgs, json: bool) -> Result<(), CliError> {
-    let found = find(&args.model).await?;
+    let Verdict { found, unchecked } = find(&args.model).await?;
     if json {
-        screen::out(&json!({ "model": args.model, "findings": found }).to_string());
+        screen::out(&json!({ "model": args.model, "findings": found, "unchecked": unchecked }).to_string());
     } else {
+        unchecked.iter().for_each(|what| screen::out(&format!("not checked: {what}")));
         found.iter().for_each(|finding| screen::out(finding));
     }
     if found.is_empty() {
@@ -28,19 +29,29 @@ pub(crate) async fn run(args: &VerifyArgs, json: bool) -> Result<(), CliError> {
     Err(CliError { message, code: exit::REJECTED })
 }
 
-async fn find(model: &str) -> Result<Vec<String>, CliError> {
+/// What was found, and what could not be looked at.
+struct Verdict {
+    found: Vec<String>,
+    unchecked: Vec<String>,
+}
+
+async fn find(model: &str) -> Result<Verdict, CliError> {
     let opened = config::locate(model).map_err(|error| CliError::rejected(&error)).and_then(|path| {
         checkpoint::open(&path).map(|checkpoint| (path, checkpoint)).map_err(|error| CliError::rejected(&error))
     });
     // A checkpoint that cannot be opened has one finding: why.
     let (path, checkpoint) = match opened {
         Ok(opened) => opened,
-        Err(error) => return Ok(vec![error.message]),
+        Err(error) => return Ok(Verdict { found: vec![error.message], unchecked: Vec::new() }),
     };
     let mut found = findings(checkpoint.as_ref());
+    if let Some(method) = quantised(checkpoint.config()) {
+        let what = format!("shapes and names of tensors, since the checkpoint is quantised ({method})");
+        return Ok(Verdict { found, unchecked: vec![what] });
+    }
     let absolute = std::path::absolute(&path).unwrap_or(path);
     found.extend(family_finding(&absolute.to_string_lossy()).await?);
-    Ok(found)
+    Ok(Verdict { found, unchecked: Vec::new() })
 }
 
 /// What a worker, which knows the families, has against the config and the shapes.

@@ -21,6 +21,8 @@ pub struct Export<'a> {
     pub layout: Layout,
     /// Largest shard.
     pub shard_bytes: u64,
+    /// Devices that must be able to share it.
+    pub tensor_parallel: usize,
 }
 
 /// Why a checkpoint cannot be exported.
@@ -49,6 +51,22 @@ pub enum ExportError {
         /// The checkpoint.
         path: String,
     },
+    /// A tensor that the record cuts is not there.
+    #[error("{path} has no {tensor}, of which espalier.json says what was removed")]
+    Missing {
+        /// The checkpoint.
+        path: String,
+        /// The tensor.
+        tensor: String,
+    },
+    /// Its weights are not those of the record.
+    #[error("{path}: {tensor} is not zero where espalier.json says that heads or channels were removed")]
+    NotZero {
+        /// The checkpoint.
+        path: String,
+        /// The tensor.
+        tensor: String,
+    },
     /// It is narrow already.
     #[error("{path} has layout {layout:?}: only a masked checkpoint can be exported")]
     NotMasked {
@@ -62,7 +80,8 @@ pub enum ExportError {
 /// Writes a masked checkpoint in another layout; returns the digest of every file.
 ///
 /// # Errors
-/// See [`ExportError`]; everything is checked before the first byte is written.
+/// See [`ExportError`]; shapes are checked before the first byte is written, and nothing is left behind where a weight that
+/// should be zero is not.
 pub fn export(asked: &Export<'_>) -> Result<BTreeMap<String, Digest>, ExportError> {
     let path = asked.source.display().to_string();
     checkpoint::check_target(asked.target)?;
@@ -82,6 +101,10 @@ pub fn export(asked: &Export<'_>) -> Result<BTreeMap<String, Digest>, ExportErro
     }
     let record = StructuredRecord { layout: asked.layout, ..record };
     let narrowing = Narrowing::new(&record)?;
+    narrowing.check_devices(asked.tensor_parallel)?;
+    if let Some(tensor) = narrowing.tensors().find(|tensor| source.header(tensor).is_none()) {
+        return Err(ExportError::Missing { path, tensor: tensor.to_owned() });
+    }
     let mut plan = Vec::new();
     for name in source.names() {
         if let Some(header) = source.header(name) {
@@ -94,6 +117,9 @@ pub fn export(asked: &Export<'_>) -> Result<BTreeMap<String, Digest>, ExportErro
     for name in order {
         let bytes = source.read(&name)?;
         let Some(header) = source.header(&name) else { continue };
+        if !narrowing.cuts_only_zeros(&name, header, &bytes) {
+            return Err(ExportError::NotZero { path, tensor: name });
+        }
         writer.write(&name, &narrowing.bytes(&name, header, bytes))?;
     }
     let mut companions = source.companion_files()?;
@@ -105,13 +131,19 @@ pub fn export(asked: &Export<'_>) -> Result<BTreeMap<String, Digest>, ExportErro
         })
     };
     replace_config(&mut companions, config.map_or_else(|| read("config.json"), Ok)?);
-    companions.push(("README.md".to_owned(), read("README.md")?));
+    let mut job = manifest.job.clone();
+    job["output"]["layout"] = serde_json::json!(asked.layout);
+    if asked.tensor_parallel > 1 {
+        job["output"]["tensor_parallel"] = serde_json::json!(asked.tensor_parallel);
+    }
+    // The card holds the job as the manifest has it; what a person wrote beside it stays.
+    let told = |job: &serde_json::Value| serde_json::to_string_pretty(job).expect("a job is plain data");
+    let card = String::from_utf8_lossy(&read("README.md")?).replace(&told(&manifest.job), &told(&job));
+    companions.push(("README.md".to_owned(), card.into_bytes()));
     for (name, bytes) in &companions {
         writer.add_file(name, bytes)?;
     }
     let files = writer.close_tensors()?.iter().map(|file| (file.name.clone(), file.sha256)).collect();
-    let mut job = manifest.job;
-    job["output"]["layout"] = serde_json::json!(asked.layout);
     let manifest = Manifest { job, files, structured: Some(record), ..manifest };
     let manifest = serde_json::to_vec_pretty(&manifest).expect("a manifest is plain data");
     writer.add_file("espalier.json", &manifest)?;

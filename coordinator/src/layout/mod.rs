@@ -53,7 +53,8 @@ pub enum LayoutError {
     },
     /// Stock loaders would refuse the shape.
     #[error(
-        "{key} = {value} does not divide {of_key} = {of}, so transformers would refuse the model: use layout = \"masked\""
+        "{key} = {value} does not divide {of_key} = {of}, so transformers would refuse the model: the nearest that it takes is \
+         {nearest}; use layout = \"masked\", or prune to that"
     )]
     WouldNotLoad {
         /// Key of the config.
@@ -64,6 +65,20 @@ pub enum LayoutError {
         of_key: String,
         /// Its value.
         of: usize,
+        /// The nearest values that load.
+        nearest: String,
+    },
+    /// Heads or channels that devices cannot share.
+    #[error("{what} = {value} cannot be split over {devices} devices: the nearest that can is {nearest}")]
+    WouldNotSplit {
+        /// Key of the config.
+        what: String,
+        /// Its value.
+        value: usize,
+        /// Devices.
+        devices: usize,
+        /// The nearest values that can be split.
+        nearest: String,
     },
     /// The record does not go with the model.
     #[error("the record of what stays does not fit {0}")]
@@ -175,11 +190,13 @@ impl<'a> Narrowing<'a> {
         }
         for (pair, kept) in pairs {
             if let Some(rule) = pair.divides.as_ref().filter(|_| !pair.loads_with(most)) {
+                let nearest = pair.nearest(most, |blocks| pair.loads_with(blocks));
                 return Err(LayoutError::WouldNotLoad {
                     key: rule.key.clone(),
                     value: most * rule.per_block,
                     of_key: rule.of_key.clone(),
                     of: rule.of,
+                    nearest: either(&nearest, rule.per_block),
                 });
             }
             let blocks = if own { kept.len() } else { most };
@@ -192,6 +209,47 @@ impl<'a> Narrowing<'a> {
         Ok(())
     }
 
+    /// Checks that what stays can be shared by `devices`.
+    ///
+    /// # Errors
+    /// `WouldNotSplit` with the nearest shape that can.
+    pub(crate) fn check_devices(&self, devices: usize) -> Result<(), LayoutError> {
+        if self.record.layout == Layout::Masked || devices < 2 {
+            return Ok(());
+        }
+        let refuse = |what: &str, per_block: usize, blocks: usize, nearest: &[usize]| {
+            let (what, value) = (what.to_owned(), blocks * per_block);
+            Err(LayoutError::WouldNotSplit { what, value, devices, nearest: either(nearest, per_block) })
+        };
+        let stays = self.record.kept.iter().any(|kept| kept.attention.is_none());
+        if let Some(heads) = self.record.structure.heads.filter(|heads| stays && !heads.split_over(devices)) {
+            return refuse("num_attention_heads", 1, heads.query, &[]);
+        }
+        for (layer, kept) in self.record.structure.layers.iter().zip(&self.record.kept) {
+            if let Some((pair, kept)) = layer.attention.as_ref().zip(kept.attention.as_ref()) {
+                let blocks = self.blocks_of(pair, kept);
+                let fits = |blocks: usize| pair.splits_over(blocks, devices) && pair.loads_with(blocks);
+                if !fits(blocks) {
+                    let (key, per_block) =
+                        pair.config.iter().max_by_key(|(_, count)| **count).map_or(("heads", 1), |(k, c)| (k, *c));
+                    return refuse(key, per_block, blocks, &pair.nearest(blocks, fits));
+                }
+            }
+            let blocks = self.blocks_of(&layer.channels, &kept.channels);
+            if !blocks.is_multiple_of(devices) {
+                let nearest = layer.channels.nearest(blocks, |blocks| blocks.is_multiple_of(devices));
+                let key = layer.channels.config.keys().next().map_or("channels", String::as_str);
+                return refuse(key, 1, blocks, &nearest);
+            }
+        }
+        Ok(())
+    }
+
+    /// Blocks of a pair in the layout, its padding included.
+    fn blocks_of(&self, pair: &Pair, kept: &[u32]) -> usize {
+        self.cuts.get(pair.consumer.as_str()).map_or(kept.len(), |cut| cut.blocks)
+    }
+
     /// The shape that a tensor gets.
     ///
     /// # Errors
@@ -202,6 +260,16 @@ impl<'a> Narrowing<'a> {
             Some(cut) if cut.fits(header) => Ok(cut.header(header)),
             Some(_) => Err(LayoutError::Record(name.to_owned())),
         }
+    }
+
+    /// Tensors that are cut.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = &str> {
+        self.cuts.keys().copied()
+    }
+
+    /// Whether nothing but zeros is cut out of a tensor of the full shape `header`.
+    pub(crate) fn cuts_only_zeros(&self, name: &str, header: &TensorHeader, bytes: &[u8]) -> bool {
+        self.cuts.get(name).is_none_or(|cut| cut.cuts_only_zeros(header, bytes))
     }
 
     /// The elements that a tensor of the full shape `header` keeps.
@@ -230,6 +298,12 @@ impl<'a> Narrowing<'a> {
         }
         Ok(Some(serde_json::to_vec_pretty(&config).expect("what was parsed from JSON can be written")))
     }
+}
+
+/// Some numbers of blocks as values of a key that counts `per_block` for each.
+fn either(blocks: &[usize], per_block: usize) -> String {
+    let values: Vec<String> = blocks.iter().map(|blocks| (blocks * per_block).to_string()).collect();
+    if values.is_empty() { "none".to_owned() } else { values.join(" or ") }
 }
 
 #[cfg(test)]
@@ -267,6 +341,7 @@ mod tests {
                 layers: vec![layer(0), layer(1)],
                 uneven: None,
                 only_masks: false,
+                heads: None,
             },
             kept: kept
                 .map(|(heads, channels)| Kept { attention: Some(heads.to_vec()), channels: channels.to_vec() })
@@ -346,7 +421,22 @@ mod tests {
             let rule = Divides { key: "heads".into(), per_block: 1, of_key: "hidden".into(), of: 8 };
             layer.attention.as_mut().unwrap().divides = Some(rule);
         }
-        assert!(matches!(Narrowing::new(&record), Err(LayoutError::WouldNotLoad { value: 3, of: 8, .. })));
+        let refused = Narrowing::new(&record).err().unwrap();
+        assert!(matches!(refused, LayoutError::WouldNotLoad { value: 3, of: 8, .. }), "{refused}");
+        assert!(refused.to_string().contains("takes is 2 or 4"), "{refused}");
+    }
+
+    #[test]
+    fn a_shape_that_devices_cannot_share_is_refused() {
+        let record = record(Layout::Uniform, [(&[0, 2], &[1, 3, 4]), (&[1, 3], &[0, 1, 2])]);
+        let narrowing = Narrowing::new(&record).unwrap();
+        assert_eq!(narrowing.check_devices(1), Ok(()));
+        let refused = narrowing.check_devices(2).unwrap_err().to_string();
+        assert!(refused.starts_with("width = 3 cannot") && refused.ends_with("2 or 4"), "{refused}");
+        let refused = narrowing.check_devices(3).unwrap_err().to_string();
+        assert!(refused.starts_with("heads = 2 cannot") && refused.ends_with("is 3"), "{refused}");
+        let masked = StructuredRecord { layout: Layout::Masked, ..record };
+        assert_eq!(Narrowing::new(&masked).unwrap().check_devices(3), Ok(()));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Cutting rows and columns out of a tensor's bytes.
 
 use espalier_common::checkpoint::TensorHeader;
+use espalier_common::checkpoint::cast::f32_from_bytes;
 
 /// Blocks of rows or columns that stay, in a number that may be larger: zeros fill it up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +32,17 @@ impl Cut<'_> {
         let end = self.kept.last().map_or(0, |&last| (last as usize + 1).saturating_mul(self.width));
         let runs = self.kept.len().is_multiple_of(self.runs) && self.blocks.is_multiple_of(self.runs);
         header.shape.len() <= 2 && runs && self.kept.len() <= self.blocks && self.width > 0 && end <= length
+    }
+
+    /// Whether all elements that do not stay are zero; `header` is the shape before, which must fit.
+    pub(crate) fn cuts_only_zeros(&self, header: &TensorHeader, bytes: &[u8]) -> bool {
+        let inner: usize = header.shape[self.axis + 1..].iter().product::<usize>() * header.dtype.bytes();
+        let run = (self.width * inner).max(1);
+        let part = (header.shape[self.axis] * inner).max(1);
+        let stays = |block: usize| self.kept.binary_search(&(block as u32)).is_ok();
+        let is_zero = |bytes: &[u8]| f32_from_bytes(header.dtype, bytes).iter().all(|value| value.to_bits() << 1 == 0);
+        let mut runs = bytes.chunks_exact(part).flat_map(|part| part.chunks_exact(run).enumerate());
+        runs.all(|(block, run)| stays(block) || is_zero(run))
     }
 
     /// The elements afterwards; `header` is the shape before, which must fit.
@@ -76,6 +88,19 @@ mod tests {
         let all = matrix(6, 3);
         let expected = [&all[..12], &all[24..36], &[0; 12]].concat();
         assert_eq!(cut.bytes(&before, &all), expected);
+    }
+
+    #[test]
+    fn what_is_cut_and_not_zero_is_told() {
+        let (rows, columns) = (Cut { axis: 0, width: 2, kept: &[1], blocks: 1, runs: 1 }, header(&[4, 3]));
+        let whole = matrix(4, 3);
+        assert!(!rows.cuts_only_zeros(&columns, &whole));
+        // A negative zero is one too.
+        let zeros: Vec<u8> = [0, 0x80].repeat(6);
+        assert!(rows.cuts_only_zeros(&columns, &[&zeros, &whole[12..]].concat()));
+        let cut = Cut { axis: 1, width: 1, kept: &[1, 2], blocks: 2, runs: 1 };
+        assert!(!cut.cuts_only_zeros(&columns, &whole), "the last row's first element is not zero");
+        assert!(cut.cuts_only_zeros(&header(&[1, 3]), &[0, 0, 7, 7, 7, 7]));
     }
 
     #[test]

@@ -61,6 +61,25 @@ pub enum WidthError {
         /// KV heads there are.
         blocks: usize,
     },
+    /// More than the whole budget.
+    #[error(
+        "[pattern] kv_heads = {remove} removes {removed} parameters of layer {layer}, but sparsity = {share} asks for {asked}: \
+         remove {most} at most, or raise the sparsity"
+    )]
+    HeadsExceedShare {
+        /// KV heads to be removed.
+        remove: usize,
+        /// The layer.
+        layer: usize,
+        /// Parameters that go with them.
+        removed: usize,
+        /// The share of parameters, as the job has it.
+        share: String,
+        /// Parameters that it asks for.
+        asked: usize,
+        /// The most KV heads that keep the share to within one.
+        most: usize,
+    },
     /// Heads that the method or the family does not cut.
     #[error("[pattern] kv_heads = {remove}, but attention heads cannot be removed from this model by this method")]
     NoHeads {
@@ -163,6 +182,7 @@ pub fn widths(structure: &Structure, asked: &Asked) -> Result<Vec<Pattern>, Widt
         return Err(WidthError::OtherUnit { remove });
     }
     let multiple = multiple(structure, asked)?;
+    check_heads_that_stay(structure, asked)?;
     let shares = match asked.allocation {
         Allocation::Uniform | Allocation::Owl | Allocation::Measured => vec![asked.share; structure.layers.len()],
         Allocation::Log => {
@@ -183,7 +203,19 @@ pub fn widths(structure: &Structure, asked: &Asked) -> Result<Vec<Pattern>, Widt
             let (attention, removed) = match (&layer.attention, asked.kv_heads) {
                 (Some(pair), kv_heads) => {
                     let heads = heads_to_remove(pair, share, kv_heads, asked)?;
-                    (heads, heads * pair.parameters)
+                    let removed = heads * pair.parameters;
+                    // The share is met to within one head.
+                    if kv_heads.is_some() && removed as f64 >= budget + pair.parameters as f64 {
+                        return Err(WidthError::HeadsExceedShare {
+                            remove: heads,
+                            layer: index,
+                            removed,
+                            share: share.to_string(),
+                            asked: budget.round() as usize,
+                            most: (budget / pair.parameters as f64).ceil() as usize,
+                        });
+                    }
+                    (heads, removed)
                 }
                 (None, Some(remove)) if remove > 0 => return Err(WidthError::NoHeads { remove }),
                 (None, _) => (0, 0),
@@ -213,6 +245,23 @@ fn multiple(structure: &Structure, asked: &Asked) -> Result<usize, WidthError> {
     }
 }
 
+/// Attention that stays must be as easy to share as what is cut.
+fn check_heads_that_stay(structure: &Structure, asked: &Asked) -> Result<(), WidthError> {
+    let devices = asked.tensor_parallel;
+    let stays = structure.layers.iter().any(|layer| layer.attention.is_none());
+    match structure.heads {
+        Some(heads) if stays && asked.layout != Layout::Masked && !heads.split_over(devices) => {
+            Err(WidthError::WouldNotSplit {
+                key: "num_attention_heads".to_owned(),
+                value: heads.query,
+                devices,
+                nearest: format!("with {} KV heads they stay as they are", heads.kv),
+            })
+        }
+        _ => Ok(()),
+    }
+}
+
 fn least_common(a: usize, b: usize) -> usize {
     let (mut x, mut y) = (a, b);
     while y > 0 {
@@ -221,21 +270,13 @@ fn least_common(a: usize, b: usize) -> usize {
     a / x * b
 }
 
-/// Whether `blocks` of attention can be split: query heads evenly, KV heads evenly or copied evenly.
-///
-/// Source: vLLM's rule, which copies KV heads where there are fewer of them than devices.
-fn splits(pair: &Pair, blocks: usize, devices: usize) -> bool {
-    let heads = blocks * pair.config.values().max().copied().unwrap_or(1);
-    heads.is_multiple_of(devices) && (blocks.is_multiple_of(devices) || devices.is_multiple_of(blocks))
-}
-
 fn heads_to_remove(pair: &Pair, share: f64, kv_heads: Option<usize>, asked: &Asked) -> Result<usize, WidthError> {
     let blocks = pair.blocks;
     let masked = asked.layout == Layout::Masked;
     let devices = if masked { 1 } else { asked.tensor_parallel };
     let loads = |remove: &usize| {
         let stay = blocks.saturating_sub(*remove);
-        pair.splits_into(stay) && (masked || (pair.loads_with(stay) && splits(pair, stay, devices)))
+        pair.splits_into(stay) && (masked || (pair.loads_with(stay) && pair.splits_over(stay, devices)))
     };
     let nearest_to = |remove: usize| {
         let below = (0..remove.min(blocks)).rev().find(loads);
@@ -257,7 +298,7 @@ fn heads_to_remove(pair: &Pair, share: f64, kv_heads: Option<usize>, asked: &Ask
         let whole = (share * blocks as f64 + 1e-9).floor() as usize;
         return match (0..=whole).rev().find(loads) {
             Some(remove) => Ok(remove),
-            None if !splits(pair, blocks, devices) => Err(would_not_split(0)),
+            None if !pair.splits_over(blocks, devices) => Err(would_not_split(0)),
             None => Ok(0),
         };
     };
@@ -333,7 +374,7 @@ pub fn log_shares(layers: usize, share: f64, first: f64) -> Vec<f64> {
 mod tests {
     use std::collections::BTreeMap;
 
-    use espalier_common::structure::{Divides, Uneven};
+    use espalier_common::structure::{Divides, HeadCounts, Uneven};
 
     use super::*;
 
@@ -370,7 +411,7 @@ mod tests {
             channels: pair(channels, 1, 3 * hidden),
         };
         let uneven = Some(Uneven { hidden, multiple: 256 });
-        Structure { explicit: BTreeMap::new(), layers: vec![layer; layers], uneven, only_masks: false }
+        Structure { explicit: BTreeMap::new(), layers: vec![layer; layers], uneven, only_masks: false, heads: None }
     }
 
     fn asked(share: f64) -> Asked {
@@ -497,6 +538,28 @@ mod tests {
         assert_eq!(widths(&structure, &channels), Err(WidthError::OnlyMasked));
         let patterns = widths(&structure, &Asked { layout: Layout::Masked, ..channels }).unwrap();
         assert!(matches!(patterns[0], Pattern::Blocks { attention: 75, .. }), "{patterns:?}");
+    }
+
+    #[test]
+    fn heads_that_take_more_than_the_share_are_refused() {
+        let two = Asked { kv_heads: Some(2), ..asked(0.1) };
+        // A head has 294912 of the layer's 3538944 parameters; the share is met to within one.
+        assert!(widths(&smollm2(1), &two).is_ok());
+        let three = Asked { kv_heads: Some(2), ..asked(0.05) };
+        let refused = widths(&smollm2(1), &three).unwrap_err().to_string();
+        assert!(refused.contains("sparsity = 0.05 asks for 176947: remove 1 at most"), "{refused}");
+    }
+
+    #[test]
+    fn attention_that_stays_is_shared_too() {
+        let mut structure = smollm2(1);
+        structure.layers[0].attention = None;
+        structure.heads = Some(HeadCounts { query: 9, kv: 3 });
+        let over = |devices, layout| {
+            widths(&structure, &Asked { tensor_parallel: devices, layout, round_to: None, ..asked(0.2) })
+        };
+        assert!(matches!(over(2, Layout::Uniform), Err(WidthError::WouldNotSplit { value: 9, devices: 2, .. })));
+        assert!(over(3, Layout::Uniform).is_ok() && over(2, Layout::Masked).is_ok());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor};
 use espalier_common::checkpoint::Checkpoint;
 use espalier_common::ids::LayerIndex;
 use espalier_common::outline::LayerOutline;
-use espalier_common::structure::{AttentionUnit, Divides, LayerStructure, Pair, Structure, Uneven};
+use espalier_common::structure::{AttentionUnit, Divides, HeadCounts, LayerStructure, Pair, Structure, Uneven};
 
 use super::attention::Attention;
 use super::blocks::{Linear, Norm, join};
@@ -229,6 +229,8 @@ impl Decoder for PreNormDecoder {
                 .then_some(Uneven { hidden: self.hidden, multiple: super::nemotron_nas::MULTIPLE }),
             // A config that tells layers apart is not written anew.
             only_masks: self.spec.widths.is_some(),
+            heads: (self.widths.first().filter(|_| self.spec.widths.is_none()))
+                .map(|widths| HeadCounts { query: self.heads, kv: widths.kv_heads }),
         }
     }
 

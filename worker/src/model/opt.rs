@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 use espalier_common::checkpoint::Checkpoint;
 use espalier_common::ids::LayerIndex;
 use espalier_common::outline::LayerOutline;
-use espalier_common::structure::{AttentionUnit, LayerStructure, Structure};
+use espalier_common::structure::{AttentionUnit, HeadCounts, LayerStructure, Structure};
 
 use super::attention::Attention;
 use super::blocks::{Linear, Norm, join};
@@ -202,7 +202,13 @@ impl Decoder for OptDecoder {
             });
             LayerStructure { parameters: parameters(&groups), attention, channels: channels.pair() }
         });
-        Structure { explicit: BTreeMap::new(), layers: layers.collect(), uneven: None, only_masks: false }
+        Structure {
+            explicit: BTreeMap::new(),
+            layers: layers.collect(),
+            uneven: None,
+            only_masks: false,
+            heads: Some(HeadCounts { query: self.heads, kv: self.heads }),
+        }
     }
 
     fn embed(&self, tokens: &[u32]) -> Result<Tensor, ModelError> {
