@@ -3,6 +3,7 @@
 mod allocation;
 mod cluster;
 mod deploy;
+mod export;
 mod kill;
 mod network;
 mod past;

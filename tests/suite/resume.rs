@@ -17,7 +17,7 @@ use crate::cluster::Cluster;
 use crate::past::{LAYERS, commits, each_layer_once, files, outstanding, process_of, schedule};
 
 /// Enough work in each layer that a kill right after a commit comes long before the next one.
-const WORK: [&str; 6] = ["--samples", "32", "--seq-len", "128", "--method", "espalier"];
+const WORK: [&str; 4] = ["--samples", "32", "--seq-len", "128"];
 const GRACE: Duration = Duration::from_secs(20);
 
 fn utf8(path: &Path) -> &str {
@@ -28,7 +28,8 @@ fn utf8(path: &Path) -> &str {
 fn prune(model: &str, more: &[&str]) -> Vec<String> {
     let (model, text) = (tiny(model), golden().join("text/wikitext2-valid-head.txt"));
     let arguments = ["prune", utf8(&model), "--output", "out", "--run", "run", "--calibration", utf8(&text)];
-    arguments.iter().chain(&WORK).chain(more).map(|argument| (*argument).to_owned()).collect()
+    let usual: &[&str] = if more.contains(&"--method") { &[] } else { &["--method", "espalier"] };
+    arguments.iter().chain(usual).chain(&WORK).chain(more).map(|argument| (*argument).to_owned()).collect()
 }
 
 fn undisturbed(model: &str, more: &[&str]) -> Result<Workplace> {
@@ -170,6 +171,20 @@ fn a_killed_run_is_resumed_after_any_number_of_commits() {
 fn a_run_that_is_killed_again_and_again_is_resumed_each_time() {
     kill_program("qwen2-tiny", &["--propagation", "pruned"], &[0, 1, 2]).unwrap();
     kill_program("opt-tiny", &["--propagation", "dense"], &[1, 2]).unwrap();
+}
+
+/// What a structured layer keeps is in its artifact and its record: heads and channels that went, producers that were
+/// updated, biases that were fitted anew.
+#[test]
+fn structured_results_survive_killed_workers_and_killed_programs() {
+    let swept = ["--method", "spap", "--sparsity", "0.4", "--held-out", "0.25"];
+    let cut = ["--method", "slimgpt", "--sparsity", "0.4"];
+    let tuned =
+        ["--method", "fasp", "--sparsity", "0.4", "--held-out", "0.25", "--set", "method.reconstruct=submodule"];
+    kill_workers("llama-tiny", &cut, 1).unwrap();
+    kill_workers("opt-tiny", &tuned, 1).unwrap();
+    kill_program("qwen2-tiny", &swept, &[1, 2]).unwrap();
+    kill_program("llama-tiny", &cut, &[0, 2]).unwrap();
 }
 
 #[test]
