@@ -15,6 +15,7 @@ Prints one JSON document: keep it with the release.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import pathlib
@@ -44,6 +45,16 @@ def arguments():
     return options
 
 
+def files_of(path):
+    """SHA-256 of every file that holds weights or says how they are read."""
+    names = sorted(file.name for file in path.iterdir() if file.suffix in {".safetensors", ".json"})
+    return {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names}
+
+
+def version_of(program):
+    return subprocess.run([program, "--version"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
 def open_checkpoint(path):
     """The model, and what is wrong with the way it loaded."""
     model, loading = transformers.AutoModelForCausalLM.from_pretrained(
@@ -63,6 +74,7 @@ def perplexity_of_transformers(model, options):
     if count == 0:
         sys.exit(f"{options.text} holds {len(tokens)} tokens: fewer than one window of {options.seq_len}")
     losses = []
+    options.windows = count
     for window in tokens[: count * options.seq_len].view(count, options.seq_len):
         logits = model(window[None]).logits[0, :-1]
         losses.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
@@ -83,6 +95,8 @@ def main():
     failures = list(complaints)
     result = {
         "checkpoint": options.checkpoint.name,
+        "sha256": files_of(options.checkpoint),
+        "espalier": version_of(options.espalier),
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "architecture": type(model).__name__,
@@ -98,8 +112,11 @@ def main():
             failures.append(f"logits differ by {difference:.2e} of the largest")
 
     if options.text:
-        ours, theirs = perplexity_of_espalier(options), perplexity_of_transformers(model, options)
-        result["perplexity"] = {"espalier": ours, "transformers": theirs, "sequence_length": options.seq_len}
+        # First theirs, which tells how many windows the text has.
+        theirs = perplexity_of_transformers(model, options)
+        ours = perplexity_of_espalier(options)
+        result["perplexity"] = {"espalier": ours, "transformers": theirs}
+        result["perplexity"] |= {"sequence_length": options.seq_len, "windows": options.windows}
         if not abs(ours / theirs - 1) <= PERPLEXITY_TOLERANCE:
             failures.append(f"perplexity {ours} against {theirs} in transformers")
 
