@@ -11,14 +11,18 @@ use super::cluster::Solver;
 
 /// Bytes of an f32.
 const F32: u64 = 4;
+/// Bytes of an f64.
+const F64: u64 = 8;
+/// Sums over shares of the sequences that a gram is merged from.
+const LEAVES: u64 = 8;
 
 /// What a worker needs for the largest layer, by what it needs it for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct Memory {
     /// The layer's weights in f32, twice: as they were and as they become.
     pub weights_bytes: u64,
-    /// Gram matrix of its widest input (and the cross product with the dense inputs, where the method compares them), and
-    /// one factor of it.
+    /// Gram matrix of its widest input (and the cross product with the dense inputs, where the method compares them), one
+    /// factor of it, and the sums that it comes from: half matrices in f64, four at a time.
     pub gram_bytes: u64,
     /// Hidden states of one sequence as they pass the layer: what must be in memory however small the budget is.
     pub sequence_bytes: u64,
@@ -54,6 +58,10 @@ pub struct LayerCost {
     pub gram_flops: f64,
     /// Operations of solving its sublayers.
     pub solve_flops: f64,
+    /// Operations of measuring the error of each solution.
+    pub verify_flops: f64,
+    /// Bytes of what it becomes.
+    pub store_bytes: u64,
     /// Memory it takes.
     pub memory: Memory,
 }
@@ -77,6 +85,7 @@ pub fn count(outline: &ModelOutline, job: &JobSpec, solver: Solver) -> JobCost {
         sequence: job.calibration.sequence_length as u64,
         hidden: outline.hidden_size as u64,
         streams: if two_streams { 2 } else { 1 },
+        sides: if job.held_out_samples() > 0 { 2 } else { 1 },
     };
     let layers = outline.layers.iter().map(|layer| size.layer(layer, solver)).collect();
     JobCost { layers, boundary_bytes: size.boundary_bytes(), is_shared: outline.structure.is_none() }
@@ -88,6 +97,8 @@ struct Size {
     sequence: u64,
     hidden: u64,
     streams: u64,
+    /// Inputs that errors are measured on: those of the calibration, and those that are held out.
+    sides: u64,
 }
 
 impl Size {
@@ -101,6 +112,14 @@ impl Size {
 
     fn boundary_bytes(self) -> u64 {
         self.sequence_bytes().saturating_mul(self.samples)
+    }
+
+    /// Bytes of the sums that are merged as a tree: as many as it is deep, and the one that is being summed.
+    fn partial_sums(self, width: u64) -> u64 {
+        let half = width.saturating_mul(width.saturating_add(1)) / 2;
+        // Both grams are symmetric, the cross product is not.
+        let numbers = half.saturating_mul(if self.streams == 2 { 4 } else { 1 });
+        numbers.saturating_mul(F64 * (1 + u64::from(LEAVES.ilog2())) * self.sides)
     }
 
     fn layer(self, layer: &LayerOutline, solver: Solver) -> LayerCost {
@@ -123,9 +142,12 @@ impl Size {
             forward_flops: streams * (2.0 * tokens * weights as f64 + attention),
             gram_flops,
             solve_flops: factors + solver.sweeps * sweeps,
+            // Two energies of half a sweep each; against dense inputs, three and a whole one.
+            verify_flops: self.sides as f64 * sweeps * if self.streams == 2 { 2.5 } else { 1.0 },
+            store_bytes: layer.bytes,
             memory: Memory {
                 weights_bytes: weights.saturating_mul(2 * F32),
-                gram_bytes: matrix.saturating_mul(1 + self.streams),
+                gram_bytes: matrix.saturating_mul(1 + self.streams).saturating_add(self.partial_sums(widest)),
                 sequence_bytes: self.sequence_bytes().saturating_mul(2),
                 activation_bytes: self.boundary_bytes().saturating_mul(2),
             },
@@ -181,7 +203,9 @@ pub(super) mod tests {
         assert!((layer.forward_flops - (2.0 * tokens * weights + 2.0 * tokens * 32.0 * 64.0)).abs() < 1.0);
         assert!((layer.gram_flops - tokens * (2.0 * 64.0 * 64.0 + 256.0 * 256.0)).abs() < 1.0);
         assert_eq!(layer.memory.weights_bytes, weights as u64 * 8);
-        assert_eq!(layer.memory.gram_bytes, 2 * 256 * 256 * 4);
+        assert_eq!(layer.memory.gram_bytes, 2 * 256 * 256 * 4 + 4 * 256 * 257 / 2 * 8);
+        let sweeps = 64.0 * 64.0 * 64.0 + 256.0 * 64.0 * 64.0 + 64.0 * 256.0 * 256.0;
+        assert!((layer.verify_flops - 2.0 * sweeps).abs() < 1.0);
         assert_eq!(cost.boundary_bytes, 320 * 64 * 4);
     }
 

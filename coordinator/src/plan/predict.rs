@@ -241,6 +241,7 @@ impl<'a> Rehearsal<'a> {
     fn phases(&mut self, lease: Lease, origin: Origin, assistants: &[WorkerId]) -> Vec<(&'static str, f64)> {
         let (Unit::Prune(layer) | Unit::Forward(layer)) = lease.unit else { return Vec::new() };
         let speed = self.workers[lease.worker.0 as usize].gflops * 1e9;
+        let efficiency = self.cluster.products.efficiency;
         let layers = &self.cost.layers[origin.boundary().0 as usize..=layer.0 as usize];
         let load_bytes: u64 = layers.iter().map(|layer| layer.load_bytes).sum();
         let mut phases = Vec::new();
@@ -267,10 +268,13 @@ impl<'a> Rehearsal<'a> {
             self.bytes_moved = self.bytes_moved.saturating_add(bytes as u64);
             phases.push(("share", bytes * 8.0 / (self.cluster.network.gigabits_per_second * 1e9)));
         }
-        phases.push(("forward", replayed / speed + own.forward_flops / hands / slowest));
+        phases.push(("forward", (replayed / speed + own.forward_flops / hands / slowest) / efficiency));
         if let Unit::Prune(_) = lease.unit {
-            phases.push(("gram", own.gram_flops / hands / slowest));
+            phases.push(("gram", own.gram_flops / hands / slowest / efficiency));
             phases.push(("solve", own.solve_flops / (together * self.cluster.solver.efficiency)));
+            // The owner's alone, as is what it writes.
+            phases.push(("verify", own.verify_flops / (speed * efficiency)));
+            phases.push(("store", own.store_bytes as f64 / (self.cluster.storage.gigabytes_per_second * 1e9)));
         }
         phases
     }
@@ -326,7 +330,7 @@ impl<'a> Rehearsal<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::cluster::{Network, Solver, Storage};
+    use super::super::cluster::{Network, Products, Solver, Storage};
     use super::super::cost::{self, tests::job, tests::outline};
     use super::*;
 
@@ -339,6 +343,7 @@ mod tests {
         let spec = ClusterSpec {
             network: Network::default(),
             storage: Storage::default(),
+            products: Products::default(),
             solver: Solver::default(),
             workers: Vec::new(),
         };
