@@ -18,6 +18,7 @@ pub mod inspect;
 pub mod journal;
 pub mod layout;
 pub mod local;
+pub mod manifest;
 pub mod plan;
 mod preflight;
 pub mod report;

@@ -41,6 +41,8 @@ pub struct Setting {
     pub roster: Roster,
     /// Workers to wait for before anything is planned.
     pub workers_wanted: usize,
+    /// How long it waits for them.
+    pub workers_patience: Duration,
     /// Its followers.
     pub events: EventLog,
     /// Its time.
@@ -52,9 +54,6 @@ pub struct Setting {
     /// Set when somebody wants it to stop.
     pub stop: CancellationToken,
 }
-
-/// How long to wait for the first workers.
-const WORKERS_PATIENCE: Duration = Duration::from_secs(120);
 
 /// A run that was opened: created, or taken up where an earlier process left it.
 pub struct Run {
@@ -90,8 +89,9 @@ impl Run {
         job.model.source = pinned;
         preflight::check_source(dense.as_ref())?;
         let spec = &job.calibration;
-        let source = config::locate(&spec.source)?;
-        let block = calibration::sequences(&source, dense.as_ref(), spec.samples, spec.sequence_length, spec.seed)?;
+        let source = config::open_text(&spec.source)?;
+        let block =
+            calibration::sequences(source.path(), dense.as_ref(), spec.samples, spec.sequence_length, spec.seed)?;
         // Read now so that a wrong text is found before hours of pruning, not after.
         if let Some(spec) = &job.evaluation {
             evaluate::windows(spec, dense.as_ref())?;
@@ -375,11 +375,12 @@ pub async fn wait_for_workers(setting: &Setting) -> Result<(), RunError> {
     };
     tokio::select! {
         () = setting.stop.cancelled() => Err(RunError::Interrupted),
-        came = tokio::time::timeout(WORKERS_PATIENCE, wait) => match came {
+        came = tokio::time::timeout(setting.workers_patience, wait) => match came {
             Ok(true) => Ok(()),
             Ok(false) => Err(RunError::WorkerDiedEarly),
             Err(_) => {
-                Err(RunError::TooFewWorkers { wanted: setting.workers_wanted, seconds: WORKERS_PATIENCE.as_secs() })
+                let (wanted, seconds) = (setting.workers_wanted, setting.workers_patience.as_secs());
+                Err(RunError::TooFewWorkers { wanted, seconds })
             }
         },
     }

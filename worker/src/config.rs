@@ -1,14 +1,16 @@
 //! `worker.toml`: where a worker runs. What it computes is in the job.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use espalier_common::telemetry::LogConfig;
 use espalier_gate::TlsSection;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The worker's configuration.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct WorkerConfig {
     /// The worker itself.
@@ -20,7 +22,7 @@ pub struct WorkerConfig {
 }
 
 /// `[worker]`
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct WorkerSection {
     /// URL of the coordinator, e.g. `https://coordinator:7433`; `http://` on loopback only.
@@ -41,6 +43,9 @@ pub struct WorkerSection {
     pub gflops: Option<f64>,
     /// Folder for what does not fit; the system's temporary folder if none is given.
     pub scratch: Option<PathBuf>,
+    /// A coordinator that cannot be reached for so many seconds is given up, and the worker ends with exit code 75; 30 at the
+    /// start and 60 later if none is given. Longer where another machine has to be found for a coordinator that was lost.
+    pub coordinator_silence_seconds: Option<NonZeroU32>,
 }
 
 impl Default for WorkerSection {
@@ -54,6 +59,7 @@ impl Default for WorkerSection {
             memory_budget: None,
             gflops: None,
             scratch: None,
+            coordinator_silence_seconds: None,
         }
     }
 }

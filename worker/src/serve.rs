@@ -120,11 +120,12 @@ async fn live(
         gflops: config.gflops.unwrap_or_else(memory::measure_gflops),
     };
     tracing::info!(endpoint = %offer.endpoint, threads, memory_bytes, gflops = offer.gflops, "serving");
-    let membership = Membership::new(client, Arc::clone(&session), offer);
+    let silence = config.coordinator_silence_seconds.map(|seconds| Duration::from_secs(seconds.get().into()));
+    let membership = Membership::new(client, Arc::clone(&session), offer, silence);
     let tasks = TaskGroup::new();
     let ended = tokio::select! {
         () = stop => Ok(()),
-        Err(error) = membership.run(reports) => Err(ServeError::from(error)),
+        ended = membership.run(reports) => ended.map_err(ServeError::from),
         served = listener.serve(Arc::clone(&session), tasks.clone(), tasks.token()) => served.map_err(Into::into),
     };
     session.drain();

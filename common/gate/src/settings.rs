@@ -4,13 +4,14 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{Credentials, GateError, Role};
 
 /// `[tls]` of every program: its own certificate, and the authority that vouches for others. Files are PEM, and are read
 /// again when they change.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TlsSection {
     /// Instead of the other three: a folder with `ca.crt`, `tls.crt` and `tls.key`, as cert-manager makes it.

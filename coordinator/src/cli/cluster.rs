@@ -6,44 +6,75 @@ use std::time::Duration;
 
 use espalier_common::clock::SystemClock;
 use espalier_common::config::{self, Overrides};
-use espalier_common::digest::Digest;
 use espalier_common::job::JobSpec;
 use espalier_common::tasks::TaskGroup;
 use espalier_gate::Dialer;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
 
 use super::args::{AccessArgs, CancelArgs, CoordinatorArgs, RemoteArgs};
 use super::screen::Screen;
-use super::{CliError, local, prune, screen, table};
+use super::{CliError, configuration, local, prune, screen, table};
 use crate::config::{ClientConfig, CoordinatorConfig};
-use crate::desk::JobDesk;
+use crate::desk::{self, JobDesk, Setup};
 use crate::error::exit;
-use crate::events::RunEvent;
+use crate::events::{EventLog, RunEvent};
 use crate::fleet::Roster;
 use crate::rpc::admin::AdminDesk;
 use crate::rpc::client::{Access, AdminClient, AdminError};
 use crate::rpc::service::Service;
 
-/// Serves until a signal comes; a run that is going on is stopped so that it can be resumed.
-pub(crate) async fn serve(args: CoordinatorArgs) -> Result<(), CliError> {
-    let overrides = Overrides::default()
-        .set("coordinator.listen", args.listen.map(|address| address.to_string()))
-        .set("coordinator.runs", args.runs)
-        .set("coordinator.workers", args.workers);
-    let config =
-        CoordinatorConfig::load(args.config.as_deref(), overrides).map_err(|error| CliError::rejected(&error))?;
+/// The configuration that a coordinator's arguments amount to.
+pub(crate) fn config(args: &CoordinatorArgs, log: Overrides) -> Result<CoordinatorConfig, CliError> {
+    let overrides = configuration::overrides(log, &args.config);
+    CoordinatorConfig::load(args.config.config.as_deref(), overrides).map_err(|error| CliError::rejected(&error))
+}
+
+/// Serves until a signal comes, or until the one job that it was given is done. A run that is going on when it is stopped can be
+/// taken up again.
+pub(crate) async fn serve(args: CoordinatorArgs, config: CoordinatorConfig, json: bool) -> Result<(), CliError> {
     let entrance = config.entrance().map_err(|error| CliError::rejected(&error))?;
     let limits = config.limits();
     let section = config.coordinator;
     let roster = Roster::new(Dialer::new(entrance.credentials.clone()));
-    let clock = Arc::new(SystemClock::default());
+    let setup = Setup {
+        clock: Arc::new(SystemClock::default()),
+        workers_wanted: section.workers,
+        workers_patience: section.workers_patience(),
+        limits,
+    };
     let runs = super::job::absolute(&section.runs);
-    let desk = JobDesk::open(roster.clone(), runs, clock, section.workers, limits).map_err(|error| {
+    let opened = match &args.job {
+        Some(path) => {
+            let job = super::job::of_file(path)?;
+            let run_url = args.run.unwrap_or_else(|| super::job::run_beside_output(&job));
+            JobDesk::of_one(roster.clone(), job, super::job::absolute(&run_url), setup)
+                .map(|(desk, events)| (desk, Some((events, run_url))))
+        }
+        None => JobDesk::open(roster.clone(), runs, setup).map(|desk| (desk, None)),
+    };
+    let (desk, one) = opened.map_err(|error| {
         let code = if error.is_passing() { exit::INTERRUPTED } else { exit::REJECTED };
         CliError { code, ..CliError::rejected(&error) }
     })?;
-    let service = Service::start(section.listen, entrance, roster, Some(AdminDesk::new(desk.clone()))).await?;
-    screen::out(&format!("listening on {}", service.url()));
     let stop = local::stop_on_signal();
+    let admin = AdminDesk::new(desk.clone());
+    let service = Service::start(section.listen, entrance, roster.clone(), Some(admin)).await?;
+    match &one {
+        // Standard output is the report's alone.
+        Some(_) if json => info!(url = service.url(), "listening"),
+        _ => screen::out(&format!("listening on {}", service.url())),
+    }
+    let done = match one {
+        Some((events, run_url)) => one_job(&desk, &events, &run_url, &roster, &stop, json).await,
+        None => many_jobs(&desk, &section.runs, &stop).await,
+    };
+    service.stop().await;
+    done
+}
+
+/// Runs what is submitted until a signal comes, or another coordinator.
+async fn many_jobs(desk: &JobDesk, runs: &str, stop: &CancellationToken) -> Result<(), CliError> {
     let tasks = TaskGroup::new();
     let (working, token) = (desk.clone(), stop.clone());
     tasks.spawn(async move { working.work(token).await });
@@ -54,12 +85,38 @@ pub(crate) async fn serve(args: CoordinatorArgs) -> Result<(), CliError> {
     }
     // Longer than a run needs to write down that it was stopped.
     tasks.shut_down(Duration::from_secs(15)).await;
-    service.stop().await;
     if lost.is_cancelled() {
-        let message = format!("another coordinator has taken over the runs in {}", section.runs);
+        let message = format!("another coordinator has taken over the runs in {runs}");
         return Err(CliError { message, code: exit::INTERRUPTED });
     }
     Ok(())
+}
+
+/// Some heartbeats.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// Runs one job to its end. Workers are dismissed, unless the coordinator will be started again and need them.
+async fn one_job(
+    desk: &JobDesk,
+    events: &EventLog,
+    run_url: &str,
+    roster: &Roster,
+    stop: &CancellationToken,
+    json: bool,
+) -> Result<(), CliError> {
+    let last = local::shown(events, json, desk.work_on_one(stop)).await;
+    let done = match last {
+        RunEvent::Ended { reason, exit_code } => Err(CliError { message: reason, code: exit_code }),
+        RunEvent::Finished { report } => {
+            prune::print_report(&report, run_url, json);
+            Ok(())
+        }
+        _ => Err(CliError { message: "the run ended without saying how".to_owned(), code: exit::BUG }),
+    };
+    if !matches!(&done, Err(error) if error.code == exit::INTERRUPTED) {
+        roster.dismiss(FAREWELL).await;
+    }
+    done
 }
 
 fn failed(error: &AdminError) -> CliError {
@@ -97,8 +154,8 @@ pub(crate) async fn submit(
     let mut client = connect(url, access).await?;
     let job_json = serde_json::to_string(job).expect("a job is plain data");
     let run_url = run.map(super::job::absolute).unwrap_or_default();
-    // The same job to the same output is the same job: submitting it twice follows the first.
-    let key = Digest::of(job_json.as_bytes()).to_string();
+    // Submitting it twice follows the first.
+    let key = desk::key_of(job);
     let run = client.submit(job_json, key, run_url).await.map_err(|error| failed(&error))?;
     let mut events = client.watch(&run).await.map_err(|error| failed(&error))?;
     let mut screen = Screen::new(json);

@@ -38,6 +38,7 @@ pub(crate) fn setting(
         run_url: run_url.to_owned(),
         roster,
         workers_wanted: local.workers,
+        workers_patience: config.coordinator.workers_patience(),
         events: EventLog::default(),
         clock: Arc::new(SystemClock::default()),
         limits: Limits { without_workers: WITHOUT_WORKERS, ..config.limits() },

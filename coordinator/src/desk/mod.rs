@@ -4,8 +4,10 @@ mod book;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use espalier_common::clock::Clock;
+use espalier_common::digest::Digest;
 use espalier_common::fault::FaultClass;
 use espalier_common::ids::RunId;
 use espalier_common::job::JobSpec;
@@ -81,9 +83,20 @@ pub struct JobDesk {
     roster: Roster,
     root: String,
     lost: CancellationToken,
-    clock: Arc<dyn Clock>,
-    workers_wanted: usize,
-    limits: Limits,
+    setup: Setup,
+}
+
+/// What the runs of a desk have in common.
+#[derive(Clone)]
+pub struct Setup {
+    /// Their time.
+    pub clock: Arc<dyn Clock>,
+    /// Workers that each waits for.
+    pub workers_wanted: usize,
+    /// How long it waits for them.
+    pub workers_patience: Duration,
+    /// Its patience.
+    pub limits: Limits,
 }
 
 /// Why a job is not taken, or the desk not opened.
@@ -98,6 +111,9 @@ pub enum DeskError {
     /// Too many wait already.
     #[error("{MAX_QUEUED} jobs are waiting already")]
     Full,
+    /// The coordinator was started for another job.
+    #[error("this coordinator was started for one job, and takes no other")]
+    OneJob,
     /// The job cannot be written down.
     #[error(transparent)]
     Store(#[from] espalier_common::store::StoreError),
@@ -130,7 +146,7 @@ impl DeskError {
             Self::Full | Self::Root { .. } | Self::Busy { .. } => true,
             Self::Store(error) => !matches!(error.class(), FaultClass::Reject),
             Self::Journal(error) => !matches!(error.class(), FaultClass::Reject),
-            Self::Job(_) | Self::Unreadable(_) => false,
+            Self::Job(_) | Self::Unreadable(_) | Self::OneJob => false,
         }
     }
 }
@@ -141,14 +157,26 @@ impl JobDesk {
     ///
     /// # Errors
     /// See [`DeskError`].
-    pub fn open(
-        roster: Roster,
-        root: String,
-        clock: Arc<dyn Clock>,
-        workers_wanted: usize,
-        limits: Limits,
-    ) -> Result<Self, DeskError> {
+    pub fn open(roster: Roster, root: String, setup: Setup) -> Result<Self, DeskError> {
         let (book, entries) = Book::open(&root)?;
+        Ok(Self::over(book, entries, roster, root, setup))
+    }
+
+    /// A desk for one job, whose run is at `run_url`, and the job's events. It takes no other; nothing is written but the run
+    /// itself.
+    ///
+    /// # Errors
+    /// `Job`.
+    pub fn of_one(roster: Roster, job: JobSpec, run_url: String, setup: Setup) -> Result<(Self, EventLog), DeskError> {
+        job.validate()?;
+        let id = RunId("job-1".to_owned());
+        let entry = Entry { id: id.clone(), key: key_of(&job), job, folder: run_url, end: None };
+        let desk = Self::over(Book::OneJob, vec![entry], roster, String::new(), setup);
+        let events = desk.ticket(&id.0).map(|ticket| ticket.events).unwrap_or_default();
+        Ok((desk, events))
+    }
+
+    fn over(book: Book, entries: Vec<Entry>, roster: Roster, root: String, setup: Setup) -> Self {
         let mut inner = Inner::default();
         for entry in entries {
             if entry.end.is_none() {
@@ -158,18 +186,7 @@ impl JobDesk {
         }
         let inner = Arc::new(Mutex::new(inner));
         let lost = CancellationToken::new();
-        Ok(Self {
-            inner,
-            turn: Arc::default(),
-            wake: Arc::default(),
-            book,
-            roster,
-            root,
-            lost,
-            clock,
-            workers_wanted,
-            limits,
-        })
+        Self { inner, turn: Arc::default(), wake: Arc::default(), book, roster, root, lost, setup }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -190,8 +207,11 @@ impl JobDesk {
             let inner = self.lock();
             let known = inner.keys.get(key).and_then(|id| inner.tickets.get(id)).map(|ticket| ticket.entry.clone());
             let entry = match known {
-                Some(entry) if matches!(entry.end, Some(End::Ended { .. })) => Entry { end: None, ..entry },
+                Some(entry) if matches!(entry.end, Some(End::Ended { .. })) && !self.is_of_one() => {
+                    Entry { end: None, ..entry }
+                }
                 Some(entry) => return Ok(entry.id),
+                None if self.is_of_one() => return Err(DeskError::OneJob),
                 None => {
                     let id = RunId(format!("job-{}", inner.order.len() + 1));
                     let folder = if run_url.is_empty() { store::join(&self.root, &id.0) } else { run_url.to_owned() };
@@ -208,6 +228,10 @@ impl JobDesk {
         self.lock().add(Ticket::new(entry));
         self.wake.notify_one();
         Ok(id)
+    }
+
+    fn is_of_one(&self) -> bool {
+        matches!(self.book, Book::OneJob)
     }
 
     /// Set once another coordinator has taken over the root of the runs: this one has nothing left to do.
@@ -289,15 +313,39 @@ impl JobDesk {
         }
     }
 
+    /// Runs what is queued first, to its last event or until `stop` is set. Whoever cancelled the job does not want it tried
+    /// again: it ends as one that was refused.
+    pub async fn work_on_one(&self, stop: &CancellationToken) -> RunEvent {
+        let cancelled = || RunEvent::Ended { reason: "cancelled".to_owned(), exit_code: exit::REJECTED };
+        let next = self.lock().queue.pop_front();
+        let Some(ticket) = next.and_then(|id| self.ticket(&id)) else { return cancelled() };
+        let run = self.run(&ticket);
+        tokio::pin!(run);
+        let last = tokio::select! {
+            last = &mut run => last,
+            () = stop.cancelled() => {
+                ticket.stop.cancel();
+                run.await
+            }
+        };
+        let last = match last {
+            RunEvent::Ended { .. } if ticket.stop.is_cancelled() && !stop.is_cancelled() => cancelled(),
+            last => last,
+        };
+        self.close(&ticket, last.clone());
+        last
+    }
+
     /// Runs a job to its last event.
     async fn run(&self, ticket: &Ticket) -> RunEvent {
         let setting = Setting {
             run_url: ticket.entry.folder.clone(),
             roster: self.roster.clone(),
-            workers_wanted: self.workers_wanted,
+            workers_wanted: self.setup.workers_wanted,
+            workers_patience: self.setup.workers_patience,
             events: ticket.events.clone(),
-            clock: self.clock.clone(),
-            limits: self.limits,
+            clock: self.setup.clock.clone(),
+            limits: self.setup.limits,
             workers_return: true,
             stop: ticket.stop.clone(),
         };
@@ -333,6 +381,11 @@ impl JobDesk {
         }
         ticket.events.note(last);
     }
+}
+
+/// Names a job towards its submitter: the same job to the same output is the same job.
+pub fn key_of(job: &JobSpec) -> String {
+    Digest::of(serde_json::to_string(job).expect("a job is plain data").as_bytes()).to_string()
 }
 
 fn run_status(ticket: &Ticket) -> RunStatus {

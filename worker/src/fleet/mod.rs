@@ -35,20 +35,29 @@ pub struct Membership {
     worker: AtomicU64,
     /// The coordinator's life in which it was given.
     coordinator: AtomicU64,
+    /// How long the coordinator may be silent, if somebody has said.
+    silence: Option<Duration>,
 }
 
 impl Membership {
-    /// A place that is not taken yet.
-    pub fn new(client: CoordinatorClient, session: Arc<Session>, offer: pb::RegisterRequest) -> Self {
-        Self { client, session, offer, worker: AtomicU64::new(0), coordinator: AtomicU64::new(0) }
+    /// A place that is not taken yet. `silence` is how long the coordinator may be absent or silent before it is given up, if
+    /// not as long as is usual.
+    pub fn new(
+        client: CoordinatorClient,
+        session: Arc<Session>,
+        offer: pb::RegisterRequest,
+        silence: Option<Duration>,
+    ) -> Self {
+        let (worker, coordinator) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { client, session, offer, worker, coordinator, silence }
     }
 
-    /// Registers, then beats and reports until the coordinator is gone; never returns without an error.
+    /// Registers, then beats and reports until the coordinator says that nothing is left to do.
     ///
     /// # Errors
     /// `Refused` if the coordinator will not have this worker, `Unreachable` once it has been silent for too long.
-    pub async fn run(&self, reports: mpsc::Receiver<UnitReport>) -> Result<std::convert::Infallible, CallError> {
-        let interval = self.register(REGISTRATION).await?;
+    pub async fn run(&self, reports: mpsc::Receiver<UnitReport>) -> Result<(), CallError> {
+        let interval = self.register(self.silence.unwrap_or(REGISTRATION)).await?;
         tokio::select! {
             ended = self.beat(interval) => ended,
             ended = self.deliver(reports) => ended,
@@ -92,20 +101,25 @@ impl Membership {
         matches!(error, CallError::Unreachable { .. }) || (was_registered && error.may_pass())
     }
 
-    async fn beat(&self, mut interval: Duration) -> Result<std::convert::Infallible, CallError> {
+    async fn beat(&self, mut interval: Duration) -> Result<(), CallError> {
+        let silence = self.silence.unwrap_or(UNREACHABLE);
         let mut heard = Instant::now();
         loop {
             tokio::time::sleep(interval).await;
             match self.client.heartbeat(self.heartbeat()).await {
-                Ok(pb::HeartbeatResponse { known }) => {
+                Ok(pb::HeartbeatResponse { dismissed: true, .. }) => {
+                    tracing::info!("dismissed: nothing is left to do");
+                    return Ok(());
+                }
+                Ok(pb::HeartbeatResponse { known, .. }) => {
                     heard = Instant::now();
                     if !known {
                         tracing::warn!("the coordinator does not know this worker: registering again");
                         self.session.abandon_all();
-                        interval = self.register(UNREACHABLE).await?;
+                        interval = self.register(silence).await?;
                     }
                 }
-                Err(error) if error.may_pass() && heard.elapsed() < UNREACHABLE => {
+                Err(error) if error.may_pass() && heard.elapsed() < silence => {
                     tracing::warn!(%error, "missed a heartbeat");
                 }
                 Err(error) => return Err(error),
@@ -130,7 +144,7 @@ impl Membership {
     }
 
     /// Delivers the ends of units, each until it is accepted; the heartbeat knows when to give up.
-    async fn deliver(&self, mut reports: mpsc::Receiver<UnitReport>) -> Result<std::convert::Infallible, CallError> {
+    async fn deliver(&self, mut reports: mpsc::Receiver<UnitReport>) -> Result<(), CallError> {
         while let Some(report) = reports.recv().await {
             let lease = report.lease;
             let message = self.report(report);
