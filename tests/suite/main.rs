@@ -3,8 +3,10 @@
 mod allocation;
 mod cluster;
 mod deploy;
+mod foreign;
 mod kill;
 mod network;
+mod one_job;
 mod past;
 mod pipeline;
 mod real;
@@ -12,6 +14,7 @@ mod refit;
 mod refusals;
 mod resume;
 mod s3;
+mod slurm;
 mod soak;
 mod structured;
 mod tidy;
