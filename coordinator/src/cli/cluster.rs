@@ -9,7 +9,8 @@ use espalier_common::config::{self, Overrides};
 use espalier_common::digest::Digest;
 use espalier_common::job::JobSpec;
 use espalier_common::tasks::TaskGroup;
-use espalier_gate::Dialer;
+use espalier_gate::web::Readiness;
+use espalier_gate::{Dialer, Web};
 
 use super::args::{AccessArgs, CancelArgs, CoordinatorArgs, RemoteArgs};
 use super::screen::Screen;
@@ -17,8 +18,10 @@ use super::{CliError, local, prune, screen, table};
 use crate::config::{ClientConfig, CoordinatorConfig};
 use crate::desk::JobDesk;
 use crate::error::exit;
-use crate::events::RunEvent;
+use crate::events::{RunEvent, Stamped, Status};
 use crate::fleet::Roster;
+use crate::http::Pages;
+use crate::metrics::CoordinatorMetrics;
 use crate::rpc::admin::AdminDesk;
 use crate::rpc::client::{Access, AdminClient, AdminError};
 use crate::rpc::service::Service;
@@ -35,16 +38,31 @@ pub(crate) async fn serve(args: CoordinatorArgs) -> Result<(), CliError> {
     let limits = config.limits();
     let section = config.coordinator;
     let roster = Roster::new(Dialer::new(entrance.credentials.clone()));
-    let clock = Arc::new(SystemClock::default());
-    let runs = super::job::absolute(&section.runs);
-    let desk = JobDesk::open(roster.clone(), runs, clock, section.workers, limits).map_err(|error| {
-        let code = if error.is_passing() { exit::INTERRUPTED } else { exit::REJECTED };
-        CliError { code, ..CliError::rejected(&error) }
-    })?;
-    let service = Service::start(section.listen, entrance, roster, Some(AdminDesk::new(desk.clone()))).await?;
-    screen::out(&format!("listening on {}", service.url()));
+    let (metrics, readiness) = (CoordinatorMetrics::default(), Readiness::not_yet("the runs are being read"));
     let stop = local::stop_on_signal();
     let tasks = TaskGroup::new();
+    let pages = Pages::new(roster.clone(), metrics.clone(), readiness.clone(), tasks.token());
+    let mut web = None;
+    if let Some(address) = config.http.listen {
+        let listener = Web::open("http.listen", address, entrance.clone()).await;
+        let listener = listener.map_err(|error| CliError::rejected(&error))?;
+        web = Some(listener.url());
+        listener.serve(pages.router(), &tasks);
+    }
+    let clock = Arc::new(SystemClock::default());
+    let runs = super::job::absolute(&section.runs);
+    let desk =
+        JobDesk::open(roster.clone(), runs, clock, section.workers, limits, metrics.clone()).map_err(|error| {
+            let code = if error.is_passing() { exit::INTERRUPTED } else { exit::REJECTED };
+            CliError { code, ..CliError::rejected(&error) }
+        })?;
+    let service = Service::start(section.listen, entrance, roster, Some(AdminDesk::new(desk.clone())), metrics).await?;
+    pages.show(Arc::new(desk.clone()));
+    readiness.set(Ok(()));
+    screen::out(&format!("listening on {}", service.url()));
+    if let Some(url) = web {
+        screen::out(&format!("pages on {url}"));
+    }
     let (working, token) = (desk.clone(), stop.clone());
     tasks.spawn(async move { working.work(token).await });
     let lost = desk.lost();
@@ -52,6 +70,7 @@ pub(crate) async fn serve(args: CoordinatorArgs) -> Result<(), CliError> {
         () = stop.cancelled() => {}
         () = lost.cancelled() => stop.cancel(),
     }
+    readiness.set(Err("it is leaving"));
     // Longer than a run needs to write down that it was stopped.
     tasks.shut_down(Duration::from_secs(15)).await;
     service.stop().await;
@@ -62,7 +81,7 @@ pub(crate) async fn serve(args: CoordinatorArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-fn failed(error: &AdminError) -> CliError {
+pub(super) fn failed(error: &AdminError) -> CliError {
     let code = match error {
         AdminError::BadUrl { .. } => exit::USAGE,
         AdminError::Unreachable { .. } => exit::INTERRUPTED,
@@ -72,7 +91,7 @@ fn failed(error: &AdminError) -> CliError {
     CliError { message: error.to_string(), code }
 }
 
-async fn connect(url: &str, args: &AccessArgs) -> Result<AdminClient, CliError> {
+pub(super) async fn connect(url: &str, args: &AccessArgs) -> Result<AdminClient, CliError> {
     let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.to_string_lossy().into_owned());
     let overrides = Overrides::default()
         .set("tls.folder", path(&args.tls_folder))
@@ -109,7 +128,7 @@ pub(crate) async fn submit(
             event = events.next() => event.map_err(|error| failed(&error))?,
             () = stop.cancelled() => None,
         };
-        let Some(event) = event else {
+        let Some(Stamped { event, .. }) = event else {
             let message = format!("no longer following {run}, which goes on: espalier status --coordinator {url}");
             return Err(CliError { message, code: exit::INTERRUPTED });
         };
@@ -136,8 +155,14 @@ pub(crate) async fn status(args: RemoteArgs, json: bool) -> Result<(), CliError>
     let (status, document) = client.status().await.map_err(|error| failed(&error))?;
     if json {
         screen::out(&document);
-        return Ok(());
+    } else {
+        screen::out(&tables(&status));
     }
+    Ok(())
+}
+
+/// Runs and workers.
+pub(super) fn tables(status: &Status) -> String {
     let mut runs = table::table(&["run", "model", "layers", "state"]);
     for run in &status.runs {
         let layers = run.layers.map_or_else(String::new, |layers| format!("{}/{layers}", run.committed));
@@ -154,8 +179,7 @@ pub(crate) async fn status(args: RemoteArgs, json: bool) -> Result<(), CliError>
             format!("{:.0}", worker.peak_rss_bytes as f64 / 1e6),
         ]);
     }
-    screen::out(&format!("{runs}\n{workers}"));
-    Ok(())
+    format!("{runs}\n{workers}")
 }
 
 /// Stops a run.

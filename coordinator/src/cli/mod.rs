@@ -12,7 +12,9 @@ mod plan;
 mod prune;
 mod screen;
 mod table;
+mod terminal;
 mod verify;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -79,6 +81,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
             Command::Resume(args) => prune::resume(args, cli.json).await,
             Command::Plan(args) => plan::run(*args, cli.json).await,
             Command::Coordinator(args) => cluster::serve(args).await,
+            Command::Status(StatusArgs { run, watch: true, remote }) => watch::run(run, remote, cli.json).await,
             Command::Status(StatusArgs { run: Some(run), .. }) => kept::status(&run, cli.json),
             Command::Status(StatusArgs { remote, .. }) => cluster::status(remote, cli.json).await,
             Command::Cancel(args) if args.run.contains('/') => kept::cancel(&args.run),

@@ -6,6 +6,7 @@ use super::args::{LocalArgs, PlanArgs};
 use super::{CliError, job, local, screen, table};
 use crate::error::exit;
 use crate::fleet::Roster;
+use crate::metrics::CoordinatorMetrics;
 use crate::plan::cluster::ClusterSpec;
 use crate::plan::cost;
 use crate::plan::predict::{self, PlanError, Prediction};
@@ -26,11 +27,12 @@ pub(crate) async fn run(mut args: PlanArgs, json: bool) -> Result<(), CliError> 
     let one = LocalArgs { workers: 1, threads: Some(1) };
     let roster = Roster::default();
     let setting = local::setting(&folder.path().to_string_lossy(), &one, roster.clone(), local::stop_on_signal())?;
-    let outline = local::with_workers(&one, &folder.path().join("logs"), roster, async {
-        run::wait_for_workers(&setting).await?;
-        run::inspect(&setting, &job).await
-    })
-    .await?;
+    let outline =
+        local::with_workers(&one, &folder.path().join("logs"), roster, CoordinatorMetrics::default(), async {
+            run::wait_for_workers(&setting).await?;
+            run::inspect(&setting, &job).await
+        })
+        .await?;
     let cost = cost::count(&outline, &job, cluster.solver);
     let layer_bytes: Vec<u64> = outline.layers.iter().map(|layer| layer.bytes).collect();
     let mode = job.propagation.mode;

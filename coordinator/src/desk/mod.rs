@@ -17,9 +17,11 @@ use tracing::{info, warn};
 use book::{Book, End, Entry};
 
 use crate::error::exit;
-use crate::events::{EventLog, Phase, RunEvent, RunStatus, Status, WorkerStatus};
+use crate::events::{EventLog, RunEvent, RunStatus, Status};
 use crate::fleet::Roster;
+use crate::http::{Watched, workers};
 use crate::journal::JournalError;
+use crate::metrics::CoordinatorMetrics;
 use crate::run::{Run, Setting};
 use crate::schedule::Limits;
 
@@ -38,11 +40,16 @@ pub struct Ticket {
 }
 
 impl Ticket {
-    fn new(entry: Entry) -> Self {
-        let events = EventLog::default();
-        if let Some(last) = entry.last_event() {
-            events.note(last);
-        }
+    fn new(entry: Entry, metrics: &CoordinatorMetrics) -> Self {
+        let events = match entry.last_event() {
+            // It ended in an earlier life, and was counted then.
+            Some(last) => {
+                let events = EventLog::default();
+                events.note(last);
+                events
+            }
+            None => EventLog::counted(metrics.clone()),
+        };
         Self { id: entry.id.clone(), events, entry, stop: CancellationToken::new() }
     }
 }
@@ -84,6 +91,7 @@ pub struct JobDesk {
     clock: Arc<dyn Clock>,
     workers_wanted: usize,
     limits: Limits,
+    metrics: CoordinatorMetrics,
 }
 
 /// Why a job is not taken, or the desk not opened.
@@ -147,6 +155,7 @@ impl JobDesk {
         clock: Arc<dyn Clock>,
         workers_wanted: usize,
         limits: Limits,
+        metrics: CoordinatorMetrics,
     ) -> Result<Self, DeskError> {
         let (book, entries) = Book::open(&root)?;
         let mut inner = Inner::default();
@@ -154,7 +163,7 @@ impl JobDesk {
             if entry.end.is_none() {
                 info!(job = %entry.id, "taken up again");
             }
-            inner.add(Ticket::new(entry));
+            inner.add(Ticket::new(entry, &metrics));
         }
         let inner = Arc::new(Mutex::new(inner));
         let lost = CancellationToken::new();
@@ -169,6 +178,7 @@ impl JobDesk {
             clock,
             workers_wanted,
             limits,
+            metrics,
         })
     }
 
@@ -205,7 +215,7 @@ impl JobDesk {
         };
         self.write(&entry)?;
         let id = entry.id.clone();
-        self.lock().add(Ticket::new(entry));
+        self.lock().add(Ticket::new(entry, &self.metrics));
         self.wake.notify_one();
         Ok(id)
     }
@@ -248,12 +258,7 @@ impl JobDesk {
     pub fn status(&self) -> Status {
         let inner = self.lock();
         let runs = inner.order.iter().filter_map(|id| inner.tickets.get(id)).map(run_status).collect();
-        let workers = self.roster.members().into_iter().map(|(worker, member)| WorkerStatus {
-            worker,
-            offer: member.offer,
-            peak_rss_bytes: member.peak_rss_bytes,
-        });
-        Status { runs, workers: workers.collect() }
+        Status { runs, workers: workers(&self.roster) }
     }
 
     /// Runs what is submitted, one job after another, until `stop` is set. The run that this interrupts is not ended: the
@@ -335,26 +340,16 @@ impl JobDesk {
     }
 }
 
-fn run_status(ticket: &Ticket) -> RunStatus {
-    let mut status = RunStatus {
-        run: ticket.id.clone(),
-        model: ticket.entry.job.model.source.clone(),
-        state: "queued".to_owned(),
-        committed: 0,
-        layers: None,
-    };
-    for event in ticket.events.follow().0 {
-        match event {
-            RunEvent::Opened { committed, .. } => {
-                status.state = "running".to_owned();
-                status.committed = committed;
-            }
-            RunEvent::Phase { phase: Phase::Prune { layers } } => status.layers = Some(layers),
-            RunEvent::Committed { unit: espalier_common::ids::Unit::Prune(_), .. } => status.committed += 1,
-            RunEvent::Finished { .. } => status.state = "done".to_owned(),
-            RunEvent::Ended { reason, .. } => status.state = reason,
-            _ => {}
-        }
+impl Watched for JobDesk {
+    fn status(&self) -> Status {
+        Self::status(self)
     }
-    status
+
+    fn events(&self, run: &str) -> Option<EventLog> {
+        self.ticket(run).map(|ticket| ticket.events)
+    }
+}
+
+fn run_status(ticket: &Ticket) -> RunStatus {
+    ticket.events.look(|view| view.status(&ticket.id.0, &ticket.entry.job.model.source))
 }
