@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use espalier_common::config::{self, ConfigError, Overrides, Setting};
 use espalier_common::telemetry::LogConfig;
-use espalier_gate::{Entrance, GateError, Role, TlsSection, Tokens};
+use espalier_gate::{AuthSection, Entrance, GateError, HttpSection, Role, TlsSection};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -25,16 +25,10 @@ pub struct CoordinatorConfig {
     pub tls: TlsSection,
     /// Who may come in without a certificate.
     pub auth: AuthSection,
+    /// Pages and probes.
+    pub http: HttpSection,
     /// Its logs.
     pub log: LogConfig,
-}
-
-/// `[auth]`
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct AuthSection {
-    /// A file of tokens that stand in for a certificate when a run is submitted or watched; see [`espalier_gate::tokens`].
-    pub tokens: Option<PathBuf>,
 }
 
 /// What the command line is configured with when it calls a coordinator; there is no file, only environment and flags.
@@ -138,11 +132,8 @@ impl CoordinatorConfig {
     /// See [`GateError`].
     pub fn entrance(&self) -> Result<Entrance, GateError> {
         let credentials = self.tls.open(Some(Role::Coordinator))?;
-        let tokens = self.auth.tokens.clone();
-        if tokens.is_some() && credentials.is_none() {
-            return Err(GateError::TokenWithoutTls { key: "auth.tokens" });
-        }
-        Ok(Entrance { credentials, tokens: tokens.map(Tokens::open).transpose()? })
+        let tokens = self.auth.open(credentials.is_some())?;
+        Ok(Entrance { credentials, tokens })
     }
 }
 

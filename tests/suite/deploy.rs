@@ -141,7 +141,9 @@ fn the_manifests_and_what_is_rendered_are_the_same() {
 fn the_configuration_in_the_manifests_is_what_is_rendered() {
     let rendering = deployment(Form::JobSet, Storage::Bucket, "components/s3/job.toml");
     let (_, maps) = rendered(&rendering);
-    let text = |map: &str, file: &str| maps[&format!("\"ConfigMap\" \"espalier-{map}\"")]["data"][file].as_str().unwrap().to_owned();
+    let text = |map: &str, file: &str| {
+        maps[&format!("\"ConfigMap\" \"espalier-{map}\"")]["data"][file].as_str().unwrap().to_owned()
+    };
     let parsed = |text: &str| parse_document::<serde_json::Map<String, Value>>("rendered", text).unwrap();
     for file in ["coordinator.toml", "worker.toml"] {
         let base: serde_json::Map<String, Value> = load_document(&k8s(&format!("base/{file}"))).unwrap();
@@ -151,8 +153,12 @@ fn the_configuration_in_the_manifests_is_what_is_rendered() {
     let variables = &maps["\"ConfigMap\" \"espalier-environment\""]["data"];
     let kustomization = &manifests(&["base/kustomization.yaml"])[0]["configMapGenerator"][2]["literals"];
     let literals: Vec<_> = kustomization.as_array().unwrap().iter().map(|pair| pair.as_str().unwrap()).collect();
-    let pairs: Vec<_> =
-        variables.as_object().unwrap().iter().map(|(name, value)| format!("{name}={}", value.as_str().unwrap())).collect();
+    let pairs: Vec<_> = variables
+        .as_object()
+        .unwrap()
+        .iter()
+        .map(|(name, value)| format!("{name}={}", value.as_str().unwrap()))
+        .collect();
     assert_eq!(pairs, literals);
 }
 

@@ -127,7 +127,24 @@ impl Damage {
 fn damage() -> impl Strategy<Value = Vec<Damage>> {
     let place = any::<prop::sample::Index>;
     let edges = prop::sample::select(vec![0, 1, 7, 1 << 31, u64::from(u32::MAX), 1 << 40, i64::MAX as u64, u64::MAX]);
-    let words = prop::sample::select(vec!["{", "}", "[", "]", "\"", ":", ",", "0", "-1", "1e999", "null", "\n", "[[", "\u{0}", "é", "9999999999999999999"]);
+    let words = prop::sample::select(vec![
+        "{",
+        "}",
+        "[",
+        "]",
+        "\"",
+        ":",
+        ",",
+        "0",
+        "-1",
+        "1e999",
+        "null",
+        "\n",
+        "[[",
+        "\u{0}",
+        "é",
+        "9999999999999999999",
+    ]);
     let one = prop_oneof![
         place().prop_map(Damage::Cut),
         (place(), any::<u8>()).prop_map(|(at, byte)| Damage::Byte(at, byte)),
@@ -276,7 +293,9 @@ fn a_stream_of_hidden_states_may_bring_anything() {
     check(500, sizes, |(streams, sequences, tokens, hidden)| {
         let expected = Expected { streams, sequences, tokens, hidden };
         // Whoever wants more than this has been refused before: see what a worker expects of a job's own sizes.
-        if expected.tokens.saturating_mul(expected.hidden) > 1 << 20 && tokens.checked_mul(hidden).is_some_and(|n| n.checked_mul(4).is_some()) {
+        if expected.tokens.saturating_mul(expected.hidden) > 1 << 20
+            && tokens.checked_mul(hidden).is_some_and(|n| n.checked_mul(4).is_some())
+        {
             return Ok(());
         }
         survives(4 << 20, || drop(Assembler::new(expected)))
@@ -294,7 +313,10 @@ fn messages_may_say_anything() {
                 attempt: espalier_common::ids::Attempt(1),
             },
         )),
-        outcome: Some(pb::report_request::Outcome::Evaluated(pb::Evaluated { window_nll: vec![1.0; 8], phases: vec![] })),
+        outcome: Some(pb::report_request::Outcome::Evaluated(pb::Evaluated {
+            window_nll: vec![1.0; 8],
+            phases: vec![],
+        })),
         held: vec![1, 2, 3],
         ..Default::default()
     };
@@ -326,7 +348,8 @@ fn files_that_people_write_may_say_anything() {
     let job = fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/config/job.toml")).unwrap();
     check(2000, foreign(job), |bytes| {
         let text = String::from_utf8_lossy(&bytes);
-        survives(text.len(), || parse_document::<JobSpec>("job.toml", &text).ok().map(|job| job.validate().is_ok())).map(drop)
+        survives(text.len(), || parse_document::<JobSpec>("job.toml", &text).ok().map(|job| job.validate().is_ok()))
+            .map(drop)
     });
     let cluster = b"[[workers]]\nname = \"gpu\"\ncount = 4\nmemory = \"80GB\"\ngflops = 40000\n[network]\ngigabits_per_second = 25\n";
     check(2000, foreign(cluster.to_vec()), |bytes| {
@@ -339,8 +362,14 @@ fn files_that_people_write_may_say_anything() {
     });
     let folder = tempfile::tempdir().unwrap();
     for (name, good) in [
-        ("worker.toml", "[worker]\nthreads = 8\nlisten = \"127.0.0.1:0\"\nmemory_budget = 8589934592\n[log]\nformat = \"json\"\n"),
-        ("worker.yaml", "worker:\n  threads: 8\n  listen: \"127.0.0.1:0\"\n  scratch: [a, {b: c}]\nlog: &x\n  format: json\n"),
+        (
+            "worker.toml",
+            "[worker]\nthreads = 8\nlisten = \"127.0.0.1:0\"\nmemory_budget = 8589934592\n[log]\nformat = \"json\"\n",
+        ),
+        (
+            "worker.yaml",
+            "worker:\n  threads: 8\n  listen: \"127.0.0.1:0\"\n  scratch: [a, {b: c}]\nlog: &x\n  format: json\n",
+        ),
         ("worker.json", "{\"worker\":{\"threads\":8,\"listen\":\"127.0.0.1:0\"},\"log\":{\"format\":\"json\"}}"),
     ] {
         let path = folder.path().join(name);

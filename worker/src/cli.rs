@@ -11,7 +11,7 @@ use espalier_common::config::{self, ConfigError, ENV_PREFIX, Overrides, Setting}
 use espalier_common::fault::FaultClass;
 use espalier_common::job::JobSpec;
 use espalier_common::telemetry;
-use espalier_gate::{GateError, TlsSection};
+use espalier_gate::{AuthSection, GateError, HttpSection, TlsSection};
 
 use crate::config::WorkerConfig;
 use crate::prune::{self, METHODS};
@@ -165,6 +165,9 @@ fn run_worker(args: ServeArgs) -> anyhow::Result<()> {
     let mut config: WorkerConfig = config::load(args.config.as_deref(), ENV_PREFIX, overrides(&args))?;
     if args.local {
         config.tls = TlsSection::default();
+        config.auth = AuthSection::default();
+        // Several workers of one machine cannot share a port; their coordinator tells of them.
+        config.http = HttpSection::default();
         config.worker.advertise = None;
     }
     telemetry::init(&config.log)

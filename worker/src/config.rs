@@ -5,7 +5,7 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use espalier_common::telemetry::LogConfig;
-use espalier_gate::TlsSection;
+use espalier_gate::{AuthSection, HttpSection, TlsSection};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +17,10 @@ pub struct WorkerConfig {
     pub worker: WorkerSection,
     /// Its certificate, and whom it believes.
     pub tls: TlsSection,
+    /// Tokens that stand in for a viewer's certificate; its services take none.
+    pub auth: AuthSection,
+    /// Where its probes and numbers are.
+    pub http: HttpSection,
     /// Its logs.
     pub log: LogConfig,
 }

@@ -231,6 +231,9 @@ pub(crate) struct PruneArgs {
     pub(crate) run: Option<String>,
     #[command(flatten)]
     pub(crate) local: LocalArgs,
+    /// Serve the page of this run here while it goes on, on loopback only, e.g. 127.0.0.1:8080.
+    #[arg(long, value_name = "ADDR", conflicts_with = "coordinator")]
+    pub(crate) http: Option<SocketAddr>,
     /// Submit to this coordinator instead of running here, and follow.
     #[arg(long, value_name = "URL")]
     pub(crate) coordinator: Option<String>,
@@ -466,8 +469,11 @@ pub(crate) struct RemoteArgs {
 /// Arguments of `status`.
 #[derive(Debug, Args)]
 pub(crate) struct StatusArgs {
-    /// A run's folder or URL, to read its journal and ask no coordinator.
+    /// A run's folder or URL, to read its journal and ask no coordinator; with --watch also a run as the coordinator lists it.
     pub(crate) run: Option<String>,
+    /// Keep showing it. With a run, this ends when the run does, with the run's exit code.
+    #[arg(long)]
+    pub(crate) watch: bool,
     #[command(flatten)]
     pub(crate) remote: RemoteArgs,
 }
@@ -488,6 +494,9 @@ pub(crate) struct ResumeArgs {
     pub(crate) run: String,
     #[command(flatten)]
     pub(crate) local: LocalArgs,
+    /// Serve the page of this run here while it goes on, on loopback only, e.g. 127.0.0.1:8080.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) http: Option<SocketAddr>,
 }
 
 /// Arguments of `report`.
@@ -495,4 +504,7 @@ pub(crate) struct ResumeArgs {
 pub(crate) struct ReportArgs {
     /// The run's folder or URL.
     pub(crate) run: String,
+    /// Also write it here as a page that needs nothing but itself.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) html: Option<PathBuf>,
 }

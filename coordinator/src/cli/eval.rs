@@ -8,6 +8,7 @@ use super::{CliError, local, screen};
 use crate::error::RunError;
 use crate::evaluate::{self, Measured};
 use crate::fleet::Roster;
+use crate::metrics::CoordinatorMetrics;
 use crate::report;
 
 /// Measures perplexity on workers of this machine.
@@ -26,7 +27,14 @@ pub(crate) async fn run(args: EvalArgs, json: bool) -> Result<(), CliError> {
     let measured = local::shown(&events, json, async {
         let store = config::open_store(&run_url).map_err(RunError::from)?;
         let evaluation = evaluate::Standalone::open(&args.model, &spec, store)?;
-        local::with_workers(&args.local, &folder.path().join("logs"), roster, evaluation.execute(&setting)).await
+        local::with_workers(
+            &args.local,
+            &folder.path().join("logs"),
+            roster,
+            CoordinatorMetrics::default(),
+            evaluation.execute(&setting),
+        )
+        .await
     })
     .await?;
     let Measured { window_nll: nll, seconds, peak_rss_bytes } = measured;

@@ -14,7 +14,9 @@ mod prune;
 mod render;
 mod screen;
 mod table;
+mod terminal;
 mod verify;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -111,6 +113,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
                 let config = served.expect("it was loaded for this very command");
                 cluster::serve(args, config, cli.json).await
             }
+            Command::Status(StatusArgs { run, watch: true, remote }) => watch::run(run, remote, cli.json).await,
             Command::Status(StatusArgs { run: Some(run), .. }) => kept::status(&run, cli.json),
             Command::Status(StatusArgs { remote, .. }) => cluster::status(remote, cli.json).await,
             Command::Cancel(args) if args.run.contains('/') => kept::cancel(&args.run),

@@ -7,6 +7,7 @@ use super::args::{LocalArgs, PlanArgs};
 use super::{CliError, job, local, screen, table};
 use crate::error::exit;
 use crate::fleet::Roster;
+use crate::metrics::CoordinatorMetrics;
 use crate::plan::cluster::{ClusterSpec, PlannedWorker};
 use crate::plan::cost;
 use crate::plan::predict::{self, PlanError, Prediction};
@@ -43,7 +44,7 @@ pub(super) async fn outline(job: &JobSpec) -> Result<ModelOutline, CliError> {
     let one = LocalArgs { workers: 1, threads: Some(1) };
     let roster = Roster::default();
     let setting = local::setting(&folder.path().to_string_lossy(), &one, roster.clone(), local::stop_on_signal())?;
-    local::with_workers(&one, &folder.path().join("logs"), roster, async {
+    local::with_workers(&one, &folder.path().join("logs"), roster, CoordinatorMetrics::default(), async {
         run::wait_for_workers(&setting).await?;
         run::inspect(&setting, job).await
     })

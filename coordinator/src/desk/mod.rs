@@ -19,9 +19,11 @@ use tracing::{info, warn};
 use book::{Book, End, Entry};
 
 use crate::error::exit;
-use crate::events::{EventLog, Phase, RunEvent, RunStatus, Status, WorkerStatus};
+use crate::events::{EventLog, RunEvent, RunStatus, Status};
 use crate::fleet::Roster;
+use crate::http::{Watched, workers};
 use crate::journal::JournalError;
+use crate::metrics::CoordinatorMetrics;
 use crate::run::{Run, Setting};
 use crate::schedule::Limits;
 
@@ -40,11 +42,16 @@ pub struct Ticket {
 }
 
 impl Ticket {
-    fn new(entry: Entry) -> Self {
-        let events = EventLog::default();
-        if let Some(last) = entry.last_event() {
-            events.note(last);
-        }
+    fn new(entry: Entry, metrics: &CoordinatorMetrics) -> Self {
+        let events = match entry.last_event() {
+            // It ended in an earlier life, and was counted then.
+            Some(last) => {
+                let events = EventLog::default();
+                events.note(last);
+                events
+            }
+            None => EventLog::counted(metrics.clone()),
+        };
         Self { id: entry.id.clone(), events, entry, stop: CancellationToken::new() }
     }
 }
@@ -84,6 +91,7 @@ pub struct JobDesk {
     root: String,
     lost: CancellationToken,
     setup: Setup,
+    metrics: CoordinatorMetrics,
 }
 
 /// What the runs of a desk have in common.
@@ -157,9 +165,9 @@ impl JobDesk {
     ///
     /// # Errors
     /// See [`DeskError`].
-    pub fn open(roster: Roster, root: String, setup: Setup) -> Result<Self, DeskError> {
+    pub fn open(roster: Roster, root: String, setup: Setup, metrics: CoordinatorMetrics) -> Result<Self, DeskError> {
         let (book, entries) = Book::open(&root)?;
-        Ok(Self::over(book, entries, roster, root, setup))
+        Ok(Self::over(book, entries, roster, root, setup, metrics))
     }
 
     /// A desk for one job, whose run is at `run_url`, and the job's events. It takes no other; nothing is written but the run
@@ -167,26 +175,39 @@ impl JobDesk {
     ///
     /// # Errors
     /// `Job`.
-    pub fn of_one(roster: Roster, job: JobSpec, run_url: String, setup: Setup) -> Result<(Self, EventLog), DeskError> {
+    pub fn of_one(
+        roster: Roster,
+        job: JobSpec,
+        run_url: String,
+        setup: Setup,
+        metrics: CoordinatorMetrics,
+    ) -> Result<(Self, EventLog), DeskError> {
         job.validate()?;
         let id = RunId("job-1".to_owned());
         let entry = Entry { id: id.clone(), key: key_of(&job), job, folder: run_url, end: None };
-        let desk = Self::over(Book::OneJob, vec![entry], roster, String::new(), setup);
+        let desk = Self::over(Book::OneJob, vec![entry], roster, String::new(), setup, metrics);
         let events = desk.ticket(&id.0).map(|ticket| ticket.events).unwrap_or_default();
         Ok((desk, events))
     }
 
-    fn over(book: Book, entries: Vec<Entry>, roster: Roster, root: String, setup: Setup) -> Self {
+    fn over(
+        book: Book,
+        entries: Vec<Entry>,
+        roster: Roster,
+        root: String,
+        setup: Setup,
+        metrics: CoordinatorMetrics,
+    ) -> Self {
         let mut inner = Inner::default();
         for entry in entries {
             if entry.end.is_none() {
                 info!(job = %entry.id, "taken up again");
             }
-            inner.add(Ticket::new(entry));
+            inner.add(Ticket::new(entry, &metrics));
         }
         let inner = Arc::new(Mutex::new(inner));
         let lost = CancellationToken::new();
-        Self { inner, turn: Arc::default(), wake: Arc::default(), book, roster, root, lost, setup }
+        Self { inner, turn: Arc::default(), wake: Arc::default(), book, roster, root, lost, setup, metrics }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -225,7 +246,7 @@ impl JobDesk {
         };
         self.write(&entry)?;
         let id = entry.id.clone();
-        self.lock().add(Ticket::new(entry));
+        self.lock().add(Ticket::new(entry, &self.metrics));
         self.wake.notify_one();
         Ok(id)
     }
@@ -272,12 +293,7 @@ impl JobDesk {
     pub fn status(&self) -> Status {
         let inner = self.lock();
         let runs = inner.order.iter().filter_map(|id| inner.tickets.get(id)).map(run_status).collect();
-        let workers = self.roster.members().into_iter().map(|(worker, member)| WorkerStatus {
-            worker,
-            offer: member.offer,
-            peak_rss_bytes: member.peak_rss_bytes,
-        });
-        Status { runs, workers: workers.collect() }
+        Status { runs, workers: workers(&self.roster) }
     }
 
     /// Runs what is submitted, one job after another, until `stop` is set. The run that this interrupts is not ended: the
@@ -388,26 +404,16 @@ pub fn key_of(job: &JobSpec) -> String {
     Digest::of(serde_json::to_string(job).expect("a job is plain data").as_bytes()).to_string()
 }
 
-fn run_status(ticket: &Ticket) -> RunStatus {
-    let mut status = RunStatus {
-        run: ticket.id.clone(),
-        model: ticket.entry.job.model.source.clone(),
-        state: "queued".to_owned(),
-        committed: 0,
-        layers: None,
-    };
-    for event in ticket.events.follow().0 {
-        match event {
-            RunEvent::Opened { committed, .. } => {
-                status.state = "running".to_owned();
-                status.committed = committed;
-            }
-            RunEvent::Phase { phase: Phase::Prune { layers } } => status.layers = Some(layers),
-            RunEvent::Committed { unit: espalier_common::ids::Unit::Prune(_), .. } => status.committed += 1,
-            RunEvent::Finished { .. } => status.state = "done".to_owned(),
-            RunEvent::Ended { reason, .. } => status.state = reason,
-            _ => {}
-        }
+impl Watched for JobDesk {
+    fn status(&self) -> Status {
+        Self::status(self)
     }
-    status
+
+    fn events(&self, run: &str) -> Option<EventLog> {
+        self.ticket(run).map(|ticket| ticket.events)
+    }
+}
+
+fn run_status(ticket: &Ticket) -> RunStatus {
+    ticket.events.look(|view| view.status(&ticket.id.0, &ticket.entry.job.model.source))
 }

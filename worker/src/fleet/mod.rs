@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use espalier_common::clock::unix_millis;
 use espalier_common::wire::lease_to_wire;
 use espalier_proto::v1 as pb;
 use rand::Rng as _;
@@ -22,6 +23,9 @@ pub use client::{CallError, CoordinatorClient};
 /// A coordinator that cannot be registered with for so long at the start is taken for absent.
 const REGISTRATION: Duration = Duration::from_secs(30);
 
+/// A loop that has not turned for so long hangs: a call ends within 10 s, a wait within 60 s.
+const STUCK: Duration = Duration::from_secs(120);
+
 /// A coordinator that has not answered for so long is taken for gone.
 const UNREACHABLE: Duration = Duration::from_secs(60);
 
@@ -35,6 +39,8 @@ pub struct Membership {
     worker: AtomicU64,
     /// The coordinator's life in which it was given.
     coordinator: AtomicU64,
+    /// When the loop last turned, in milliseconds since 1970.
+    turned: AtomicU64,
     /// How long the coordinator may be silent, if somebody has said.
     silence: Option<Duration>,
 }
@@ -48,8 +54,21 @@ impl Membership {
         offer: pb::RegisterRequest,
         silence: Option<Duration>,
     ) -> Self {
-        let (worker, coordinator) = (AtomicU64::new(0), AtomicU64::new(0));
-        Self { client, session, offer, worker, coordinator, silence }
+        let (worker, coordinator, turned) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(unix_millis()));
+        Self { client, session, offer, worker, coordinator, turned, silence }
+    }
+
+    /// Whether the loop that registers and beats still turns.
+    ///
+    /// # Errors
+    /// For how long it has not.
+    pub fn alive(&self) -> Result<(), String> {
+        let still = unix_millis().saturating_sub(self.turned.load(Ordering::Relaxed));
+        if still > STUCK.as_millis() as u64 { Err(format!("no heartbeat for {} s", still / 1000)) } else { Ok(()) }
+    }
+
+    fn turn(&self) {
+        self.turned.store(unix_millis(), Ordering::Relaxed);
     }
 
     /// Registers, then beats and reports until the coordinator says that nothing is left to do.
@@ -78,9 +97,12 @@ impl Membership {
     async fn register(&self, patience: Duration) -> Result<Duration, CallError> {
         let deadline = Instant::now() + patience;
         let mut backoff = Backoff::default();
+        self.session.readiness().set(Err("it is not registered"));
         loop {
+            self.turn();
             match self.client.register(self.offer.clone()).await {
                 Ok(answer) => {
+                    self.session.readiness().set(Ok(()));
                     self.worker.store(answer.worker, Ordering::Relaxed);
                     self.coordinator.store(answer.coordinator, Ordering::Relaxed);
                     tracing::info!(worker = answer.worker, coordinator = self.client.url(), "registered");
@@ -106,6 +128,7 @@ impl Membership {
         let mut heard = Instant::now();
         loop {
             tokio::time::sleep(interval).await;
+            self.turn();
             match self.client.heartbeat(self.heartbeat()).await {
                 Ok(pb::HeartbeatResponse { dismissed: true, .. }) => {
                     tracing::info!("dismissed: nothing is left to do");
@@ -113,7 +136,9 @@ impl Membership {
                 }
                 Ok(pb::HeartbeatResponse { known, .. }) => {
                     heard = Instant::now();
-                    if !known {
+                    if known {
+                        self.session.readiness().set(Ok(()));
+                    } else {
                         tracing::warn!("the coordinator does not know this worker: registering again");
                         self.session.abandon_all();
                         interval = self.register(silence).await?;
@@ -121,6 +146,8 @@ impl Membership {
                 }
                 Err(error) if error.may_pass() && heard.elapsed() < silence => {
                     tracing::warn!(%error, "missed a heartbeat");
+                    self.session.metrics().observe_missed_heartbeat();
+                    self.session.readiness().set(Err("the coordinator does not answer"));
                 }
                 Err(error) => return Err(error),
             }
