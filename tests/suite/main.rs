@@ -16,6 +16,7 @@ mod resume;
 mod s3;
 mod slurm;
 mod soak;
+mod spread;
 mod structured;
 mod tidy;
 mod tls;
