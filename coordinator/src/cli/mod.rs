@@ -86,7 +86,10 @@ fn run(cli: Cli) -> Result<(), CliError> {
         },
         |config| config.log.clone(),
     );
-    telemetry::init(&log).map_err(|error| CliError::usage(error.to_string()))?;
+    telemetry::init(&log).map_err(|error| match cli.log {
+        None => CliError::rejected(&error),
+        Some(_) => CliError::usage(error.to_string()),
+    })?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // It waits, writes and hashes; the computing is done by workers.
         .worker_threads(2)
