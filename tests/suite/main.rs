@@ -5,6 +5,7 @@ mod cluster;
 mod deploy;
 mod kill;
 mod network;
+mod observe;
 mod past;
 mod pipeline;
 mod real;
