@@ -4,7 +4,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 TEXT := tests/golden/text
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo cluster test test-s3 test-deploy soak lint bench bench-peers docs real real-methods real-structured
+.PHONY: help build demo cluster test test-s3 test-deploy test-metrics soak lint bench bench-peers docs real real-methods real-structured
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +52,12 @@ $(CHECKED_WITH)/bin/python:
 test-deploy: build $(CHECKED_WITH)/bin/python ## Check manifests, images, scripts and units offline, with checkers that this gets from PyPI once
 	"$(CHECKED_WITH)/bin/python" tests/deploy/manifests.py "$(TARGET)/release"
 	"$(CHECKED_WITH)/bin/python" tests/deploy/machines.py "$(TARGET)/release"
+
+test-metrics: build ## Hold rules, dashboard and runbook against real scrapes, and with promtool (Debian: prometheus) try the rules
+	@if command -v promtool >/dev/null; \
+		then set -x; promtool check rules deploy/observability/rules.yaml && promtool test rules deploy/observability/rules_test.yaml; \
+		else echo "test-metrics: SKIPPED: promtool is not installed, so rules and scrapes were not checked by it" >&2; fi
+	$(CARGO) test --release -p espalier-tests --test suite -- --nocapture --test-threads 2 observe::
 
 lint: ## Check formatting, clippy, documentation, licences and sources; any warning fails
 	$(CARGO) fmt --all --check

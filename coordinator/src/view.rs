@@ -155,7 +155,7 @@ impl RunView {
     /// What was not seen up to `cursor`, which is moved on.
     pub fn since(&self, cursor: &mut Cursor) -> Update {
         if cursor.epoch != self.epoch {
-            *cursor = Cursor { epoch: self.epoch, ..Cursor::default() };
+            (cursor.epoch, cursor.layers) = (self.epoch, 0);
         }
         let from = cursor.layers.min(self.layers.len());
         cursor.layers = self.layers.len();

@@ -6,6 +6,7 @@ mod deploy;
 mod foreign;
 mod kill;
 mod network;
+mod observe;
 mod one_job;
 mod past;
 mod pipeline;

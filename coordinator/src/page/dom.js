@@ -35,6 +35,10 @@ function clock(at) {
   const date = new Date(at);
   return `${two(date.getHours())}:${two(date.getMinutes())}:${two(date.getSeconds())}`;
 }
+const stamp = (at) => {
+  const date = new Date(at);
+  return `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())} ${clock(at)}`;
+};
 const fixed = (value, digits) => value.toLocaleString("en-GB", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 function short(value) {
   if (value === null || value === undefined || !isFinite(value)) return "–";
@@ -42,7 +46,7 @@ function short(value) {
   for (const [size, unit] of sizes) if (Math.abs(value) >= size) return fixed(value / size, value / size < 10 ? 2 : 1) + unit;
   return fixed(value, value !== 0 && Math.abs(value) < 10 ? 2 : 0);
 }
-const bytes = (value) => `${short(value)}B`;
+const bytes = (value) => (value < 1000 ? `${value} B` : `${short(value)}B`);
 function error(value) {
   if (value === 0) return "0";
   return value >= 1e-4 ? fixed(value, value >= 1 ? 3 : 5) : value.toExponential(2);

@@ -45,7 +45,7 @@ const STATES = { queued: "queued", running: "running", done: "done", failed: "en
 const state = (name) => el("span", { class: `state ${name}` }, STATES[name] ?? name);
 const card = (size, heading, extra, ...children) =>
   el("section", { class: `card ${size}`, "aria-label": heading }, el("div", { class: "top" }, el("h2", {}, heading), extra), ...children);
-const figure = (name, value, unit) => el("div", {}, el("dt", {}, name), el("dd", {}, value, unit ? el("small", {}, ` ${unit}`) : null));
+const figure = (name, value) => el("div", {}, el("dt", {}, name), el("dd", {}, value));
 const meter = (share, kind, label) =>
   el("div", { class: `meter ${kind}`, role: "progressbar", "aria-label": label, "aria-valuemin": 0, "aria-valuemax": 100, "aria-valuenow": Math.round(100 * share) },
     el("i", { style: { width: `${100 * share}%` } }));
@@ -87,8 +87,10 @@ function runScreen(name, isFrozen) {
   let shownLines = -1;
   const logCard = card("wide", "Events", [el("span", { class: "fill" }), onlyWarnings], log);
   const facts = el("dl", { class: "facts" }), factsCard = card("slim", "Job", null, facts);
-  lower.append(mapCard, lanesCard, peopleCard, phasesCard, logCard, perplexityCard, factsCard);
-  const root = el("article", {}, top, figures, lower);
+  lower.append(mapCard, lanesCard, peopleCard, phasesCard, logCard, el("div", { class: "side" }, perplexityCard, factsCard));
+  const shown = el("div", { hidden: true }, top, figures, lower);
+  const waiting = el("p", { class: "empty" }, "Waiting for the run to be told of.");
+  const root = el("article", {}, waiting, shown);
 
   function drawTop() {
     const { head } = model;
@@ -121,14 +123,15 @@ function runScreen(name, isFrozen) {
     const items = [
       figure("mean error", mean === null ? "–" : error(mean)),
       figure("zeros", head.elements > 0 ? percent(head.zeros / head.elements) : "–"),
-      figure("throughput", speed === null ? "–" : fixed(speed, speed < 10 ? 2 : 1), "layers/min"),
-      figure("weights", speed === null || head.committed === 0 ? "–" : short((speed / 60) * (head.elements / head.committed)), "per s"),
-      figure("products", work > 0 ? short(operations / work / 1e9) : "–", "GFLOP/s per worker"),
+      figure("layers per minute", speed === null ? "–" : fixed(speed, speed < 10 ? 2 : 1)),
+      figure("weights per second", speed === null || head.committed === 0 ? "–" : short((speed / 60) * (head.elements / head.committed))),
+      figure("GFLOP/s per worker", work > 0 ? short(operations / work / 1e9) : "–"),
       figure("moved", head.bytes_moved === null ? bytes(movedBytes()) : bytes(head.bytes_moved)),
-      figure("tried again", head.retries),
-      figure("lost", head.workers_lost, head.assistants_lost > 0 ? `and ${head.assistants_lost} helpers` : "workers"),
+      figure("leases tried again", head.retries),
+      figure("workers lost", head.workers_lost),
+      head.assistants_lost > 0 ? figure("helpers lost", head.assistants_lost) : null,
     ];
-    figures.replaceChildren(...items);
+    figures.replaceChildren(...items.filter(Boolean));
   }
   const movedBytes = () => model.fleet.reduce((all, worker) => all + (worker.bytes_received || 0), 0);
 
@@ -215,7 +218,7 @@ function runScreen(name, isFrozen) {
   function drawFacts() {
     const { head } = model;
     const known = [["run", head.run], ["kept in", head.url], ["output", head.about && head.about.output],
-      ["begun", head.started && new Date(head.started).toLocaleString()], ["ended", head.ended && new Date(head.ended).toLocaleString()],
+      ["begun", head.started && stamp(head.started)], ["ended", head.ended && stamp(head.ended)],
       ["took", head.seconds === null ? null : seconds(head.seconds)]];
     const items = known.filter(([, value]) => value).map(([term, value]) => [el("dt", {}, term), el("dd", {}, value)]);
     if (!isFrozen && head.state === "done") {
@@ -228,6 +231,8 @@ function runScreen(name, isFrozen) {
 
   function draw() {
     if (!model) return;
+    waiting.hidden = true;
+    shown.hidden = false;
     drawTop();
     drawFigures();
     drawMap();

@@ -44,6 +44,8 @@ pub(super) fn line(view: &RunView, at: u64, event: &RunEvent) -> Option<LogLine>
             let (title, total) = phase.title();
             (Level::Info, if total > 0 { format!("{title} ({total})") } else { title.to_owned() })
         }
+        // It is made ready for each part of a run.
+        RunEvent::WorkerJoined { worker, .. } if view.workers.get(worker).is_some_and(|lane| lane.here) => return None,
         RunEvent::WorkerJoined { worker, name } => (Level::Info, format!("worker {worker} ({name}) is ready")),
         RunEvent::WorkerLost { worker, name, reason } => {
             (Level::Warn, format!("worker {worker} ({name}) is lost: {reason}"))
