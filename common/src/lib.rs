@@ -13,6 +13,7 @@ pub mod fault;
 pub mod ids;
 pub mod job;
 pub mod memory;
+pub mod metric;
 pub mod outline;
 pub mod pattern;
 pub mod report;

@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use espalier_common::config::{self, ConfigError, Overrides};
+use espalier_common::config::{self, ConfigError, Overrides, Setting};
 use espalier_common::telemetry::LogConfig;
-use espalier_gate::{Entrance, GateError, Role, TlsSection, Tokens};
+use espalier_gate::{AuthSection, Entrance, GateError, HttpSection, Role, TlsSection};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::schedule::Limits;
@@ -15,29 +16,23 @@ use crate::schedule::Limits;
 const LEAST_SILENCE_SECONDS: u32 = 2;
 
 /// The whole file.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CoordinatorConfig {
-    /// `[coordinator]`
+    /// The coordinator itself.
     pub coordinator: CoordinatorSection,
-    /// `[tls]`
+    /// Its certificate, and whom it believes.
     pub tls: TlsSection,
-    /// `[auth]`
+    /// Who may come in without a certificate.
     pub auth: AuthSection,
-    /// `[log]`
+    /// Pages and probes.
+    pub http: HttpSection,
+    /// Its logs.
     pub log: LogConfig,
 }
 
-/// `[auth]`
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct AuthSection {
-    /// A file of tokens that stand in for a certificate when a run is submitted or watched; see [`espalier_gate::tokens`].
-    pub tokens: Option<PathBuf>,
-}
-
 /// What the command line is configured with when it calls a coordinator; there is no file, only environment and flags.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ClientConfig {
     /// `ESPALIER__CLIENT__…`
@@ -47,15 +42,15 @@ pub struct ClientConfig {
 }
 
 /// `ESPALIER__CLIENT__…`
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ClientSection {
     /// A file with the token to show; never the token itself, which others could see among this process' arguments.
     pub token_file: Option<PathBuf>,
 }
 
-/// `[coordinator]`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// The coordinator itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CoordinatorSection {
     /// Where workers and the command line reach it; beyond loopback only with `[tls]`.
@@ -64,6 +59,8 @@ pub struct CoordinatorSection {
     pub runs: String,
     /// Workers to wait for before a run is planned.
     pub workers: usize,
+    /// Seconds to wait for them before the run is stopped with exit code 75; a scheduler of a cluster may take long to place all.
+    pub workers_patience_seconds: u32,
     /// In `pruned` propagation, the hidden states behind every so many layers, and those that go to another worker, are also
     /// stored, so that a run which loses all its workers need not begin at the tokens again; 0: never.
     pub stored_every: u32,
@@ -80,10 +77,18 @@ impl Default for CoordinatorSection {
             listen: SocketAddr::from(([127, 0, 0, 1], 7433)),
             runs: "espalier-runs".to_owned(),
             workers: 1,
+            workers_patience_seconds: 120,
             stored_every: 0,
             worker_silence_seconds: 15,
             worker_program: PathBuf::new(),
         }
+    }
+}
+
+impl CoordinatorSection {
+    /// How long a run waits for its workers.
+    pub fn workers_patience(&self) -> Duration {
+        Duration::from_secs(self.workers_patience_seconds.into())
     }
 }
 
@@ -93,7 +98,15 @@ impl CoordinatorConfig {
     /// # Errors
     /// See [`ConfigError`].
     pub fn load(file: Option<&Path>, overrides: Overrides) -> Result<Self, ConfigError> {
-        let config: Self = config::load(file, config::ENV_PREFIX, overrides)?;
+        Self::explain(file, overrides).map(|(config, _)| config)
+    }
+
+    /// [`Self::load`], and where each key has its value from.
+    ///
+    /// # Errors
+    /// See [`ConfigError`].
+    pub fn explain(file: Option<&Path>, overrides: Overrides) -> Result<(Self, Vec<Setting>), ConfigError> {
+        let (config, settings): (Self, _) = config::explain(file, config::ENV_PREFIX, overrides)?;
         let seconds = config.coordinator.worker_silence_seconds;
         if seconds < LEAST_SILENCE_SECONDS {
             let reason = format!(
@@ -101,7 +114,7 @@ impl CoordinatorConfig {
             );
             return Err(ConfigError::Invalid { origin: "configuration".to_owned(), reason });
         }
-        Ok(config)
+        Ok((config, settings))
     }
 
     /// The patience that the scheduler is to have.
@@ -119,11 +132,8 @@ impl CoordinatorConfig {
     /// See [`GateError`].
     pub fn entrance(&self) -> Result<Entrance, GateError> {
         let credentials = self.tls.open(Some(Role::Coordinator))?;
-        let tokens = self.auth.tokens.clone();
-        if tokens.is_some() && credentials.is_none() {
-            return Err(GateError::TokenWithoutTls { key: "auth.tokens" });
-        }
-        Ok(Entrance { credentials, tokens: tokens.map(Tokens::open).transpose()? })
+        let tokens = self.auth.open(credentials.is_some())?;
+        Ok(Entrance { credentials, tokens })
     }
 }
 

@@ -19,6 +19,7 @@ use crate::events::{EventLog, RunEvent};
 use crate::fleet::{CallError, FleetEvent, Roster, UnitCall};
 use crate::journal::{Journal, JournalError, JournalRecord};
 use crate::plan::megaflops;
+use crate::report::entry;
 use crate::schedule::{Action, Event, Failure, Origin, Record, Scheduler};
 
 /// How often time passes for the scheduler.
@@ -198,6 +199,7 @@ impl Driver<'_> {
         // The first step also ends a schedule in which nothing is left to do.
         let mut due = VecDeque::from([Event::Tick { now: self.clock.now() }]);
         loop {
+            let busy = self.events.busy();
             while let Some(event) = due.pop_front() {
                 let there: Vec<WorkerId> = scheduler.workers().collect();
                 let is_tick = matches!(event, Event::Tick { .. });
@@ -213,6 +215,7 @@ impl Driver<'_> {
                     }
                 }
             }
+            drop(busy);
             tokio::select! {
                 () = self.stop.cancelled() => return Err(DriveError::Interrupted),
                 // Patience for workers begins once those that are there have answered; each call has a deadline of its own.
@@ -332,6 +335,9 @@ impl Driver<'_> {
             Action::Record(record) => self.record(record, purpose.as_ref(), outcomes)?,
             Action::Start { lease, origin, keeps_output, assistants } => {
                 let call = self.call(lease, origin, keeps_output, &assistants, purpose.as_ref());
+                if !assistants.is_empty() {
+                    self.events.note(RunEvent::Assisted { unit: lease.unit, worker: lease.worker, by: assistants });
+                }
                 self.start(lease, call, calls, answer);
             }
             Action::Discard { boundary } => {
@@ -368,12 +374,11 @@ impl Driver<'_> {
         self.journal.append(&purpose.record(record.clone()))?;
         self.events.note(match &record {
             Record::Leased { lease } => RunEvent::Started { unit: lease.unit, worker: lease.worker },
-            Record::Committed { lease, outcome } => {
-                RunEvent::Committed { unit: lease.unit, worker: lease.worker, mean_error: mean_error(outcome) }
-            }
+            Record::Committed { lease, outcome } => committed(lease, outcome),
             Record::Failed { lease, fault } => {
                 warn!(%lease, fault = fault.message, "unit failed");
-                RunEvent::Failed { unit: lease.unit, worker: lease.worker, reason: fault.message.clone() }
+                let (unit, worker, reason) = (lease.unit, lease.worker, fault.message.clone());
+                RunEvent::Failed { unit, worker, reason, class: Some(fault.class) }
             }
         });
         if let Record::Committed { lease, outcome } = record {
@@ -443,6 +448,23 @@ fn discard(store: &dyn BlobStore, boundary: Boundary) -> Result<(), StoreError> 
         store.delete(&name)?;
     }
     Ok(())
+}
+
+/// A commit, as those who follow are told of it.
+pub(crate) fn committed(lease: &Lease, outcome: &Outcome) -> RunEvent {
+    let (unit, worker) = (lease.unit, lease.worker);
+    let (sublayers, phases, assistants_lost) = match outcome {
+        Outcome::Pruned { sublayers, phases, assistants_lost, .. } => {
+            let layer = if let Unit::Prune(layer) = unit { layer.0 } else { 0 };
+            let sublayers = sublayers.iter().map(|sublayer| entry(layer, worker, sublayer)).collect();
+            (sublayers, phases, *assistants_lost)
+        }
+        Outcome::Forwarded { phases } | Outcome::Surveyed { phases, .. } | Outcome::Evaluated { phases, .. } => {
+            (Vec::new(), phases, 0)
+        }
+    };
+    let mean_error = mean_error(outcome);
+    RunEvent::Committed { unit, worker, mean_error, sublayers, phases: phases.clone(), assistants_lost }
 }
 
 fn mean_error(outcome: &Outcome) -> Option<f64> {

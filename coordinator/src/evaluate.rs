@@ -39,8 +39,8 @@ pub fn put_block(store: &dyn BlobStore, block: &TokenBlock) -> Result<Artifact, 
 /// # Errors
 /// What the text or the tokenizer says.
 pub fn windows(spec: &EvaluationSpec, model: &dyn Checkpoint) -> Result<TokenBlock, RunError> {
-    let source = config::locate(&spec.source)?;
-    Ok(calibration::windows(&source, model, spec.sequence_length, spec.max_windows)?)
+    let source = config::open_text(&spec.source)?;
+    Ok(calibration::windows(source.path(), model, spec.sequence_length, spec.max_windows)?)
 }
 
 /// How the windows of an evaluation were cut in an earlier life of the run, if they were.

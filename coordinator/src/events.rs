@@ -1,13 +1,19 @@
 //! What a person (or a script) can follow a run by.
 
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 
+use espalier_common::clock::unix_millis;
+use espalier_common::fault::FaultClass;
 use espalier_common::ids::{RunId, Unit, WorkerId};
+use espalier_common::report::PhaseSeconds;
 use serde::{Deserialize, Serialize};
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 
 use crate::journal::EvaluatedModel;
-use crate::report::Report;
+use crate::metrics::CoordinatorMetrics;
+use crate::report::{Report, SublayerEntry};
+use crate::view::{Cursor, RunView, Update};
 
 /// Events a slow follower may be behind before it loses some.
 const FOLLOWER_BACKLOG: usize = 1024;
@@ -24,6 +30,20 @@ pub enum RunEvent {
         url: String,
         /// Layers that were committed in an earlier life.
         committed: usize,
+        /// What is computed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        about: Option<Box<About>>,
+        /// Sublayers of the layers that were committed before.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        sublayers: Vec<SublayerEntry>,
+        /// Where the time of what was committed before went.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        phases: Vec<PhaseSeconds>,
+    },
+    /// The model is known, and what its layers are to become.
+    Planned {
+        /// What is asked of the zeros.
+        pattern: String,
     },
     /// A new part of the run began.
     Phase {
@@ -53,6 +73,15 @@ pub enum RunEvent {
         /// To whom.
         worker: WorkerId,
     },
+    /// The worker of a unit was told who may help.
+    Assisted {
+        /// With what.
+        unit: Unit,
+        /// Whom.
+        worker: WorkerId,
+        /// Who may.
+        by: Vec<WorkerId>,
+    },
     /// A unit is on its way.
     Progress {
         /// What.
@@ -74,6 +103,15 @@ pub enum RunEvent {
         worker: WorkerId,
         /// Mean relative error of its sublayers, if it pruned any.
         mean_error: Option<f64>,
+        /// These sublayers.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        sublayers: Vec<SublayerEntry>,
+        /// Where the time went.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        phases: Vec<PhaseSeconds>,
+        /// Assistants that were given up on.
+        #[serde(default)]
+        assistants_lost: u32,
     },
     /// A lease ended badly; the unit will be tried again or the run will fail.
     Failed {
@@ -83,6 +121,9 @@ pub enum RunEvent {
         worker: WorkerId,
         /// Why.
         reason: String,
+        /// What may be done about it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        class: Option<FaultClass>,
     },
     /// The run ended well.
     Finished {
@@ -137,34 +178,180 @@ pub enum Phase {
     },
 }
 
-/// The events of one run: kept, and sent to whoever follows.
+impl Phase {
+    /// What people call it, and how many steps it has if that is known.
+    pub fn title(self) -> (&'static str, usize) {
+        match self {
+            Self::Tokenise => ("reading texts", 0),
+            Self::Inspect => ("reading the model", 0),
+            Self::Survey { layers } => ("surveying", layers),
+            Self::Try { plans } => ("trying plans", plans),
+            Self::Prune { layers } => ("pruning", layers),
+            Self::Assemble => ("writing", 0),
+            Self::EvaluateAlone { windows } => ("evaluating", windows),
+            Self::Evaluate { model: EvaluatedModel::Dense, windows } => ("evaluating dense", windows),
+            Self::Evaluate { model: EvaluatedModel::Pruned, windows } => ("evaluating pruned", windows),
+        }
+    }
+}
+
+/// What a run computes, for those who look at it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct About {
+    /// As the job names it.
+    pub model: String,
+    /// The method.
+    pub method: String,
+    /// What is asked of the zeros.
+    pub pattern: String,
+    /// Which inputs layers are calibrated with.
+    pub propagation: String,
+    /// Calibration sequences.
+    pub samples: usize,
+    /// Tokens in each.
+    pub sequence_length: usize,
+    /// Where the checkpoint goes.
+    pub output: String,
+}
+
+/// An event, and when it happened.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Stamped {
+    /// Milliseconds since 1970.
+    pub at: u64,
+    /// What.
+    #[serde(flatten)]
+    pub event: RunEvent,
+}
+
+impl Stamped {
+    /// Whether nothing comes after it.
+    pub fn is_last(&self) -> bool {
+        matches!(self.event, RunEvent::Finished { .. } | RunEvent::Ended { .. })
+    }
+}
+
+/// The events of one run: kept, counted, and sent to whoever follows.
 #[derive(Debug, Clone)]
 pub struct EventLog {
-    past: Arc<Mutex<Vec<RunEvent>>>,
-    live: broadcast::Sender<RunEvent>,
+    inner: Arc<Mutex<Inner>>,
+    live: broadcast::Sender<Stamped>,
+    changed: Arc<watch::Sender<u64>>,
+    metrics: Option<CoordinatorMetrics>,
+    /// Since when the loop has been at one event, in milliseconds since 1970; 0 while it waits.
+    busy_since: Arc<AtomicU64>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    past: Vec<Stamped>,
+    view: RunView,
 }
 
 impl Default for EventLog {
     fn default() -> Self {
-        Self { past: Arc::default(), live: broadcast::channel(FOLLOWER_BACKLOG).0 }
+        Self {
+            inner: Arc::default(),
+            live: broadcast::channel(FOLLOWER_BACKLOG).0,
+            changed: Arc::new(watch::channel(0).0),
+            metrics: None,
+            busy_since: Arc::default(),
+        }
     }
 }
 
 impl EventLog {
+    /// A log whose events are also counted.
+    pub fn counted(metrics: CoordinatorMetrics) -> Self {
+        Self { metrics: Some(metrics), ..Self::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("nobody panics while holding the events")
+    }
+
     /// Notes an event. Progress is sent on but not kept.
     pub fn note(&self, event: RunEvent) {
-        let mut past = self.past.lock().expect("nobody panics while holding the events");
-        if !matches!(event, RunEvent::Progress { .. }) {
-            past.push(event.clone());
+        self.note_at(Stamped { at: unix_millis(), event });
+    }
+
+    fn note_at(&self, stamped: Stamped) {
+        {
+            let mut inner = self.lock();
+            let before = inner.view.retries();
+            inner.view.apply(stamped.at, &stamped.event);
+            if let Some(metrics) = &self.metrics {
+                metrics.observe(&stamped.event, inner.view.retries() - before);
+            }
+            if !matches!(stamped.event, RunEvent::Progress { .. }) {
+                inner.past.push(stamped.clone());
+            }
+            // Nobody following is fine. Sent under the lock, so that who follows misses nothing and sees nothing twice.
+            let _ = self.live.send(stamped);
         }
-        // Nobody following is fine.
-        let _ = self.live.send(event);
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// Counts a record of the journal.
+    pub fn note_append(&self, seconds: f64, is_durable: bool) {
+        if let Some(metrics) = &self.metrics {
+            metrics.observe_append(seconds, is_durable);
+        }
     }
 
     /// Everything so far, and a receiver of everything after it.
-    pub fn follow(&self) -> (Vec<RunEvent>, broadcast::Receiver<RunEvent>) {
-        let past = self.past.lock().expect("nobody panics while holding the events");
-        (past.clone(), self.live.subscribe())
+    pub fn follow(&self) -> (Vec<Stamped>, broadcast::Receiver<Stamped>) {
+        let inner = self.lock();
+        (inner.past.clone(), self.live.subscribe())
+    }
+
+    /// The run as it is now.
+    pub fn view(&self) -> RunView {
+        self.lock().view.clone()
+    }
+
+    /// What changed since `cursor`, which is moved on.
+    pub fn update(&self, cursor: &mut Cursor) -> Update {
+        self.lock().view.since(cursor)
+    }
+
+    /// Looks at the run without copying it.
+    pub fn look<T>(&self, at: impl FnOnce(&RunView) -> T) -> T {
+        at(&self.lock().view)
+    }
+
+    /// Tells when something happened.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// Whether the other is this one.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
+    /// Says that the run's loop has something to do, until the value is dropped.
+    pub fn busy(&self) -> Busy<'_> {
+        self.busy_since.store(unix_millis(), Ordering::Relaxed);
+        Busy(self)
+    }
+
+    /// Milliseconds for which the run's loop has been at one event; 0 while it waits for the next.
+    pub fn busy_millis(&self) -> u64 {
+        match self.busy_since.load(Ordering::Relaxed) {
+            0 => 0,
+            since => unix_millis().saturating_sub(since),
+        }
+    }
+}
+
+/// See [`EventLog::busy`].
+#[derive(Debug)]
+pub struct Busy<'a>(&'a EventLog);
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.busy_since.store(0, Ordering::Relaxed);
     }
 }
 
@@ -201,4 +388,7 @@ pub struct WorkerStatus {
     pub offer: crate::fleet::Offer,
     /// Highest resident memory so far.
     pub peak_rss_bytes: u64,
+    /// Hidden states received from other workers so far.
+    #[serde(default)]
+    pub bytes_received: u64,
 }

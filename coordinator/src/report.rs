@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use espalier_common::digest::Digest;
 use espalier_common::ids::{RunId, Unit, WorkerId};
-use espalier_common::job::{JobSpec, Propagation};
+use espalier_common::job::{JobError, JobSpec, Propagation};
 use espalier_common::outline::ModelOutline;
 use espalier_common::pattern::Pattern;
 use espalier_common::report::{LayerSurvey, Outcome, PhaseSeconds, Reconstruction, SublayerReport};
@@ -358,11 +358,7 @@ impl<'a> Facts<'a> {
                 params: outline.method_params.clone(),
                 version: outline.method_version.clone(),
             },
-            pattern: match job.pattern().map_err(|_| ReportError::Unfinished("created from a valid job"))? {
-                _ if outline.imports_zeros => Pattern::Imported,
-                pattern if outline.structure.is_some() => Pattern::Parameters { share: pattern.sparsity() },
-                pattern => pattern,
-            },
+            pattern: overall_pattern(job, outline).map_err(|_| ReportError::Unfinished("created from a valid job"))?,
             propagation: job.propagation.mode,
             calibration: CalibrationReport {
                 sha256: self.tokens.ok_or(ReportError::Unfinished("created"))?,
@@ -379,6 +375,18 @@ impl<'a> Facts<'a> {
             files,
         })
     }
+}
+
+/// What is asked of the zeros of the whole model.
+///
+/// # Errors
+/// If the job's pattern is none.
+pub fn overall_pattern(job: &JobSpec, outline: &ModelOutline) -> Result<Pattern, JobError> {
+    Ok(match job.pattern()? {
+        _ if outline.imports_zeros => Pattern::Imported,
+        pattern if outline.structure.is_some() => Pattern::Parameters { share: pattern.sparsity() },
+        pattern => pattern,
+    })
 }
 
 fn structured(structure: &Structure, kept: &BTreeMap<u32, &Kept>) -> StructuredReport {
@@ -399,7 +407,8 @@ fn structured(structure: &Structure, kept: &BTreeMap<u32, &Kept>) -> StructuredR
     StructuredReport { parameters, removed, share: removed as f64 / parameters.max(1) as f64, layers }
 }
 
-fn entry(layer: u32, worker: WorkerId, sublayer: &SublayerReport) -> SublayerEntry {
+/// A sublayer as reports have it.
+pub(crate) fn entry(layer: u32, worker: WorkerId, sublayer: &SublayerReport) -> SublayerEntry {
     SublayerEntry {
         layer,
         name: sublayer.tensor.clone(),

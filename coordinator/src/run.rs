@@ -1,13 +1,14 @@
 //! One run from its job to its report: tokens → outline → plan → pruning → checkpoint → evaluation.
 
 pub(crate) mod survey;
+mod told;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use espalier_common::checkpoint::Checkpoint;
-use espalier_common::clock::{Clock, Stopwatch, unix_seconds};
+use espalier_common::clock::{Clock, Stopwatch, unix_millis, unix_seconds};
 use espalier_common::config;
 use espalier_common::digest::Digest;
 use espalier_common::ids::{Boundary, LayerIndex, Lease, RunId, Unit};
@@ -31,7 +32,9 @@ use crate::layout::StructuredRecord;
 use crate::plan::widths::{self, Asked, WidthError};
 use crate::report::{self, Report};
 use crate::schedule::{Limits, Record, Scheduler, Shape};
-use crate::{assemble, calibration, evaluate, preflight};
+use crate::{assemble, calibration, evaluate, page, preflight};
+pub(crate) use told::about;
+use told::{Remembering, append_timed, pruned_before};
 
 /// Everything about a run that is no part of its job: where and with whom.
 pub struct Setting {
@@ -41,6 +44,8 @@ pub struct Setting {
     pub roster: Roster,
     /// Workers to wait for before anything is planned.
     pub workers_wanted: usize,
+    /// How long it waits for them.
+    pub workers_patience: Duration,
     /// Its followers.
     pub events: EventLog,
     /// Its time.
@@ -53,8 +58,8 @@ pub struct Setting {
     pub stop: CancellationToken,
 }
 
-/// How long to wait for the first workers.
-const WORKERS_PATIENCE: Duration = Duration::from_secs(120);
+/// When things happened, which the journal does not tell: kept beside the report.
+pub(crate) const TIMELINE: &str = "timeline.json";
 
 /// A run that was opened: created, or taken up where an earlier process left it.
 pub struct Run {
@@ -90,8 +95,9 @@ impl Run {
         job.model.source = pinned;
         preflight::check_source(dense.as_ref())?;
         let spec = &job.calibration;
-        let source = config::locate(&spec.source)?;
-        let block = calibration::sequences(&source, dense.as_ref(), spec.samples, spec.sequence_length, spec.seed)?;
+        let source = config::open_text(&spec.source)?;
+        let block =
+            calibration::sequences(source.path(), dense.as_ref(), spec.samples, spec.sequence_length, spec.seed)?;
         // Read now so that a wrong text is found before hours of pruning, not after.
         if let Some(spec) = &job.evaluation {
             evaluate::windows(spec, dense.as_ref())?;
@@ -127,7 +133,15 @@ impl Run {
         }
         let id = past.iter().find_map(created_run).ok_or_else(|| RunError::Headless(setting.run_url.clone()))?;
         let committed = prune_records(&past).filter(|record| matches!(record, Record::Committed { .. })).count();
-        setting.events.note(RunEvent::Opened { run: id.clone(), url: setting.run_url.clone(), committed });
+        let (sublayers, phases) = pruned_before(&past);
+        setting.events.note(RunEvent::Opened {
+            run: id.clone(),
+            url: setting.run_url.clone(),
+            committed,
+            about: Some(Box::new(about(&job)?)),
+            sublayers,
+            phases,
+        });
         Ok(Self { setting, id, job, dense, tokens, fingerprint: fingerprint.model, store, journal, past, watch })
     }
 
@@ -146,9 +160,9 @@ impl Run {
         match &result {
             Ok(_) => {}
             Err(error) => {
-                let reason = error.to_string();
+                let (reason, exit_code) = (error.to_string(), Some(error.exit_code()));
                 // The error that stopped the run matters more than one in writing it down.
-                let _ = self.journal.append(&JournalRecord::Stopped { reason, seconds });
+                let _ = self.journal.append(&JournalRecord::Stopped { reason, seconds, exit_code });
             }
         }
         result
@@ -156,6 +170,8 @@ impl Run {
 
     async fn execute_steps(&mut self) -> Result<Report, RunError> {
         let (outline, patterns) = self.plan().await?;
+        let pattern = report::overall_pattern(&self.job, &outline)?.to_string();
+        self.setting.events.note(RunEvent::Planned { pattern });
         let layers = self.prune(&outline, &patterns).await?;
         self.note_workers()?;
         self.assemble(&outline, &layers)?;
@@ -170,13 +186,18 @@ impl Run {
         let report = report::build(&self.past)?;
         let json = serde_json::to_vec_pretty(&report).expect("a report is plain data");
         self.store.put("report.json", &json)?;
+        let mut view = self.setting.events.view();
+        view.apply(unix_millis(), &RunEvent::Finished { report: Box::new(report.clone()) });
+        let timeline = serde_json::to_vec(&view.timeline()).expect("a timeline is plain data");
+        self.store.put(TIMELINE, &timeline)?;
+        self.store.put("report.html", page::frozen(&view).as_bytes())?;
         self.collect_garbage()?;
         info!(run = %self.id, "run finished");
         Ok(report)
     }
 
     fn append(&mut self, record: JournalRecord) -> Result<(), RunError> {
-        self.journal.append(&record)?;
+        append_timed(self.journal.as_mut(), &record, &self.setting.events)?;
         self.past.push(record);
         Ok(())
     }
@@ -259,7 +280,8 @@ impl Run {
     ) -> Result<BTreeMap<LayerIndex, Artifact>, RunError> {
         let committed = prune_records(&self.past).filter_map(committed_layer).collect();
         let stored = prune_records(&self.past).filter_map(stored_boundary).collect();
-        let mut journal = Remembering { journal: self.journal.as_mut(), past: &mut self.past };
+        let events = &self.setting.events;
+        let mut journal = Remembering { journal: self.journal.as_mut(), past: &mut self.past, events };
         let mut driver = Driver {
             run: &self.id,
             roster: &self.setting.roster,
@@ -375,11 +397,12 @@ pub async fn wait_for_workers(setting: &Setting) -> Result<(), RunError> {
     };
     tokio::select! {
         () = setting.stop.cancelled() => Err(RunError::Interrupted),
-        came = tokio::time::timeout(WORKERS_PATIENCE, wait) => match came {
+        came = tokio::time::timeout(setting.workers_patience, wait) => match came {
             Ok(true) => Ok(()),
             Ok(false) => Err(RunError::WorkerDiedEarly),
             Err(_) => {
-                Err(RunError::TooFewWorkers { wanted: setting.workers_wanted, seconds: WORKERS_PATIENCE.as_secs() })
+                let (wanted, seconds) = (setting.workers_wanted, setting.workers_patience.as_secs());
+                Err(RunError::TooFewWorkers { wanted, seconds })
             }
         },
     }
@@ -404,20 +427,6 @@ pub async fn inspect(setting: &Setting, job: &JobSpec) -> Result<ModelOutline, R
         }
     }
     Err(last.map_or(RunError::WorkerDiedEarly, RunError::Call))
-}
-
-/// A journal that also keeps what it wrote.
-struct Remembering<'a> {
-    journal: &'a mut dyn Journal,
-    past: &'a mut Vec<JournalRecord>,
-}
-
-impl Journal for Remembering<'_> {
-    fn append(&mut self, record: &JournalRecord) -> Result<(), crate::journal::JournalError> {
-        self.journal.append(record)?;
-        self.past.push(record.clone());
-        Ok(())
-    }
 }
 
 fn created_run(record: &JournalRecord) -> Option<RunId> {

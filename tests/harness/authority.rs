@@ -48,9 +48,17 @@ impl Authority {
     /// # Errors
     /// If the certificate cannot be made or written.
     pub fn equip_until(&self, folder: &Path, name: &str, roles: &[&str], year: i32) -> Result<()> {
+        self.equip_at(folder, name, roles, Ipv4Addr::LOCALHOST, year)
+    }
+
+    /// The same, for somebody at `address`.
+    ///
+    /// # Errors
+    /// If the certificate cannot be made or written.
+    pub fn equip_at(&self, folder: &Path, name: &str, roles: &[&str], address: Ipv4Addr, year: i32) -> Result<()> {
         let mut params = CertificateParams::new(vec!["localhost".to_owned()])?;
         params.distinguished_name.push(DnType::CommonName, name);
-        params.subject_alt_names.push(SanType::IpAddress(IpAddr::V4(Ipv4Addr::LOCALHOST)));
+        params.subject_alt_names.push(SanType::IpAddress(IpAddr::V4(address)));
         for role in roles {
             params.subject_alt_names.push(SanType::URI(format!("espalier:role:{role}").try_into()?));
         }

@@ -5,6 +5,7 @@ pub mod authority;
 pub mod checkpoint;
 mod compiled;
 pub mod fault;
+pub mod http;
 pub mod network;
 pub mod process;
 pub mod s3;

@@ -1,5 +1,6 @@
 //! A real S3 server process, if one is installed: moto's, which `make test-s3` gets from PyPI.
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -16,10 +17,12 @@ pub const BUCKET: &str = "espalier-test";
 #[derive(Debug)]
 pub struct S3Server {
     process: Child,
+    host: String,
     port: u16,
 }
 
-fn python() -> PathBuf {
+/// The Python that the server runs in, which also has a client: boto3.
+pub fn python() -> PathBuf {
     target_folder().join("s3/venv/bin/python")
 }
 
@@ -28,16 +31,27 @@ impl S3Server {
     ///
     /// # Errors
     /// If it is installed and does not start.
-    #[allow(clippy::print_stderr, reason = "a test that is skipped must say so")]
     pub fn start() -> Result<Option<Self>> {
+        Self::start_on(&[], "127.0.0.1")
+    }
+
+    /// The same on an address of a machine, by a command that becomes it; see [`crate::network::Network::on`].
+    ///
+    /// # Errors
+    /// If it is installed and does not start.
+    #[allow(clippy::print_stderr, reason = "a test that is skipped must say so")]
+    pub fn start_on(by: &[String], host: &str) -> Result<Option<Self>> {
         if !python().is_file() {
             eprintln!("SKIPPED: no S3 server in {}: run `make test-s3`", python().display());
             return Ok(None);
         }
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("harness/s3_server.py");
-        let mut process = Command::new(python())
+        let python = python();
+        let mut words = by.iter().map(OsStr::new).chain([python.as_os_str()]);
+        let mut process = Command::new(words.next().context("the program is one of them")?)
+            .args(words)
             .arg(script)
-            .arg(BUCKET)
+            .args([BUCKET, host])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -46,13 +60,13 @@ impl S3Server {
         let mut line = String::new();
         BufReader::new(process.stdout.take().context("its standard output is a pipe")?).read_line(&mut line)?;
         let port = line.trim().parse().with_context(|| format!("the S3 server says `{line}` instead of its port"))?;
-        Ok(Some(Self { process, port }))
+        Ok(Some(Self { process, host: host.to_owned(), port }))
     }
 
     /// The environment in which it is found.
     pub fn variables(&self) -> [(&'static str, String); 5] {
         [
-            ("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", self.port)),
+            ("AWS_ENDPOINT_URL", format!("http://{}:{}", self.host, self.port)),
             ("AWS_ALLOW_HTTP", "true".to_owned()),
             ("AWS_REGION", "us-east-1".to_owned()),
             ("AWS_ACCESS_KEY_ID", "test-key".to_owned()),

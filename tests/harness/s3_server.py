@@ -1,7 +1,7 @@
-"""Serves S3 out of memory on a free port of loopback, prints that port, and ends when standard input closes.
+"""Serves S3 out of memory on a free port of HOST, prints that port, and ends when standard input closes.
 
 moto's conditional put looks whether the object is there and then writes it; in S3 that is one step. So requests are
-handled one at a time here. Usage: s3_server.py BUCKET
+handled one at a time here. Usage: s3_server.py BUCKET HOST
 """
 
 import os
@@ -26,9 +26,10 @@ class Silent(WSGIRequestHandler):
         pass
 
 
-server = make_server("127.0.0.1", 0, one_at_a_time, threaded=True, request_handler=Silent)
+host = sys.argv[2]
+server = make_server(host, 0, one_at_a_time, threaded=True, request_handler=Silent)
 threading.Thread(target=server.serve_forever, daemon=True).start()
-bucket = urllib.request.Request(f"http://127.0.0.1:{server.port}/{sys.argv[1]}", method="PUT")
+bucket = urllib.request.Request(f"http://{host}:{server.port}/{sys.argv[1]}", method="PUT")
 urllib.request.urlopen(bucket).close()
 print(server.port, flush=True)
 sys.stdin.read()

@@ -1,12 +1,16 @@
 //! The files under `deploy/` are what the programs read.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use espalier_common::config::{ENV_PREFIX, Overrides, load, load_document};
+use espalier_common::config::{ENV_PREFIX, Overrides, load, load_document, parse_document, reference};
 use espalier_common::job::JobSpec;
 use espalier_coordinator::config::CoordinatorConfig;
+use espalier_coordinator::manifest::{Deployment, Form, Sizes, Storage, yaml};
 use espalier_worker::config::WorkerConfig;
 use espalier_worker::prune;
+use serde_json::Value;
+use yaml_rust2::{Yaml, YamlLoader};
 
 fn config(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/config").join(name)
@@ -40,4 +44,139 @@ fn the_example_job_is_valid_down_to_its_methods_parameters() {
     job.validate().unwrap();
     let params = serde_json::Value::Object(job.method.params.clone());
     prune::build(&job.method.name, &params).unwrap();
+}
+
+/// The documents of a file of manifests.
+fn documents(text: &str) -> Vec<Value> {
+    fn value(yaml: &Yaml) -> Value {
+        match yaml {
+            Yaml::String(text) => Value::from(text.as_str()),
+            Yaml::Integer(number) => Value::from(*number),
+            Yaml::Boolean(value) => Value::from(*value),
+            Yaml::Array(values) => values.iter().map(value).collect(),
+            Yaml::Hash(keys) => keys.iter().map(|(key, of)| (key.as_str().unwrap().to_owned(), value(of))).collect(),
+            other => panic!("{other:?} is in no manifest of ours"),
+        }
+    }
+    YamlLoader::load_from_str(text).unwrap().iter().map(value).collect()
+}
+
+fn manifests(files: &[&str]) -> Vec<Value> {
+    files.iter().flat_map(|file| documents(&std::fs::read_to_string(k8s(file)).unwrap())).collect()
+}
+
+fn k8s(file: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/k8s").join(file)
+}
+
+/// By kind and name; kustomize adds the namespace.
+fn by_name(documents: Vec<Value>) -> BTreeMap<String, Value> {
+    let named = |mut document: Value| {
+        document["metadata"].as_object_mut().unwrap().remove("namespace");
+        (format!("{} {}", document["kind"], document["metadata"]["name"]), document)
+    };
+    documents.into_iter().map(named).collect()
+}
+
+fn deployment(form: Form, storage: Storage, job: &str) -> Deployment {
+    Deployment {
+        name: "espalier".to_owned(),
+        namespace: "espalier".to_owned(),
+        form,
+        coordinator_image: "espalier-coordinator:0.1.0".to_owned(),
+        worker_image: "espalier-worker:0.1.0".to_owned(),
+        workers: 3,
+        sizes: Sizes { cpus: 8, memory_gib: 32, memory_budget_bytes: 8 << 30, scratch_gib: 100, cache_gib: 32 },
+        job: load_document(&k8s(job)).unwrap(),
+        run: None,
+        storage,
+        environment: BTreeMap::new(),
+        queue: None,
+        monitoring: true,
+        cert_manager: true,
+    }
+}
+
+/// What is rendered, the ConfigMaps apart.
+fn rendered(deployment: &Deployment) -> (BTreeMap<String, Value>, BTreeMap<String, Value>) {
+    let text = yaml::stream(&deployment.documents().unwrap());
+    by_name(documents(&text)).into_iter().partition(|(name, _)| !name.starts_with("\"ConfigMap"))
+}
+
+const AROUND: [&str; 6] = [
+    "base/account.yaml",
+    "base/network.yaml",
+    "components/cert-manager/certificates.yaml",
+    "components/monitoring/scrape.yaml",
+    "components/monitoring/rules.yaml",
+    "components/monitoring/network.yaml",
+];
+
+fn assert_same(found: &BTreeMap<String, Value>, files: &[&str]) {
+    let expected = by_name(manifests(files));
+    assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
+    for (name, document) in &expected {
+        assert_eq!(&found[name], document, "{name}");
+    }
+}
+
+#[test]
+fn the_manifests_and_what_is_rendered_are_the_same() {
+    let (job_set, _) = rendered(&deployment(Form::JobSet, Storage::Nothing, "base/job.toml"));
+    assert_same(&job_set, &[&AROUND[..], &["jobset/jobset.yaml"]].concat());
+    let (jobs, _) = rendered(&deployment(Form::Jobs, Storage::Nothing, "base/job.toml"));
+    assert_same(&jobs, &[&AROUND[..], &["jobs/service.yaml", "jobs/coordinator.yaml", "jobs/worker.yaml"]].concat());
+    let bucket = deployment(Form::JobSet, Storage::Bucket, "components/s3/job.toml");
+    let (in_bucket, _) = rendered(&bucket);
+    assert_same(&in_bucket, &[&AROUND[..], &["components/s3/network.yaml", "jobset/jobset.yaml"]].concat());
+    let queued = Deployment { queue: Some("espalier".to_owned()), ..bucket };
+    let (in_queue, _) = rendered(&queued);
+    let queue = by_name(manifests(&["components/kueue/queue.yaml"]));
+    assert_eq!(in_queue.get("\"LocalQueue\" \"espalier\""), queue.values().next());
+    let label = &in_queue["\"JobSet\" \"espalier\""]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"];
+    assert_eq!(label, "espalier");
+}
+
+#[test]
+fn the_configuration_in_the_manifests_is_what_is_rendered() {
+    let rendering = deployment(Form::JobSet, Storage::Bucket, "components/s3/job.toml");
+    let (_, maps) = rendered(&rendering);
+    let text = |map: &str, file: &str| {
+        maps[&format!("\"ConfigMap\" \"espalier-{map}\"")]["data"][file].as_str().unwrap().to_owned()
+    };
+    let parsed = |text: &str| parse_document::<serde_json::Map<String, Value>>("rendered", text).unwrap();
+    for file in ["coordinator.toml", "worker.toml"] {
+        let base: serde_json::Map<String, Value> = load_document(&k8s(&format!("base/{file}"))).unwrap();
+        assert_eq!(parsed(&text("config", file)), base, "{file}");
+    }
+    assert_eq!(parse_document::<JobSpec>("rendered", &text("job", "job.toml")).unwrap(), rendering.job);
+    let variables = &maps["\"ConfigMap\" \"espalier-environment\""]["data"];
+    let kustomization = &manifests(&["base/kustomization.yaml"])[0]["configMapGenerator"][2]["literals"];
+    let literals: Vec<_> = kustomization.as_array().unwrap().iter().map(|pair| pair.as_str().unwrap()).collect();
+    let pairs: Vec<_> = variables
+        .as_object()
+        .unwrap()
+        .iter()
+        .map(|(name, value)| format!("{name}={}", value.as_str().unwrap()))
+        .collect();
+    assert_eq!(pairs, literals);
+}
+
+#[test]
+fn the_reference_of_keys_is_what_the_types_say() {
+    let expected = format!(
+        "# Configuration\n\nEvery key of the two programs' files. `ESPALIER__SECTION__KEY` in the environment stands over the file, a flag over \
+         both;\n`espalier config show` and `espalier-worker config show` tell what is in force and where each value is from. Made \
+         from the\ntypes' comments: a test fails when it is not what `espalier config keys` and `espalier-worker config keys` \
+         say.\n\n## `coordinator.toml`\n{}\n## `worker.toml`\n{}",
+        reference::<CoordinatorConfig>(),
+        reference::<WorkerConfig>()
+    );
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/CONFIG.md");
+    let found = std::fs::read_to_string(&path).unwrap_or_default();
+    if found != expected {
+        let new = harness::process::target_folder().join("CONFIG.md");
+        std::fs::write(&new, &expected).unwrap();
+        panic!("deploy/CONFIG.md is not what the types say; {} is", new.display());
+    }
 }

@@ -8,11 +8,11 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
-use espalier_common::config::{self, ConfigError, ENV_PREFIX, Overrides};
+use espalier_common::config::{self, ConfigError, ENV_PREFIX, Overrides, Setting};
 use espalier_common::fault::FaultClass;
 use espalier_common::job::JobSpec;
 use espalier_common::telemetry;
-use espalier_gate::{GateError, TlsSection};
+use espalier_gate::{AuthSection, GateError, HttpSection, TlsSection};
 
 use crate::config::WorkerConfig;
 use crate::prune::{self, METHODS};
@@ -39,10 +39,34 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Shows what a worker is configured with.
+    Config {
+        /// What to show.
+        #[command(subcommand)]
+        what: ConfigCommand,
+    },
     /// Validates a job file without reading the model.
     Check {
         /// The job.
         job: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Shows every key with its value and where that is from: default, file, environment, flag.
+    Show {
+        #[command(flatten)]
+        flags: Box<ServeArgs>,
+        /// One JSON document instead of text.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Lists every key with its meaning and default.
+    Keys {
+        /// As a JSON schema.
+        #[arg(long)]
+        json: bool,
     },
 }
 
@@ -96,6 +120,8 @@ pub fn main() -> ExitCode {
     let done = match cli.command.unwrap_or(Command::Serve(cli.serve)) {
         Command::Serve(args) => run_worker(args),
         Command::Methods { json } => list_methods(json),
+        Command::Config { what: ConfigCommand::Show { flags, json } } => show_config(&flags, json),
+        Command::Config { what: ConfigCommand::Keys { json } } => list_keys(json),
         Command::Check { job } => check_job(&job),
     };
     let Err(error) = done else { return ExitCode::SUCCESS };
@@ -120,31 +146,68 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     }
 }
 
-fn run_worker(args: ServeArgs) -> anyhow::Result<()> {
-    let path = |path: Option<PathBuf>| path.map(|path| path.display().to_string());
+/// What the flags say, over everything else.
+fn overrides(args: &ServeArgs) -> Overrides {
+    let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
     let log_format = args.log_format.map(|format| match format {
         telemetry::LogFormat::Text => "text",
         telemetry::LogFormat::Json => "json",
     });
-    let overrides = Overrides::default()
-        .set("worker.coordinator", args.coordinator)
+    Overrides::default()
+        .set("worker.coordinator", args.coordinator.clone())
         .set("worker.listen", args.listen.map(|listen| listen.to_string()))
-        .set("worker.advertise", args.advertise)
-        .set("tls.folder", path(args.tls_folder))
+        .set("worker.advertise", args.advertise.clone())
+        .set("tls.folder", path(&args.tls_folder))
         .set("worker.threads", args.threads)
         .set("worker.memory_budget", args.memory_budget)
         .set("worker.workers_here", args.workers_here.map(NonZeroU32::get))
-        .set("worker.scratch", path(args.scratch))
-        .set("worker.name", args.name)
-        .set("log.format", log_format);
-    let mut config: WorkerConfig = config::load(args.config.as_deref(), ENV_PREFIX, overrides)?;
+        .set("worker.scratch", path(&args.scratch))
+        .set("worker.name", args.name.clone())
+        .set("log.format", log_format)
+}
+
+fn run_worker(args: ServeArgs) -> anyhow::Result<()> {
+    let mut config: WorkerConfig = config::load(args.config.as_deref(), ENV_PREFIX, overrides(&args))?;
     if args.local {
         config.tls = TlsSection::default();
+        config.auth = AuthSection::default();
+        // Several workers of one machine cannot share a port; their coordinator tells of them.
+        config.http = HttpSection::default();
         config.worker.advertise = None;
     }
     telemetry::init(&config.log)
         .map_err(|error| ConfigError::Invalid { origin: "configuration".to_owned(), reason: error.to_string() })?;
     serve::run(&config, args.exit_with_stdin)?;
+    Ok(())
+}
+
+fn show_config(args: &ServeArgs, json: bool) -> anyhow::Result<()> {
+    let (_, settings) = config::explain::<WorkerConfig>(args.config.as_deref(), ENV_PREFIX, overrides(args))?;
+    let mut out = std::io::stdout().lock();
+    if json {
+        let keys: serde_json::Map<_, _> = settings
+            .iter()
+            .map(|setting| {
+                (setting.key.clone(), serde_json::json!({ "value": setting.value, "origin": setting.origin }))
+            })
+            .collect();
+        writeln!(out, "{}", serde_json::to_string_pretty(&keys)?)?;
+        return Ok(());
+    }
+    let widest = |length: fn(&Setting) -> usize| settings.iter().map(length).max().unwrap_or_default();
+    let (keys, values) = (widest(|setting| setting.key.len()), widest(|setting| setting.text().len()));
+    for setting in &settings {
+        writeln!(out, "{:keys$}  {:values$}  {}", setting.key, setting.text(), setting.origin)?;
+    }
+    Ok(())
+}
+
+fn list_keys(json: bool) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match json {
+        true => writeln!(out, "{}", serde_json::to_string_pretty(&schemars::schema_for!(WorkerConfig))?)?,
+        false => writeln!(out, "{}", config::reference::<WorkerConfig>().trim())?,
+    }
     Ok(())
 }
 

@@ -5,23 +5,28 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use espalier_common::telemetry::LogConfig;
-use espalier_gate::TlsSection;
+use espalier_gate::{AuthSection, HttpSection, TlsSection};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The worker's configuration.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct WorkerConfig {
     /// The worker itself.
     pub worker: WorkerSection,
     /// Its certificate, and whom it believes.
     pub tls: TlsSection,
+    /// Tokens that stand in for a viewer's certificate; its services take none.
+    pub auth: AuthSection,
+    /// Where its probes and numbers are.
+    pub http: HttpSection,
     /// Its logs.
     pub log: LogConfig,
 }
 
 /// `[worker]`
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct WorkerSection {
     /// URL of the coordinator, e.g. `https://coordinator:7433`; `http://` on loopback only.
@@ -45,6 +50,9 @@ pub struct WorkerSection {
     pub gflops: Option<f64>,
     /// Folder for what does not fit; the system's temporary folder if none is given.
     pub scratch: Option<PathBuf>,
+    /// A coordinator that cannot be reached for so many seconds is given up, and the worker ends with exit code 75; 30 at the
+    /// start and 60 later if none is given. Longer where another machine has to be found for a coordinator that was lost.
+    pub coordinator_silence_seconds: Option<NonZeroU32>,
 }
 
 impl Default for WorkerSection {
@@ -59,6 +67,7 @@ impl Default for WorkerSection {
             workers_here: NonZeroU32::MIN,
             gflops: None,
             scratch: None,
+            coordinator_silence_seconds: None,
         }
     }
 }

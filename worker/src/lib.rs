@@ -2,7 +2,8 @@
 //!
 //! In reading order: [`serve`] is a worker's life, [`server`] what the coordinator calls, [`session`] what was asked for and
 //! under which lease, [`layer_task`] how a layer is pruned, and [`crew`] how several workers share one; [`source`] and [`calibrate`] bring the inputs, [`model`] the
-//! layers, [`prune`] the methods; [`transport`] moves hidden states between workers.
+//! layers, [`prune`] the methods; [`transport`] moves hidden states between workers;
+//! [`http`] and [`metrics`] tell of it.
 
 pub mod apply;
 pub mod artifact;
@@ -16,9 +17,11 @@ pub mod device;
 pub mod evaluation;
 pub mod fleet;
 pub mod holdings;
+pub mod http;
 pub mod layer_task;
 pub mod linalg;
 pub mod mask;
+pub mod metrics;
 pub mod model;
 pub mod prune;
 pub mod reconstruct;

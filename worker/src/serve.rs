@@ -7,14 +7,14 @@ use std::time::Duration;
 use espalier_common::fault::FaultClass;
 use espalier_common::tasks::TaskGroup;
 use espalier_gate::settings::check_listener;
-use espalier_gate::{Credentials, Dialer, Entrance, GateError, Role};
+use espalier_gate::{Dialer, Entrance, GateError, Role, Web};
 use espalier_proto::v1 as pb;
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::calibrate::cache::ActivationCache;
-use crate::config::{WorkerConfig, WorkerSection};
+use crate::config::WorkerConfig;
 use crate::device::thread::build_compute_pool;
 use crate::device::{DeviceError, DeviceThread, memory};
 use crate::fleet::{CallError, CoordinatorClient, Membership};
@@ -75,10 +75,10 @@ impl ServeError {
 /// See [`ServeError`].
 pub fn run(config: &WorkerConfig, exit_with_stdin: bool) -> Result<(), ServeError> {
     let credentials = config.tls.open(Some(Role::Worker))?;
-    let config = &config.worker;
-    check_listener("worker.listen", config.listen, credentials.is_some())?;
+    let tokens = config.auth.open(credentials.is_some())?;
+    check_listener("worker.listen", config.worker.listen, credentials.is_some())?;
     let available = || std::thread::available_parallelism().map_or(1, NonZero::get);
-    let threads = config.threads.unwrap_or_else(available).max(1);
+    let threads = config.worker.threads.unwrap_or_else(available).max(1);
     build_compute_pool(threads)?;
     let runtime = Builder::new_multi_thread()
         .worker_threads(RUNTIME_THREADS)
@@ -86,19 +86,25 @@ pub fn run(config: &WorkerConfig, exit_with_stdin: bool) -> Result<(), ServeErro
         .enable_all()
         .build()
         .map_err(ServeError::Runtime)?;
-    let ended = runtime.block_on(live(config, credentials, threads, exit_with_stdin, &runtime));
+    let ended = runtime.block_on(live(config, Entrance { credentials, tokens }, threads, exit_with_stdin, &runtime));
     // A unit deep in a product does not hear of cancellation at once; the process does not wait for it.
     runtime.shutdown_background();
     ended
 }
 
 async fn live(
-    config: &WorkerSection,
-    credentials: Option<Arc<Credentials>>,
+    config: &WorkerConfig,
+    entrance: Entrance,
     threads: usize,
     exit_with_stdin: bool,
     runtime: &Runtime,
 ) -> Result<(), ServeError> {
+    let (config, http) = (&config.worker, config.http.listen);
+    let web = match http {
+        Some(address) => Some(Web::open("http.listen", address, entrance.clone()).await?),
+        None => None,
+    };
+    let credentials = entrance.credentials;
     let url = config.coordinator.as_deref().ok_or(ServeError::NoCoordinator)?;
     let dialer = Dialer::new(credentials.clone());
     let client = CoordinatorClient::new(url, &dialer)?;
@@ -120,14 +126,21 @@ async fn live(
         gflops: config.gflops.unwrap_or_else(memory::measure_gflops),
     };
     tracing::info!(endpoint = %offer.endpoint, threads, memory_bytes, gflops = offer.gflops, "serving");
-    let membership = Membership::new(client, Arc::clone(&session), offer);
+    session.metrics().describe(threads, offer.gflops, memory_bytes);
+    let silence = config.coordinator_silence_seconds.map(|seconds| Duration::from_secs(seconds.get().into()));
+    let membership = Arc::new(Membership::new(client, Arc::clone(&session), offer, silence));
     let tasks = TaskGroup::new();
+    if let Some(web) = web {
+        tracing::info!(url = web.url(), "pages");
+        web.serve(crate::http::router(&membership, &session), &tasks);
+    }
     let ended = tokio::select! {
         () = stop => Ok(()),
-        Err(error) = membership.run(reports) => Err(ServeError::from(error)),
+        ended = membership.run(reports) => ended.map_err(ServeError::from),
         served = listener.serve(Arc::clone(&session), tasks.clone(), tasks.token()) => served.map_err(Into::into),
     };
     session.drain();
+    session.readiness().set(Err("it is leaving"));
     if ended.is_ok() {
         tracing::info!("leaving");
         membership.leave(GRACE / 2).await;

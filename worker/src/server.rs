@@ -11,6 +11,7 @@ use espalier_common::pattern::Pattern;
 use espalier_common::tasks::TaskGroup;
 use espalier_common::wire::{WireError, lease_from_wire, run_from_wire};
 use espalier_gate::settings::advertised;
+use espalier_gate::web::Readiness;
 use espalier_gate::{Entrance, GateError, Guard};
 use espalier_proto::v1 as pb;
 use espalier_proto::v1::activations_server::ActivationsServer;
@@ -24,6 +25,7 @@ use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
+use tonic_health::server::{HealthReporter, health_reporter};
 
 use crate::calibrate::tree::LEAVES;
 use crate::crew::LayerSizes;
@@ -109,6 +111,10 @@ impl Listener {
         token: CancellationToken,
     ) -> Result<(), ServerError> {
         let connections = self.entrance.open(self.listener, &tasks);
+        let (health, health_service) = health_reporter();
+        report_health(health, session.readiness(), &tasks);
+        let metrics = session.metrics().clone();
+        let observer = move |path: &str, seconds: f64| metrics.observe_call(path, seconds);
         let activations = ActivationService::new(session.holdings().clone(), tasks.clone());
         let assistance = AssistanceService { session: Arc::clone(&session), tasks };
         Server::builder()
@@ -116,7 +122,8 @@ impl Listener {
             .initial_connection_window_size(HTTP2_WINDOW_BYTES)
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
             .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-            .layer(Guard::new(self.entrance.tokens))
+            .layer(Guard::new(self.entrance.tokens).observed_by(Arc::new(observer)))
+            .add_service(health_service)
             .add_service(WorkerServer::new(WorkerService { session }).max_decoding_message_size(MESSAGE_LIMIT_BYTES))
             .add_service(AssistanceServer::new(assistance).max_decoding_message_size(MESSAGE_LIMIT_BYTES))
             .add_service(ActivationsServer::new(activations).max_decoding_message_size(MESSAGE_LIMIT_BYTES))
@@ -124,6 +131,25 @@ impl Listener {
             .await
             .map_err(ServerError::Serve)
     }
+}
+
+/// Keeps the health service saying what `/readyz` says.
+fn report_health(health: HealthReporter, readiness: &Readiness, tasks: &TaskGroup) {
+    let (mut changes, token) = (readiness.changes(), tasks.token());
+    tasks.spawn(async move {
+        loop {
+            let is_ready = changes.borrow_and_update().is_ok();
+            if is_ready {
+                health.set_serving::<WorkerServer<WorkerService>>().await;
+            } else {
+                health.set_not_serving::<WorkerServer<WorkerService>>().await;
+            }
+            tokio::select! {
+                changed = changes.changed() => if changed.is_err() { return },
+                () = token.cancelled() => return,
+            }
+        }
+    });
 }
 
 /// What the owner of a layer calls on an assistant.

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::Device;
+use espalier_common::clock::Stopwatch;
 use espalier_common::fault::{Fault, FaultClass};
 use espalier_common::ids::{Boundary, LayerIndex, Lease, RunId, Unit};
 use espalier_common::job::Propagation;
@@ -14,6 +15,7 @@ use espalier_common::pattern::Pattern;
 use espalier_common::report::{Artifact, Outcome};
 use espalier_common::wire::Source;
 use espalier_gate::Dialer;
+use espalier_gate::web::Readiness;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
@@ -25,6 +27,7 @@ use crate::device::{DeviceError, DeviceThread};
 use crate::evaluation::{Evaluation, evaluate};
 use crate::holdings::Holdings;
 use crate::layer_task::{prune_layer, run_dense_layer};
+use crate::metrics::WorkerMetrics;
 use crate::run::{Run, RunError};
 use crate::source::Workplace;
 use crate::survey_task::survey_layer;
@@ -151,6 +154,9 @@ pub struct Session {
     runtime: Handle,
     peers: Dialer,
     bytes_received: AtomicU64,
+    metrics: WorkerMetrics,
+    /// Whether the coordinator knows this worker, as far as it is known here.
+    readiness: Readiness,
     state: Mutex<State>,
 }
 
@@ -189,6 +195,8 @@ impl Session {
             runtime,
             peers,
             bytes_received: AtomicU64::new(0),
+            metrics: WorkerMetrics::default(),
+            readiness: Readiness::not_yet("it is not registered yet"),
             state: Mutex::new(state),
         })
     }
@@ -206,6 +214,28 @@ impl Session {
     /// Bytes received from peers so far.
     pub fn bytes_received(&self) -> u64 {
         self.bytes_received.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of hidden states that are kept, in memory and on disk.
+    pub fn cached_bytes(&self) -> (u64, u64) {
+        self.cache.held_bytes()
+    }
+
+    /// Whether the coordinator knows this worker.
+    pub fn readiness(&self) -> &Readiness {
+        &self.readiness
+    }
+
+    /// Its numbers.
+    pub fn metrics(&self) -> &WorkerMetrics {
+        &self.metrics
+    }
+
+    /// Units that run or wait, and whether it helps another worker.
+    pub fn at_work(&self) -> (usize, bool) {
+        let state = self.state();
+        let units = state.units.values().filter(|given| !given.ended && !given.control.is_cancelled()).count();
+        (units, state.assistance.as_ref().is_some_and(|assistance| !assistance.is_cancelled()))
     }
 
     /// Attaches to a run, and lets go of any other. Blocking: reads the job's model headers and tokens.
@@ -286,6 +316,7 @@ impl Session {
         device: &Device,
     ) {
         let done = || self.execute(attached.as_deref(), lease, work, control, device);
+        let watch = Stopwatch::start();
         let result = if control.is_cancelled() {
             Err(TaskError::Cancelled.fault())
         } else {
@@ -298,6 +329,7 @@ impl Session {
         if let Some(given) = self.state().units.get_mut(&(run.clone(), lease.unit)).filter(|g| g.lease == lease) {
             given.ended = true;
         }
+        self.metrics.observe_unit(lease.unit, &result, control.is_cancelled(), watch.seconds());
         if control.is_cancelled() {
             tracing::info!(%run, %lease, "abandoned");
             return;

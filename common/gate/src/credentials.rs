@@ -20,8 +20,10 @@ use crate::certificate::holder;
 use crate::settings::{IdentityPaths, TlsPaths};
 use crate::{GateError, Role, file};
 
-/// What is spoken over TLS.
-const HTTP2: &[u8] = b"h2";
+/// What is spoken over TLS by services and those who call them.
+pub(crate) const HTTP2: &[u8] = b"h2";
+/// What browsers, scrapers and probes may speak besides.
+pub(crate) const HTTP1: &[u8] = b"http/1.1";
 
 /// A process' certificate and the authorities it believes.
 #[derive(Debug)]
@@ -198,7 +200,12 @@ fn identity(
 
 impl Loaded {
     /// For one connection in; whom it turns away is told to `witness`.
-    pub(crate) fn server(&self, takes_strangers: bool, witness: &Arc<Witness>) -> Result<ServerConfig, rustls::Error> {
+    pub(crate) fn server(
+        &self,
+        takes_strangers: bool,
+        protocols: &[&[u8]],
+        witness: &Arc<Witness>,
+    ) -> Result<ServerConfig, rustls::Error> {
         let wrong = |error: rustls::server::VerifierBuilderError| rustls::Error::General(error.to_string());
         let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(&self.roots), Arc::clone(&self.provider));
         let verifier = if takes_strangers { verifier.allow_unauthenticated() } else { verifier };
@@ -208,7 +215,7 @@ impl Loaded {
             .with_protocol_versions(&[&TLS13])?
             .with_client_cert_verifier(Arc::new(verifier))
             .with_cert_resolver(identity);
-        config.alpn_protocols.push(HTTP2.to_vec());
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         Ok(config)

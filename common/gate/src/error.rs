@@ -16,6 +16,17 @@ pub enum GateError {
         /// What was asked for.
         address: SocketAddr,
     },
+    /// The address cannot be listened on.
+    #[error("{key} is {address}, which cannot be listened on")]
+    Listen {
+        /// The key.
+        key: &'static str,
+        /// What was asked for.
+        address: SocketAddr,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
     /// A listener on every address, with no name for it.
     #[error("worker.listen is {address}, which others cannot call: give worker.advertise, the host that they can")]
     NothingAdvertised {

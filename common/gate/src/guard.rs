@@ -1,9 +1,12 @@
-//! Which calls are let through: a layer in front of every service.
+//! Which calls are let through: a layer in front of every service, and what [`crate::web`] asks before it shows a page.
 
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use espalier_common::clock::Stopwatch;
 use http::header::AUTHORIZATION;
 use http::{Request, Response};
 use tonic::{Code, Status};
@@ -12,11 +15,13 @@ use tracing::warn;
 
 use crate::Secret;
 use crate::incoming::{Identity, Peer};
-use crate::role::{self, Role, Roles};
+use crate::role::{self, Access, Role, Roles};
 use crate::tokens::{Bearer, Tokens};
 
 /// The scheme of the `authorization` header, in lower case.
 const SCHEME: &str = "bearer ";
+/// What browsers can ask a person for: the password is the token, whatever the name is.
+const BROWSERS_SCHEME: &str = "basic ";
 
 /// Why a call is not let through.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -24,6 +29,9 @@ pub enum Refusal {
     /// Not a method of ours.
     #[error("there is no such method")]
     UnknownMethod,
+    /// Not a page of ours.
+    #[error("there is no such page")]
+    UnknownPage,
     /// Nobody knows where the call comes from.
     #[error("the connection has no peer")]
     NoPeer,
@@ -48,7 +56,7 @@ pub enum Refusal {
 impl Refusal {
     fn code(&self) -> Code {
         match self {
-            Self::UnknownMethod => Code::Unimplemented,
+            Self::UnknownMethod | Self::UnknownPage => Code::Unimplemented,
             Self::NoPeer => Code::Internal,
             Self::NotAuthenticated | Self::UnknownToken => Code::Unauthenticated,
             Self::WrongRole { .. } => Code::PermissionDenied,
@@ -61,7 +69,21 @@ impl Refusal {
 /// # Errors
 /// Why it is not.
 pub fn admit(path: &str, identity: &Identity, bearer: Option<&Bearer>) -> Result<(), Refusal> {
-    let wanted = role::callers(path).ok_or(Refusal::UnknownMethod)?;
+    holds(role::callers(path).ok_or(Refusal::UnknownMethod)?, identity, bearer)
+}
+
+/// Whether the page at `path` is shown. Pure.
+///
+/// # Errors
+/// Why it is not.
+pub fn admit_to_page(path: &str, identity: &Identity, bearer: Option<&Bearer>) -> Result<(), Refusal> {
+    match role::access(path).ok_or(Refusal::UnknownPage)? {
+        Access::Open => Ok(()),
+        Access::For(wanted) => holds(wanted, identity, bearer),
+    }
+}
+
+fn holds(wanted: &'static [Role], identity: &Identity, bearer: Option<&Bearer>) -> Result<(), Refusal> {
     let mut roles = match identity {
         Identity::Local => return Ok(()),
         Identity::Certified { roles, .. } => roles.clone(),
@@ -76,27 +98,54 @@ pub fn admit(path: &str, identity: &Identity, bearer: Option<&Bearer>) -> Result
     if role::may(&roles, wanted) { Ok(()) } else { Err(Refusal::WrongRole { who, roles, wanted }) }
 }
 
+/// What is told how long a call took: its path, and seconds until its answer (or, for a stream, the head of it).
+pub type Observer = Arc<dyn Fn(&str, f64) + Send + Sync>;
+
 /// Stands in front of services and lets calls through, or not.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Guard {
     tokens: Option<Arc<Tokens>>,
+    observer: Option<Observer>,
+}
+
+impl std::fmt::Debug for Guard {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Guard").field("tokens", &self.tokens).finish_non_exhaustive()
+    }
 }
 
 impl Guard {
     /// A guard that takes certificates, and `tokens` if there are any.
     pub fn new(tokens: Option<Arc<Tokens>>) -> Self {
-        Self { tokens }
+        Self { tokens, observer: None }
+    }
+
+    /// The same guard, which also tells how long the calls took that it let through.
+    #[must_use]
+    pub fn observed_by(self, observer: Observer) -> Self {
+        Self { observer: Some(observer), ..self }
     }
 
     async fn check(&self, path: &str, peer: Option<&Peer>, token: Option<&Secret>) -> Result<(), Refusal> {
         let identity = &peer.ok_or(Refusal::NoPeer)?.identity;
-        let bearer = match (&self.tokens, token) {
+        admit(path, identity, self.bearer(token).await?.as_ref())
+    }
+
+    /// Whether a page is shown.
+    pub(crate) async fn check_page(&self, path: &str, peer: &Peer, token: Option<&Secret>) -> Result<(), Refusal> {
+        if role::access(path) == Some(Access::Open) {
+            return Ok(());
+        }
+        admit_to_page(path, &peer.identity, self.bearer(token).await?.as_ref())
+    }
+
+    async fn bearer(&self, token: Option<&Secret>) -> Result<Option<Bearer>, Refusal> {
+        match (&self.tokens, token) {
             // A wrong token is never overlooked, whatever else the peer has.
-            (Some(tokens), Some(token)) => Some(tokens.bearer(token).await.ok_or(Refusal::UnknownToken)?),
-            (None, Some(_)) => return Err(Refusal::UnknownToken),
-            (_, None) => None,
-        };
-        admit(path, identity, bearer.as_ref())
+            (Some(tokens), Some(token)) => Ok(Some(tokens.bearer(token).await.ok_or(Refusal::UnknownToken)?)),
+            (None, Some(_)) => Err(Refusal::UnknownToken),
+            (_, None) => Ok(None),
+        }
     }
 }
 
@@ -105,6 +154,19 @@ impl<S> Layer<S> for Guard {
 
     fn layer(&self, inner: S) -> Guarded<S> {
         Guarded { guard: self.clone(), inner }
+    }
+}
+
+/// The token that a browser, a scraper or a script shows for a page.
+pub(crate) fn page_token<B>(request: &Request<B>) -> Option<Secret> {
+    let header = request.headers().get(AUTHORIZATION)?.to_str().unwrap_or_default();
+    match header.get(..BROWSERS_SCHEME.len()) {
+        Some(scheme) if scheme.eq_ignore_ascii_case(BROWSERS_SCHEME) => {
+            let pair = BASE64_STANDARD.decode(header[BROWSERS_SCHEME.len()..].trim()).unwrap_or_default();
+            let pair = String::from_utf8(pair).unwrap_or_default();
+            Some(Secret::new(pair.split_once(':').map_or_else(String::new, |(_, password)| password.to_owned())))
+        }
+        _ => token(request),
     }
 }
 
@@ -151,7 +213,14 @@ where
             // No service, and no log of a service, sees it.
             request.headers_mut().remove(AUTHORIZATION);
             match guard.check(&path, peer.as_ref(), token.as_ref()).await {
-                Ok(()) => inner.call(request).await,
+                Ok(()) => {
+                    let watch = Stopwatch::start();
+                    let answer = inner.call(request).await;
+                    if let Some(observer) = &guard.observer {
+                        observer(&path, watch.seconds());
+                    }
+                    answer
+                }
                 Err(refusal) => {
                     let (address, subject) = peer.map(|peer| (peer.address, peer.identity)).unzip();
                     let (address, subject) = (address.map(|a| a.to_string()), subject.map(|s| s.to_string()));
@@ -217,6 +286,31 @@ mod tests {
         admit(SUBMIT, &Identity::Local, None).unwrap();
         assert_eq!(admit("/grpc.Any/Thing", &Identity::Local, None), Err(Refusal::UnknownMethod));
         assert_eq!(admit("/grpc.Any/Thing", &certified(&Role::ALL), None), Err(Refusal::UnknownMethod));
+    }
+
+    #[test]
+    fn pages_are_for_viewers_but_probes_for_everybody() {
+        let stranger = &Identity::Stranger;
+        admit_to_page("/healthz", stranger, None).unwrap();
+        admit_to_page("/metrics", stranger, Some(&bearer(Role::Viewer))).unwrap();
+        admit_to_page("/", stranger, Some(&bearer(Role::Submitter))).unwrap();
+        admit_to_page("/api/state", &certified(&[Role::Viewer]), None).unwrap();
+        admit_to_page("/api/state", &Identity::Local, None).unwrap();
+        for page in ["/", "/metrics", "/api/state", "/api/events", "/report"] {
+            assert_eq!(admit_to_page(page, stranger, None), Err(Refusal::NotAuthenticated), "{page}");
+            assert!(admit_to_page(page, &certified(&[Role::Worker]), None).is_err(), "{page}");
+        }
+        assert_eq!(admit_to_page("/etc/passwd", &certified(&Role::ALL), None), Err(Refusal::UnknownPage));
+    }
+
+    #[test]
+    fn browsers_show_the_token_as_a_password() {
+        let request = |value: &str| Request::builder().header(AUTHORIZATION, value).body(()).unwrap();
+        let read = |value: &str| page_token(&request(value)).unwrap().expose().to_owned();
+        assert_eq!(read(&format!("Basic {}", BASE64_STANDARD.encode("anybody:to:ken"))), "to:ken");
+        assert_eq!(read("Bearer token"), "token");
+        assert_eq!([read("Basic ???"), read(&format!("basic {}", BASE64_STANDARD.encode("token")))], ["", ""]);
+        assert!(page_token(&Request::new(())).is_none());
     }
 
     #[test]

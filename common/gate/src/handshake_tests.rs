@@ -209,3 +209,16 @@ fn files_that_do_not_go_together_are_refused_by_name() {
     fs::remove_file(path("ca.crt")).unwrap();
     assert!(matches!(refused(None), GateError::Io { .. }));
 }
+
+/// Kubernetes' names: one certificate is for every pod below a headless service.
+#[test]
+fn a_wildcard_covers_every_pod_of_a_service_and_nothing_else() {
+    let params = CertificateParams::new(vec!["*.espalier.research.svc".to_owned()]).unwrap();
+    let certificate = params.signed_by(&KeyPair::generate().unwrap(), &authority("ours")).unwrap();
+    let entity = webpki::EndEntityCert::try_from(certificate.der()).unwrap();
+    let covers = |host: &'static str| {
+        entity.verify_is_valid_for_subject_name(&rustls::pki_types::ServerName::try_from(host).unwrap()).is_ok()
+    };
+    assert!(covers("espalier-worker-0-11.espalier.research.svc") && covers("metrics.espalier.research.svc"));
+    assert!(!covers("espalier.research.svc") && !covers("a.b.espalier.research.svc") && !covers("a.espalier.other.svc"));
+}

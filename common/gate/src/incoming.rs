@@ -18,7 +18,7 @@ use tonic::transport::server::Connected;
 use tracing::warn;
 
 use crate::certificate::{Holder, holder};
-use crate::credentials::Witness;
+use crate::credentials::{HTTP1, HTTP2, Witness};
 use crate::role::Roles;
 use crate::stream::Stream;
 use crate::{Credentials, Tokens};
@@ -82,21 +82,55 @@ pub struct Entrance {
     pub tokens: Option<Arc<Tokens>>,
 }
 
+/// What comes in by a listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Traffic {
+    /// Calls: a certificate is needed unless tokens may stand in for it.
+    Calls,
+    /// Browsers, scrapers and probes: whoever has no certificate comes in as a stranger, and sees what is open.
+    Pages,
+}
+
 impl Entrance {
     /// Connections of a listener, until the group is cancelled. A peer that is slow to say who it is delays no other.
     pub fn open(&self, listener: TcpListener, tasks: &TaskGroup) -> ReceiverStream<io::Result<Connection>> {
+        self.open_for(Traffic::Calls, listener, tasks)
+    }
+
+    /// The same for a listener of pages, on which HTTP/1.1 may be spoken too and a certificate is never needed to come in: what
+    /// may be seen without one is decided page by page.
+    pub(crate) fn open_pages(
+        &self,
+        listener: TcpListener,
+        tasks: &TaskGroup,
+    ) -> ReceiverStream<io::Result<Connection>> {
+        self.open_for(Traffic::Pages, listener, tasks)
+    }
+
+    fn open_for(
+        &self,
+        traffic: Traffic,
+        listener: TcpListener,
+        tasks: &TaskGroup,
+    ) -> ReceiverStream<io::Result<Connection>> {
         let (ready, connections) = mpsc::channel(READY);
         let (entrance, group, token) = (self.clone(), tasks.clone(), tasks.token());
         tasks.spawn(async move {
             tokio::select! {
-                () = entrance.accept(&listener, &group, &ready) => {}
+                () = entrance.accept(traffic, &listener, &group, &ready) => {}
                 () = token.cancelled() => {}
             }
         });
         ReceiverStream::new(connections)
     }
 
-    async fn accept(&self, listener: &TcpListener, tasks: &TaskGroup, ready: &mpsc::Sender<io::Result<Connection>>) {
+    async fn accept(
+        &self,
+        traffic: Traffic,
+        listener: &TcpListener,
+        tasks: &TaskGroup,
+        ready: &mpsc::Sender<io::Result<Connection>>,
+    ) {
         let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
         loop {
             let permit = Arc::clone(&handshakes).acquire_owned().await.expect("nobody closes the semaphore");
@@ -111,7 +145,7 @@ impl Entrance {
             let (entrance, ready, token) = (self.clone(), ready.clone(), tasks.token());
             tasks.spawn(async move {
                 let admitted = tokio::select! {
-                    admitted = entrance.admit(stream, address) => admitted,
+                    admitted = entrance.admit(traffic, stream, address) => admitted,
                     () = token.cancelled() => None,
                 };
                 drop(permit);
@@ -123,7 +157,7 @@ impl Entrance {
         }
     }
 
-    async fn admit(&self, stream: TcpStream, address: SocketAddr) -> Option<Connection> {
+    async fn admit(&self, traffic: Traffic, stream: TcpStream, address: SocketAddr) -> Option<Connection> {
         // Small messages must not wait for one another; where that cannot be had, they are slower.
         let _ = stream.set_nodelay(true);
         let Some(credentials) = &self.credentials else {
@@ -137,7 +171,11 @@ impl Entrance {
             });
         };
         let witness = Arc::new(Witness::default());
-        let config = match credentials.current().await.server(self.tokens.is_some(), &witness) {
+        let (takes_strangers, protocols) = match traffic {
+            Traffic::Calls => (self.tokens.is_some(), &[HTTP2][..]),
+            Traffic::Pages => (true, &[HTTP2, HTTP1][..]),
+        };
+        let config = match credentials.current().await.server(takes_strangers, protocols, &witness) {
             Ok(config) => config,
             Err(error) => {
                 warn!(peer = %address, %error, "connection refused: the server's own certificates cannot be used");
@@ -195,6 +233,13 @@ async fn farewell(mut stream: TcpStream) {
 pub struct Connection {
     stream: Stream,
     peer: Peer,
+}
+
+impl Connection {
+    /// Who is on the other side.
+    pub(crate) fn peer(&self) -> &Peer {
+        &self.peer
+    }
 }
 
 impl Connected for Connection {

@@ -58,7 +58,7 @@ impl FromStr for Role {
 }
 
 /// Every method of every service, and the roles that may call it. What is not here may be called by nobody.
-const METHODS: [(&str, &[Role]); 19] = [
+const METHODS: [(&str, &[Role]); 21] = [
     ("/espalier.v1.Coordinator/Register", &[Role::Worker]),
     ("/espalier.v1.Coordinator/Heartbeat", &[Role::Worker]),
     ("/espalier.v1.Coordinator/Report", &[Role::Worker]),
@@ -78,7 +78,35 @@ const METHODS: [(&str, &[Role]); 19] = [
     ("/espalier.v1.Worker/Release", &[Role::Coordinator]),
     ("/espalier.v1.Activations/Fetch", &[Role::Worker, Role::Coordinator]),
     ("/espalier.v1.Assistance/Assist", &[Role::Worker, Role::Coordinator]),
+    ("/grpc.health.v1.Health/Check", &Role::ALL),
+    ("/grpc.health.v1.Health/Watch", &Role::ALL),
 ];
+
+/// Who may look at a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Everybody who reaches the port: a probe says one word and tells nothing of the work.
+    Open,
+    /// Those with one of these roles.
+    For(&'static [Role]),
+}
+
+/// Every page that is served over HTTP, of either program. What is not here may be seen by nobody.
+const PAGES: [(&str, Access); 8] = [
+    ("/healthz", Access::Open),
+    ("/readyz", Access::Open),
+    ("/metrics", Access::For(&[Role::Viewer])),
+    ("/", Access::For(&[Role::Viewer])),
+    ("/api/state", Access::For(&[Role::Viewer])),
+    ("/api/events", Access::For(&[Role::Viewer])),
+    ("/api/report", Access::For(&[Role::Viewer])),
+    ("/report", Access::For(&[Role::Viewer])),
+];
+
+/// Who may look at a page, by its path; nothing for one that is not ours.
+pub fn access(path: &str) -> Option<Access> {
+    PAGES.iter().find(|(page, _)| *page == path).map(|(_, access)| *access)
+}
 
 /// The roles that may call a method, by its path; nothing for a method that is not ours.
 pub fn callers(path: &str) -> Option<&'static [Role]> {
@@ -126,7 +154,8 @@ mod tests {
     fn the_table_has_every_method_of_the_schema_and_no_other() {
         let table: BTreeSet<String> = METHODS.iter().map(|(method, _)| (*method).to_owned()).collect();
         assert_eq!(table.len(), METHODS.len(), "a method stands twice");
-        assert_eq!(table, schema());
+        let health = ["Check", "Watch"].map(|method| format!("/grpc.health.v1.Health/{method}"));
+        assert_eq!(table, schema().into_iter().chain(health).collect());
         assert!(METHODS.iter().all(|(_, roles)| !roles.is_empty()));
     }
 
@@ -134,7 +163,8 @@ mod tests {
     fn each_role_may_do_its_own() {
         let allowed = |role: Role| -> BTreeSet<&str> {
             let may_call = |(_, wanted): &&(&str, &[Role])| may(&Roles::from([role]), wanted);
-            METHODS.iter().filter(may_call).map(|(method, _)| method.split('/').nth(2).unwrap()).collect()
+            let ours = METHODS.iter().filter(|(method, _)| method.starts_with("/espalier."));
+            ours.filter(may_call).map(|(method, _)| method.split('/').nth(2).unwrap()).collect()
         };
         assert_eq!(allowed(Role::Viewer), BTreeSet::from(["Watch", "Status"]));
         assert_eq!(allowed(Role::Submitter), BTreeSet::from(["Watch", "Status", "Submit", "Cancel"]));
@@ -152,8 +182,19 @@ mod tests {
             assert_eq!(role.name().parse(), Ok(role));
         }
         assert!("root".parse::<Role>().is_err());
-        for path in ["/espalier.v1.Admin/submit", "/espalier.v1.Admin/", "", "/grpc.health.v1.Health/Check"] {
+        for path in ["/espalier.v1.Admin/submit", "/espalier.v1.Admin/", "", "/grpc.health.v1.Health/List"] {
             assert_eq!(callers(path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn probes_are_open_and_every_other_page_is_for_viewers() {
+        for (page, access) in PAGES {
+            let open = matches!(page, "/healthz" | "/readyz");
+            assert_eq!(access, if open { Access::Open } else { Access::For(&[Role::Viewer]) }, "{page}");
+        }
+        for path in ["/metrics/", "/api", "//", "/index.html", ""] {
+            assert_eq!(access(path), None, "{path}");
         }
     }
 }

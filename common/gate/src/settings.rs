@@ -4,13 +4,14 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Credentials, GateError, Role};
+use crate::{Credentials, GateError, Role, Tokens};
 
 /// `[tls]` of every program: its own certificate, and the authority that vouches for others. Files are PEM, and are read
 /// again when they change.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TlsSection {
     /// Instead of the other three: a folder with `ca.crt`, `tls.crt` and `tls.key`, as cert-manager makes it.
@@ -21,6 +22,36 @@ pub struct TlsSection {
     pub certificate: Option<PathBuf>,
     /// Its private key; not readable by everybody.
     pub key: Option<PathBuf>,
+}
+
+/// `[auth]` of every program that serves people.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct AuthSection {
+    /// A file of tokens that stand in for a certificate when a run is submitted or watched; see [`crate::tokens`].
+    pub tokens: Option<PathBuf>,
+}
+
+impl AuthSection {
+    /// Reads the file, if one is named.
+    ///
+    /// # Errors
+    /// `TokenWithoutTls`, and what is wrong with the file.
+    pub fn open(&self, has_tls: bool) -> Result<Option<Arc<Tokens>>, GateError> {
+        if self.tokens.is_some() && !has_tls {
+            return Err(GateError::TokenWithoutTls { key: "auth.tokens" });
+        }
+        self.tokens.clone().map(Tokens::open).transpose()
+    }
+}
+
+/// `[http]` of every program: pages and probes.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct HttpSection {
+    /// Where `/healthz`, `/readyz` and `/metrics` are, and the coordinator's page; nowhere if it is not set. Beyond loopback
+    /// only with `[tls]`.
+    pub listen: Option<SocketAddr>,
 }
 
 /// Which files to read.

@@ -18,6 +18,7 @@ use bytes::Bytes;
 pub use error::StoreError;
 pub use local::LocalStore;
 pub use memory::MemoryStore;
+pub(crate) use object::without_secrets;
 pub use object::{ObjectBlobStore, Upload};
 pub use settings::StoreSettings;
 
@@ -31,6 +32,37 @@ pub fn open(url: &str, settings: &StoreSettings) -> Result<Arc<dyn BlobStore>, S
         return Ok(Arc::new(ObjectBlobStore::open(url, settings)?));
     }
     Ok(Arc::new(LocalStore::open(&local_path(url)?)?))
+}
+
+/// Read at a time when an object is copied.
+const COPIED_BYTES: u64 = 16 << 20;
+
+/// Copies the object that a URL names into `folder`, under its own name, so much at a time that memory does not matter; returns
+/// where it is.
+///
+/// # Errors
+/// As [`open`] and [`BlobStore::get_range`]; `Io` if the copy cannot be written.
+pub fn copy_here(url: &str, settings: &StoreSettings, folder: &Path) -> Result<PathBuf, StoreError> {
+    use std::io::Write as _;
+    let unknown = || StoreError::UnknownScheme { url: object::without_secrets(url) };
+    let (parent, name) = url.rsplit_once('/').filter(|(_, name)| !name.is_empty()).ok_or_else(unknown)?;
+    let name = percent_decode(name).ok_or_else(unknown)?;
+    check_name(&name)?;
+    if name.contains('/') {
+        return Err(unknown());
+    }
+    let store = open(parent, settings)?;
+    let size = store.size(&name)?;
+    let path = folder.join(&name);
+    let failed = |source| StoreError::Io { url: folder.display().to_string(), name: name.clone(), source };
+    let mut file = std::fs::File::create(&path).map_err(failed)?;
+    let mut at = 0;
+    while at < size {
+        let end = size.min(at + COPIED_BYTES);
+        file.write_all(&store.get_range(&name, at..end)?).map_err(failed)?;
+        at = end;
+    }
+    Ok(path)
 }
 
 /// The folder that a path or a `file://` URL names.

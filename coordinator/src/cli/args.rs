@@ -18,9 +18,9 @@ pub(crate) struct Cli {
     /// Print one JSON document on stdout instead of tables.
     #[arg(long, global = true)]
     pub(crate) json: bool,
-    /// How log lines look: text or json.
-    #[arg(long, global = true, default_value = "text")]
-    pub(crate) log_format: LogFormat,
+    /// How log lines look: text or json [default: text, or as [log] of --config says].
+    #[arg(long, global = true)]
+    pub(crate) log_format: Option<LogFormat>,
     /// What is logged, in tracing's filter syntax.
     #[arg(long, global = true)]
     pub(crate) log: Option<String>,
@@ -37,12 +37,24 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Say what a job would take on a cluster: time, memory, bytes moved; from the model's headers alone.
     Plan(Box<PlanArgs>),
+    /// Write what a job is on a cluster's own scheduler.
+    Render {
+        /// For which.
+        #[command(subcommand)]
+        what: RenderCommand,
+    },
     /// Say whether stock loaders will take a checkpoint, and if not why.
     Verify(VerifyArgs),
     /// Write a structured result in another layout.
     Export(ExportArgs),
-    /// Serve a cluster.
+    /// Serve a cluster, or run one job on one.
     Coordinator(CoordinatorArgs),
+    /// Show what a coordinator is configured with. `espalier-worker config` does the same for workers.
+    Config {
+        /// What to show.
+        #[command(subcommand)]
+        what: ConfigCommand,
+    },
     /// Show the runs and workers of a coordinator, or how far one run is.
     Status(StatusArgs),
     /// Stop a run of a coordinator, or one on an object store wherever its coordinator is.
@@ -219,6 +231,9 @@ pub(crate) struct PruneArgs {
     pub(crate) run: Option<String>,
     #[command(flatten)]
     pub(crate) local: LocalArgs,
+    /// Serve the page of this run here while it goes on, on loopback only, e.g. 127.0.0.1:8080.
+    #[arg(long, value_name = "ADDR", conflicts_with = "coordinator")]
+    pub(crate) http: Option<SocketAddr>,
     /// Submit to this coordinator instead of running here, and follow.
     #[arg(long, value_name = "URL")]
     pub(crate) coordinator: Option<String>,
@@ -312,6 +327,77 @@ pub(crate) struct InspectArgs {
     pub(crate) against: Option<String>,
 }
 
+/// Schedulers that jobs are rendered for.
+#[derive(Debug, Subcommand)]
+pub(crate) enum RenderCommand {
+    /// Kubernetes manifests, with sizes from the job's plan.
+    K8s(Box<K8sArgs>),
+}
+
+/// As what the pods are run.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum FormArg {
+    /// A JobSet, which needs its controller.
+    Jobset,
+    /// Two Indexed Jobs and a headless Service.
+    Jobs,
+}
+
+/// Arguments of `render k8s`.
+#[derive(Debug, Args)]
+pub(crate) struct K8sArgs {
+    /// The job file. Its places are URLs, or with --claim paths below /data.
+    pub(crate) job: PathBuf,
+    /// As what the pods are run.
+    #[arg(long = "as", value_name = "FORM", default_value = "jobset")]
+    pub(crate) form: FormArg,
+    /// Names everything.
+    #[arg(long, default_value = "espalier")]
+    pub(crate) name: String,
+    /// Where it goes.
+    #[arg(long, default_value = "espalier")]
+    pub(crate) namespace: String,
+    /// Workers [default: as many as the cluster has, or 1].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) workers: Option<u32>,
+    /// The machines, as for `plan`: each worker gets the memory of the smallest.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) cluster: Option<PathBuf>,
+    /// Memory of a worker, e.g. 64GiB [default: as the job's plan says, for which the model is looked at].
+    #[arg(long, value_name = "SIZE", conflicts_with = "cluster")]
+    pub(crate) worker_memory: Option<String>,
+    /// Processors of a worker.
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) worker_cpus: u32,
+    /// Image of the coordinator [default: espalier-coordinator of this version].
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) coordinator_image: Option<String>,
+    /// Image of the workers [default: espalier-worker of this version].
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) worker_image: Option<String>,
+    /// A PersistentVolumeClaim, ReadWriteMany, that all pods mount at /data.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) claim: Option<String>,
+    /// Where the run keeps its journal and artifacts [default: OUTPUT.run].
+    #[arg(long, value_name = "RUN")]
+    pub(crate) run: Option<String>,
+    /// A variable that says where the store is, e.g. AWS_REGION=eu-central-1; no secrets.
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub(crate) environment: Vec<String>,
+    /// The store knows the pods by themselves: no credentials are read from the secret espalier-store.
+    #[arg(long)]
+    pub(crate) own_identity: bool,
+    /// Wait in this queue of Kueue.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) queue: Option<String>,
+    /// Also write what Prometheus' operator needs.
+    #[arg(long)]
+    pub(crate) monitoring: bool,
+    /// Also write certificates for cert-manager to make.
+    #[arg(long)]
+    pub(crate) cert_manager: bool,
+}
+
 /// Arguments of `verify`.
 #[derive(Debug, Args)]
 pub(crate) struct VerifyArgs {
@@ -338,9 +424,9 @@ pub(crate) struct ExportArgs {
     pub(crate) shard_size: String,
 }
 
-/// Arguments of `coordinator`.
+/// Flags that stand for keys of a coordinator's configuration.
 #[derive(Debug, Args)]
-pub(crate) struct CoordinatorArgs {
+pub(crate) struct ConfigFlags {
     /// Its configuration file.
     #[arg(long)]
     pub(crate) config: Option<PathBuf>,
@@ -353,6 +439,28 @@ pub(crate) struct CoordinatorArgs {
     /// Workers to wait for before a run is planned.
     #[arg(long)]
     pub(crate) workers: Option<u32>,
+}
+
+/// What to do with the configuration.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Show every key of a coordinator's configuration with its value and where that is from: default, file, environment, flag.
+    Show(ConfigFlags),
+    /// List every key with its meaning and default; with --json, as a JSON schema.
+    Keys,
+}
+
+/// Arguments of `coordinator`.
+#[derive(Debug, Args)]
+pub(crate) struct CoordinatorArgs {
+    #[command(flatten)]
+    pub(crate) config: ConfigFlags,
+    /// Run this one job, going on with its run if it was begun, and end with its exit code.
+    #[arg(long, value_name = "FILE", conflicts_with = "runs")]
+    pub(crate) job: Option<PathBuf>,
+    /// With --job: where the run keeps its journal and artifacts [default: OUTPUT.run].
+    #[arg(long, value_name = "RUN", requires = "job")]
+    pub(crate) run: Option<String>,
 }
 
 /// Arguments of commands that only need a coordinator.
@@ -368,8 +476,11 @@ pub(crate) struct RemoteArgs {
 /// Arguments of `status`.
 #[derive(Debug, Args)]
 pub(crate) struct StatusArgs {
-    /// A run's folder or URL, to read its journal and ask no coordinator.
+    /// A run's folder or URL, to read its journal and ask no coordinator; with --watch also a run as the coordinator lists it.
     pub(crate) run: Option<String>,
+    /// Keep showing it. With a run, this ends when the run does, with the run's exit code.
+    #[arg(long)]
+    pub(crate) watch: bool,
     #[command(flatten)]
     pub(crate) remote: RemoteArgs,
 }
@@ -390,6 +501,9 @@ pub(crate) struct ResumeArgs {
     pub(crate) run: String,
     #[command(flatten)]
     pub(crate) local: LocalArgs,
+    /// Serve the page of this run here while it goes on, on loopback only, e.g. 127.0.0.1:8080.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) http: Option<SocketAddr>,
 }
 
 /// Arguments of `report`.
@@ -397,4 +511,7 @@ pub(crate) struct ResumeArgs {
 pub(crate) struct ReportArgs {
     /// The run's folder or URL.
     pub(crate) run: String,
+    /// Also write it here as a page that needs nothing but itself.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) html: Option<PathBuf>,
 }

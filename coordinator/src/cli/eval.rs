@@ -10,6 +10,7 @@ use super::{CliError, local, screen};
 use crate::error::RunError;
 use crate::evaluate::{Measured, Standalone};
 use crate::fleet::Roster;
+use crate::metrics::CoordinatorMetrics;
 use crate::report;
 
 /// Measures perplexity on workers of this machine.
@@ -82,7 +83,14 @@ impl<'a> Passes<'a> {
         let measured = local::shown(&events, silent, async {
             let store = config::open_store(&run_url).map_err(RunError::from)?;
             let evaluation = Standalone::open(self.model, spec, store)?;
-            local::with_workers(&args.local, &folder.path().join("logs"), roster, evaluation.execute(&setting)).await
+            local::with_workers(
+                &args.local,
+                &folder.path().join("logs"),
+                roster,
+                CoordinatorMetrics::default(),
+                evaluation.execute(&setting),
+            )
+            .await
         })
         .await?;
         self.passes.push(measured);

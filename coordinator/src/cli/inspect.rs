@@ -57,7 +57,7 @@ fn tables(inspection: &Inspection) -> String {
 /// The patterns that every group of every matrix of a kind obeys.
 fn obeyed(inspection: &Inspection, kind: &str) -> String {
     let mut obeyed: Option<Vec<&str>> = None;
-    for tensor in inspection.tensors.iter().filter(|tensor| table::kind(&tensor.name) == kind) {
+    for tensor in inspection.tensors.iter().filter(|tensor| crate::view::kind(&tensor.name) == kind) {
         let here: Vec<&str> = tensor
             .conformity
             .iter()

@@ -62,6 +62,17 @@ pub(crate) fn job(args: &PruneArgs) -> Result<JobSpec, CliError> {
         }
     }
     let origin = args.job.as_ref().map_or_else(|| "job".to_owned(), |path| path.display().to_string());
+    typed(job, &origin)
+}
+
+/// The job of a file, with the environment over it.
+pub(crate) fn of_file(path: &Path) -> Result<JobSpec, CliError> {
+    let mut job = read(path)?;
+    layer(&mut job, espalier_common::config::job_environment().map_err(|error| CliError::rejected(&error))?);
+    typed(job, &path.display().to_string())
+}
+
+fn typed(job: Map<String, Value>, origin: &str) -> Result<JobSpec, CliError> {
     let rejected = |reason: String| CliError { message: format!("{origin}: {reason}"), code: exit::REJECTED };
     if let Some(key) = not_finite(&job) {
         return Err(rejected(format!("{key} is not a finite number")));
@@ -121,7 +132,12 @@ fn has_evaluation(args: &PruneArgs) -> Result<bool, CliError> {
 
 /// The run's folder or URL: as given, or beside the output.
 pub(crate) fn run_url(args: &PruneArgs, job: &JobSpec) -> String {
-    args.run.clone().unwrap_or_else(|| format!("{}.run", job.output.uri.trim_end_matches('/')))
+    args.run.clone().unwrap_or_else(|| run_beside_output(job))
+}
+
+/// Where a run is unless somebody says otherwise.
+pub(crate) fn run_beside_output(job: &JobSpec) -> String {
+    format!("{}.run", job.output.uri.trim_end_matches('/'))
 }
 
 fn read(path: &Path) -> Result<Map<String, Value>, CliError> {

@@ -86,7 +86,11 @@ pub(crate) fn cancel(run_url: &str) -> Result<(), CliError> {
         return Err(CliError { message: format!("{run_url} is done"), code: crate::error::exit::REJECTED });
     }
     let (mut journal, _) = journal::open(&store).map_err(RunError::from)?;
-    let stopped = JournalRecord::Stopped { reason: "cancelled".to_owned(), seconds: 0.0 };
+    let stopped = JournalRecord::Stopped {
+        reason: "cancelled".to_owned(),
+        seconds: 0.0,
+        exit_code: Some(crate::error::exit::INTERRUPTED),
+    };
     Ok(journal.append(&stopped).map_err(RunError::from)?)
 }
 
@@ -112,7 +116,7 @@ mod tests {
             model_fingerprint: digest,
             created: 0,
         }));
-        let stopped = JournalRecord::Stopped { reason: "interrupted".to_owned(), seconds: 1.0 };
+        let stopped = JournalRecord::Stopped { reason: "interrupted".to_owned(), seconds: 1.0, exit_code: None };
         let mut records = vec![taken("a"), created, stopped];
         let glance = Glance::of(&records).unwrap();
         assert_eq!((glance.state.as_str(), glance.writer.as_deref()), ("interrupted", Some("a")));

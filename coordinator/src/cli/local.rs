@@ -7,17 +7,21 @@ use std::time::Duration;
 
 use espalier_common::clock::SystemClock;
 use espalier_common::config::Overrides;
-use espalier_gate::Entrance;
+use espalier_common::tasks::TaskGroup;
+use espalier_gate::web::Readiness;
+use espalier_gate::{Entrance, Web};
 use tokio_util::sync::CancellationToken;
 
-use super::CliError;
 use super::args::LocalArgs;
 use super::screen::Screen;
+use super::{CliError, screen};
 use crate::config::CoordinatorConfig;
 use crate::error::RunError;
 use crate::events::{EventLog, RunEvent};
 use crate::fleet::Roster;
+use crate::http::{OnlyRun, Pages};
 use crate::local::{Launch, LocalWorkers};
+use crate::metrics::CoordinatorMetrics;
 use crate::rpc::service::Service;
 use crate::run::Setting;
 use crate::schedule::Limits;
@@ -38,6 +42,7 @@ pub(crate) fn setting(
         run_url: run_url.to_owned(),
         roster,
         workers_wanted: local.workers,
+        workers_patience: config.coordinator.workers_patience(),
         events: EventLog::default(),
         clock: Arc::new(SystemClock::default()),
         limits: Limits { without_workers: WITHOUT_WORKERS, ..config.limits() },
@@ -79,11 +84,12 @@ pub(crate) async fn with_workers<T>(
     local: &LocalArgs,
     logs: &Path,
     roster: Roster,
+    metrics: CoordinatorMetrics,
     work: impl Future<Output = Result<T, RunError>>,
 ) -> Result<T, CliError> {
     let config = CoordinatorConfig::load(None, Overrides::default()).map_err(|error| CliError::rejected(&error))?;
-    let service =
-        Service::start(SocketAddr::from(([127, 0, 0, 1], 0)), Entrance::default(), roster.clone(), None).await?;
+    let address = SocketAddr::from(([127, 0, 0, 1], 0));
+    let service = Service::start(address, Entrance::default(), roster.clone(), None, metrics).await?;
     let available = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = local.threads.unwrap_or(available);
     let launch = Launch {
@@ -100,21 +106,37 @@ pub(crate) async fn with_workers<T>(
     Ok(result?)
 }
 
+/// Serves the page of the one run of this process on `address`, on loopback only, until the group is cancelled.
+pub(crate) async fn serve_page(
+    address: SocketAddr,
+    setting: &Setting,
+    metrics: &CoordinatorMetrics,
+    tasks: &TaskGroup,
+) -> Result<(), CliError> {
+    let web = Web::open("--http", address, Entrance::default()).await.map_err(|error| CliError::rejected(&error))?;
+    let pages =
+        Pages::new(setting.roster.clone(), metrics.clone(), Readiness::not_yet("it takes no jobs"), tasks.token());
+    pages.show(Arc::new(OnlyRun { events: setting.events.clone(), roster: setting.roster.clone() }));
+    screen::note(&format!("page on {}", web.url()));
+    web.serve(pages.router(), tasks);
+    Ok(())
+}
+
 /// Shows events while `work` runs.
 pub(crate) async fn shown<T>(events: &EventLog, silent: bool, work: impl Future<Output = T>) -> T {
     let mut screen = Screen::new(silent);
     let (past, mut live) = events.follow();
-    past.iter().for_each(|event| screen.show(event));
+    past.iter().for_each(|stamped| screen.show(&stamped.event));
     tokio::pin!(work);
     let result = loop {
         tokio::select! {
             result = &mut work => break result,
-            Ok(event) = live.recv() => screen.show(&event),
+            Ok(stamped) = live.recv() => screen.show(&stamped.event),
         }
     };
-    while let Ok(event) = live.try_recv() {
-        if !matches!(event, RunEvent::Progress { .. }) {
-            screen.show(&event);
+    while let Ok(stamped) = live.try_recv() {
+        if !matches!(stamped.event, RunEvent::Progress { .. }) {
+            screen.show(&stamped.event);
         }
     }
     screen.clear();

@@ -1,12 +1,14 @@
 //! `plan`: what a job would take, before any of it is spent.
 
-use espalier_common::job::Propagation;
+use espalier_common::job::{JobSpec, Propagation};
+use espalier_common::outline::ModelOutline;
 
 use super::args::{LocalArgs, PlanArgs};
 use super::{CliError, job, local, screen, table};
 use crate::error::exit;
 use crate::fleet::Roster;
-use crate::plan::cluster::ClusterSpec;
+use crate::metrics::CoordinatorMetrics;
+use crate::plan::cluster::{ClusterSpec, PlannedWorker};
 use crate::plan::cost;
 use crate::plan::predict::{self, PlanError, Prediction};
 use crate::run;
@@ -22,22 +24,9 @@ pub(crate) async fn run(mut args: PlanArgs, json: bool) -> Result<(), CliError> 
     }
     let job = job::job(&args.prune)?;
     job.validate().map_err(|error| CliError::rejected(&error))?;
-    let folder = tempfile::tempdir().map_err(|source| CliError::rejected(&source))?;
-    let one = LocalArgs { workers: 1, threads: Some(1) };
-    let roster = Roster::default();
-    let setting = local::setting(&folder.path().to_string_lossy(), &one, roster.clone(), local::stop_on_signal())?;
-    let outline = local::with_workers(&one, &folder.path().join("logs"), roster, async {
-        run::wait_for_workers(&setting).await?;
-        run::inspect(&setting, &job).await
-    })
-    .await?;
-    let cost = cost::count(&outline, &job, cluster.solver);
-    let layer_bytes: Vec<u64> = outline.layers.iter().map(|layer| layer.bytes).collect();
+    let outline = outline(&job).await?;
     let mode = job.propagation.mode;
-    let prediction = predict::predict(&cost, mode, &layer_bytes, &cluster, &workers).map_err(|error| {
-        let code = if error == PlanError::Endless { exit::BUG } else { exit::REJECTED };
-        CliError { code, ..CliError::rejected(&error) }
-    })?;
+    let prediction = predict(&outline, &job, &cluster, &workers)?;
     if job.pattern.allocation.needs_survey() {
         tracing::warn!("the survey that the job's allocation needs beforehand is not part of the prediction");
     }
@@ -47,6 +36,34 @@ pub(crate) async fn run(mut args: PlanArgs, json: bool) -> Result<(), CliError> 
         screen::out(&summary(&prediction, mode));
     }
     Ok(())
+}
+
+/// What a job's model is made of, as one worker on this machine reads it in the model's headers.
+pub(super) async fn outline(job: &JobSpec) -> Result<ModelOutline, CliError> {
+    let folder = tempfile::tempdir().map_err(|source| CliError::rejected(&source))?;
+    let one = LocalArgs { workers: 1, threads: Some(1) };
+    let roster = Roster::default();
+    let setting = local::setting(&folder.path().to_string_lossy(), &one, roster.clone(), local::stop_on_signal())?;
+    local::with_workers(&one, &folder.path().join("logs"), roster, CoordinatorMetrics::default(), async {
+        run::wait_for_workers(&setting).await?;
+        run::inspect(&setting, job).await
+    })
+    .await
+}
+
+/// How the job would go on a cluster.
+pub(super) fn predict(
+    outline: &ModelOutline,
+    job: &JobSpec,
+    cluster: &ClusterSpec,
+    workers: &[PlannedWorker],
+) -> Result<Prediction, CliError> {
+    let cost = cost::count(outline, job, cluster.solver);
+    let layer_bytes: Vec<u64> = outline.layers.iter().map(|layer| layer.bytes).collect();
+    predict::predict(&cost, job.propagation.mode, &layer_bytes, cluster, workers).map_err(|error| {
+        let code = if error == PlanError::Endless { exit::BUG } else { exit::REJECTED };
+        CliError { code, ..CliError::rejected(&error) }
+    })
 }
 
 fn summary(plan: &Prediction, mode: Propagation) -> String {

@@ -1,19 +1,26 @@
 //! `prune`, `resume` and `report`.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use espalier_common::config;
 use espalier_common::job::JobSpec;
-use espalier_common::store::{self, BlobStore};
+use espalier_common::store::{self, BlobStore, StoreError};
+use espalier_common::tasks::TaskGroup;
 
 use super::args::{LocalArgs, PruneArgs, ReportArgs, ResumeArgs};
 use super::{CliError, cluster, job, local, screen, table};
-use crate::error::RunError;
+use crate::error::{RunError, exit};
+use crate::events::EventLog;
 use crate::fleet::Roster;
 use crate::journal;
+use crate::metrics::CoordinatorMetrics;
+use crate::page;
 use crate::report::{self, Report};
-use crate::run::Run;
+use crate::run::{Run, Setting, TIMELINE};
+use crate::view::{RunView, Timeline};
 
 /// The main job.
 pub(crate) async fn run(args: Box<PruneArgs>, json: bool) -> Result<(), CliError> {
@@ -22,13 +29,18 @@ pub(crate) async fn run(args: Box<PruneArgs>, json: bool) -> Result<(), CliError
         Some(url) => cluster::submit(url, &args.access, &job, args.run.as_deref(), json).await,
         None => {
             let run_url = job::run_url(&args, &job);
-            run_here(job, &run_url, &args.local, json).await
+            run_here(job, &run_url, &args.local, args.http, json).await
         }
     }
 }
 
 /// A longer job.toml is not one of ours.
 const MAX_JOB_BYTES: u64 = 1 << 20;
+/// Nor is a longer timeline.
+const MAX_TIMELINE_BYTES: u64 = 64 << 20;
+
+/// What a browser's last answer may take once the run has ended.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// Takes up a run where it stopped.
 pub(crate) async fn resume(args: ResumeArgs, json: bool) -> Result<(), CliError> {
@@ -42,7 +54,7 @@ pub(crate) async fn resume(args: ResumeArgs, json: bool) -> Result<(), CliError>
         }
     };
     let job: JobSpec = job.map_err(|error| CliError::rejected(&error))?;
-    run_here(job, &args.run, &args.local, json).await
+    run_here(job, &args.run, &args.local, args.http, json).await
 }
 
 fn open(run_url: &str) -> Result<Arc<dyn BlobStore>, CliError> {
@@ -86,19 +98,31 @@ impl Logs {
     }
 }
 
-async fn run_here(job: JobSpec, run_url: &str, local: &LocalArgs, json: bool) -> Result<(), CliError> {
+async fn run_here(
+    job: JobSpec,
+    run_url: &str,
+    local: &LocalArgs,
+    http: Option<SocketAddr>,
+    json: bool,
+) -> Result<(), CliError> {
     let stop = local::stop_on_signal();
     let roster = Roster::default();
-    let setting = local::setting(run_url, local, roster.clone(), stop)?;
-    let events = setting.events.clone();
+    let metrics = CoordinatorMetrics::default();
+    let events = EventLog::counted(metrics.clone());
+    let setting = Setting { events: events.clone(), ..local::setting(run_url, local, roster.clone(), stop)? };
+    let pages = TaskGroup::new();
+    if let Some(address) = http {
+        local::serve_page(address, &setting, &metrics, &pages).await?;
+    }
     let store = open(run_url)?;
     let logs = Logs::of(run_url, store.as_ref())?;
     let existed = store.directory().is_none_or(Path::exists);
     let result = local::shown(&events, json, async {
         let run = Run::open(job, setting)?;
-        Box::pin(local::with_workers(local, logs.path(), roster, run.execute())).await
+        Box::pin(local::with_workers(local, logs.path(), roster, metrics, run.execute())).await
     })
     .await;
+    pages.shut_down(FAREWELL).await;
     match result {
         Ok(report) => {
             print_report(&report, run_url, json);
@@ -131,13 +155,31 @@ fn explain(error: &mut CliError, run_url: &str, store: &dyn BlobStore, logs: Log
     }
 }
 
-/// Prints the report of a run from its journal alone.
+/// Prints the report of a run from its journal alone; as a page, with when things happened, if that was kept.
 pub(crate) fn report(args: &ReportArgs, json: bool) -> Result<(), CliError> {
     let store = open(&args.run)?;
     let records = journal::read_run(store.as_ref()).map_err(RunError::from)?;
     let report = report::build(&records).map_err(|error| CliError::rejected(&error))?;
+    if let Some(path) = &args.html {
+        let view = RunView::of_report(report.clone(), timeline(store.as_ref())?);
+        std::fs::write(path, page::frozen(&view)).map_err(|source| RunError::folder(path, source))?;
+    }
     print_report(&report, &args.run, json);
     Ok(())
+}
+
+/// When things happened in a run, as far as that was kept: runs of earlier versions have none.
+fn timeline(store: &dyn BlobStore) -> Result<Option<Timeline>, CliError> {
+    let bytes = match store.get_at_most(TIMELINE, MAX_TIMELINE_BYTES) {
+        Ok(bytes) => bytes,
+        Err(StoreError::NotFound { .. }) => return Ok(None),
+        Err(error) => return Err(RunError::from(error).into()),
+    };
+    let wrong = |error: serde_json::Error| CliError {
+        message: format!("{}: {error}", store::join(store.url(), TIMELINE)),
+        code: exit::REJECTED,
+    };
+    serde_json::from_slice(&bytes).map(Some).map_err(wrong)
 }
 
 pub(super) fn print_report(report: &Report, run_url: &str, json: bool) {

@@ -8,12 +8,17 @@ use espalier_common::ids::{Unit, WorkerId};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::events::{Phase, RunEvent};
-use crate::journal::EvaluatedModel;
 
 /// Prints the one line a failed command ends with.
 #[allow(clippy::print_stderr, reason = "this is the place")]
 pub(crate) fn error_line(message: &str) {
     eprintln!("error: {message}");
+}
+
+/// Says where something is while a command runs; standard output is for its result.
+#[allow(clippy::print_stderr, reason = "this is the place")]
+pub(crate) fn note(text: &str) {
+    eprintln!("{text}");
 }
 
 /// Prints a result. A reader that went away (`| head`) is no error.
@@ -85,20 +90,6 @@ fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━╸ ")
 }
 
-fn phase_title(phase: Phase) -> (String, usize) {
-    match phase {
-        Phase::Tokenise => ("reading texts".to_owned(), 0),
-        Phase::Inspect => ("reading the model".to_owned(), 0),
-        Phase::Survey { layers } => ("surveying".to_owned(), layers),
-        Phase::Try { plans } => ("trying plans".to_owned(), plans),
-        Phase::Prune { layers } => ("pruning".to_owned(), layers),
-        Phase::Assemble => ("writing".to_owned(), 0),
-        Phase::EvaluateAlone { windows } => ("evaluating".to_owned(), windows),
-        Phase::Evaluate { model: EvaluatedModel::Dense, windows } => ("evaluating dense".to_owned(), windows),
-        Phase::Evaluate { model: EvaluatedModel::Pruned, windows } => ("evaluating pruned".to_owned(), windows),
-    }
-}
-
 fn name(names: &BTreeMap<WorkerId, String>, worker: WorkerId) -> String {
     names.get(&worker).cloned().unwrap_or_else(|| format!("worker {worker}"))
 }
@@ -106,24 +97,26 @@ fn name(names: &BTreeMap<WorkerId, String>, worker: WorkerId) -> String {
 #[allow(clippy::print_stderr, reason = "this is the place")]
 fn lines(event: &RunEvent, names: &BTreeMap<WorkerId, String>, layers: &mut usize, committed: &mut usize) {
     match event {
-        RunEvent::Opened { run, url, committed: before } => {
+        RunEvent::Opened { run, url, committed: before, .. } => {
             *committed = *before;
             let resumed = if *before > 0 { format!(", {before} layers committed before") } else { String::new() };
             eprintln!("run {run} in {url}{resumed}");
         }
         RunEvent::Phase { phase } => {
-            let (title, total) = phase_title(*phase);
+            let (title, total) = phase.title();
             if let Phase::Prune { .. } = phase {
                 *layers = total;
             }
             eprintln!("{title}{}", if total > 0 { format!(" ({total})") } else { String::new() });
         }
         RunEvent::WorkerLost { worker, name, reason } => eprintln!("worker {worker} ({name}) is lost: {reason}"),
-        RunEvent::Committed { unit: Unit::Prune(layer), worker, mean_error: Some(error) } => {
+        RunEvent::Committed { unit: Unit::Prune(layer), worker, mean_error: Some(error), .. } => {
             *committed += 1;
             eprintln!("layer {layer} pruned by {}: mean error {error:.5} ({committed}/{layers})", name(names, *worker));
         }
-        RunEvent::Failed { unit, worker, reason } => eprintln!("{unit} failed on {}: {reason}", name(names, *worker)),
+        RunEvent::Failed { unit, worker, reason, .. } => {
+            eprintln!("{unit} failed on {}: {reason}", name(names, *worker))
+        }
         _ => {}
     }
 }
@@ -142,7 +135,7 @@ impl Bars {
         match event {
             RunEvent::Opened { committed, .. } => self.committed = *committed as u64,
             RunEvent::Phase { phase } => {
-                let (title, total) = phase_title(*phase);
+                let (title, total) = phase.title();
                 self.phase = Some(*phase);
                 self.overall.set_position(if matches!(phase, Phase::Prune { .. }) { self.committed } else { 0 });
                 self.overall.set_message(title);
@@ -167,7 +160,7 @@ impl Bars {
                 }
                 let _ = self.all.println(format!("worker {worker} ({name}) is lost: {reason}"));
             }
-            RunEvent::Failed { unit, worker, reason } => {
+            RunEvent::Failed { unit, worker, reason, .. } => {
                 let _ = self.all.println(format!("{unit} failed on {}: {reason}", name(names, *worker)));
             }
             _ => {}

@@ -6,6 +6,7 @@ use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
 
 use crate::report::{Report, SublayerEntry};
+use crate::view::kind;
 
 /// A table in the house's look, right-aligned from the second column on.
 pub(crate) fn table(header: &[&str]) -> Table {
@@ -15,11 +16,6 @@ pub(crate) fn table(header: &[&str]) -> Table {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
-}
-
-/// The kind of a sublayer: `q_proj` of `model.layers.0.self_attn.q_proj.weight`.
-pub(crate) fn kind(tensor: &str) -> &str {
-    tensor.strip_suffix(".weight").unwrap_or(tensor).rsplit('.').next().unwrap_or(tensor)
 }
 
 /// What a person wants to know of a finished run.

@@ -7,6 +7,7 @@ use super::args::{LocalArgs, VerifyArgs};
 use super::{CliError, local, screen};
 use crate::error::{RunError, exit};
 use crate::fleet::{CallError, Roster};
+use crate::metrics::CoordinatorMetrics;
 use crate::run::wait_for_workers;
 use crate::verify::{findings, quantised};
 
@@ -76,5 +77,6 @@ async fn family_finding(model: &str) -> Result<Option<String>, CliError> {
             Err(error) => Err(RunError::Call(error)),
         }
     };
-    local::with_workers(&here, &folder.path().join("logs"), roster.clone(), inspect).await
+    local::with_workers(&here, &folder.path().join("logs"), roster.clone(), CoordinatorMetrics::default(), inspect)
+        .await
 }

@@ -4,8 +4,10 @@ mod book;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use espalier_common::clock::Clock;
+use espalier_common::digest::Digest;
 use espalier_common::fault::FaultClass;
 use espalier_common::ids::RunId;
 use espalier_common::job::JobSpec;
@@ -17,9 +19,11 @@ use tracing::{info, warn};
 use book::{Book, End, Entry};
 
 use crate::error::exit;
-use crate::events::{EventLog, Phase, RunEvent, RunStatus, Status, WorkerStatus};
+use crate::events::{EventLog, RunEvent, RunStatus, Status};
 use crate::fleet::Roster;
+use crate::http::{Watched, workers};
 use crate::journal::JournalError;
+use crate::metrics::CoordinatorMetrics;
 use crate::run::{Run, Setting};
 use crate::schedule::Limits;
 
@@ -38,11 +42,16 @@ pub struct Ticket {
 }
 
 impl Ticket {
-    fn new(entry: Entry) -> Self {
-        let events = EventLog::default();
-        if let Some(last) = entry.last_event() {
-            events.note(last);
-        }
+    fn new(entry: Entry, metrics: &CoordinatorMetrics) -> Self {
+        let events = match entry.last_event() {
+            // It ended in an earlier life, and was counted then.
+            Some(last) => {
+                let events = EventLog::default();
+                events.note(last);
+                events
+            }
+            None => EventLog::counted(metrics.clone()),
+        };
         Self { id: entry.id.clone(), events, entry, stop: CancellationToken::new() }
     }
 }
@@ -81,9 +90,21 @@ pub struct JobDesk {
     roster: Roster,
     root: String,
     lost: CancellationToken,
-    clock: Arc<dyn Clock>,
-    workers_wanted: usize,
-    limits: Limits,
+    setup: Setup,
+    metrics: CoordinatorMetrics,
+}
+
+/// What the runs of a desk have in common.
+#[derive(Clone)]
+pub struct Setup {
+    /// Their time.
+    pub clock: Arc<dyn Clock>,
+    /// Workers that each waits for.
+    pub workers_wanted: usize,
+    /// How long it waits for them.
+    pub workers_patience: Duration,
+    /// Its patience.
+    pub limits: Limits,
 }
 
 /// Why a job is not taken, or the desk not opened.
@@ -98,6 +119,9 @@ pub enum DeskError {
     /// Too many wait already.
     #[error("{MAX_QUEUED} jobs are waiting already")]
     Full,
+    /// The coordinator was started for another job.
+    #[error("this coordinator was started for one job, and takes no other")]
+    OneJob,
     /// The job cannot be written down.
     #[error(transparent)]
     Store(#[from] espalier_common::store::StoreError),
@@ -130,7 +154,7 @@ impl DeskError {
             Self::Full | Self::Root { .. } | Self::Busy { .. } => true,
             Self::Store(error) => !matches!(error.class(), FaultClass::Reject),
             Self::Journal(error) => !matches!(error.class(), FaultClass::Reject),
-            Self::Job(_) | Self::Unreadable(_) => false,
+            Self::Job(_) | Self::Unreadable(_) | Self::OneJob => false,
         }
     }
 }
@@ -141,35 +165,49 @@ impl JobDesk {
     ///
     /// # Errors
     /// See [`DeskError`].
-    pub fn open(
+    pub fn open(roster: Roster, root: String, setup: Setup, metrics: CoordinatorMetrics) -> Result<Self, DeskError> {
+        let (book, entries) = Book::open(&root)?;
+        Ok(Self::over(book, entries, roster, root, setup, metrics))
+    }
+
+    /// A desk for one job, whose run is at `run_url`, and the job's events. It takes no other; nothing is written but the run
+    /// itself.
+    ///
+    /// # Errors
+    /// `Job`.
+    pub fn of_one(
+        roster: Roster,
+        job: JobSpec,
+        run_url: String,
+        setup: Setup,
+        metrics: CoordinatorMetrics,
+    ) -> Result<(Self, EventLog), DeskError> {
+        job.validate()?;
+        let id = RunId("job-1".to_owned());
+        let entry = Entry { id: id.clone(), key: key_of(&job), job, folder: run_url, end: None };
+        let desk = Self::over(Book::OneJob, vec![entry], roster, String::new(), setup, metrics);
+        let events = desk.ticket(&id.0).map(|ticket| ticket.events).unwrap_or_default();
+        Ok((desk, events))
+    }
+
+    fn over(
+        book: Book,
+        entries: Vec<Entry>,
         roster: Roster,
         root: String,
-        clock: Arc<dyn Clock>,
-        workers_wanted: usize,
-        limits: Limits,
-    ) -> Result<Self, DeskError> {
-        let (book, entries) = Book::open(&root)?;
+        setup: Setup,
+        metrics: CoordinatorMetrics,
+    ) -> Self {
         let mut inner = Inner::default();
         for entry in entries {
             if entry.end.is_none() {
                 info!(job = %entry.id, "taken up again");
             }
-            inner.add(Ticket::new(entry));
+            inner.add(Ticket::new(entry, &metrics));
         }
         let inner = Arc::new(Mutex::new(inner));
         let lost = CancellationToken::new();
-        Ok(Self {
-            inner,
-            turn: Arc::default(),
-            wake: Arc::default(),
-            book,
-            roster,
-            root,
-            lost,
-            clock,
-            workers_wanted,
-            limits,
-        })
+        Self { inner, turn: Arc::default(), wake: Arc::default(), book, roster, root, lost, setup, metrics }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -190,8 +228,11 @@ impl JobDesk {
             let inner = self.lock();
             let known = inner.keys.get(key).and_then(|id| inner.tickets.get(id)).map(|ticket| ticket.entry.clone());
             let entry = match known {
-                Some(entry) if matches!(entry.end, Some(End::Ended { .. })) => Entry { end: None, ..entry },
+                Some(entry) if matches!(entry.end, Some(End::Ended { .. })) && !self.is_of_one() => {
+                    Entry { end: None, ..entry }
+                }
                 Some(entry) => return Ok(entry.id),
+                None if self.is_of_one() => return Err(DeskError::OneJob),
                 None => {
                     let id = RunId(format!("job-{}", inner.order.len() + 1));
                     let folder = if run_url.is_empty() { store::join(&self.root, &id.0) } else { run_url.to_owned() };
@@ -205,9 +246,13 @@ impl JobDesk {
         };
         self.write(&entry)?;
         let id = entry.id.clone();
-        self.lock().add(Ticket::new(entry));
+        self.lock().add(Ticket::new(entry, &self.metrics));
         self.wake.notify_one();
         Ok(id)
+    }
+
+    fn is_of_one(&self) -> bool {
+        matches!(self.book, Book::OneJob)
     }
 
     /// Set once another coordinator has taken over the root of the runs: this one has nothing left to do.
@@ -248,12 +293,7 @@ impl JobDesk {
     pub fn status(&self) -> Status {
         let inner = self.lock();
         let runs = inner.order.iter().filter_map(|id| inner.tickets.get(id)).map(run_status).collect();
-        let workers = self.roster.members().into_iter().map(|(worker, member)| WorkerStatus {
-            worker,
-            offer: member.offer,
-            peak_rss_bytes: member.peak_rss_bytes,
-        });
-        Status { runs, workers: workers.collect() }
+        Status { runs, workers: workers(&self.roster) }
     }
 
     /// Runs what is submitted, one job after another, until `stop` is set. The run that this interrupts is not ended: the
@@ -289,15 +329,39 @@ impl JobDesk {
         }
     }
 
+    /// Runs what is queued first, to its last event or until `stop` is set. Whoever cancelled the job does not want it tried
+    /// again: it ends as one that was refused.
+    pub async fn work_on_one(&self, stop: &CancellationToken) -> RunEvent {
+        let cancelled = || RunEvent::Ended { reason: "cancelled".to_owned(), exit_code: exit::REJECTED };
+        let next = self.lock().queue.pop_front();
+        let Some(ticket) = next.and_then(|id| self.ticket(&id)) else { return cancelled() };
+        let run = self.run(&ticket);
+        tokio::pin!(run);
+        let last = tokio::select! {
+            last = &mut run => last,
+            () = stop.cancelled() => {
+                ticket.stop.cancel();
+                run.await
+            }
+        };
+        let last = match last {
+            RunEvent::Ended { .. } if ticket.stop.is_cancelled() && !stop.is_cancelled() => cancelled(),
+            last => last,
+        };
+        self.close(&ticket, last.clone());
+        last
+    }
+
     /// Runs a job to its last event.
     async fn run(&self, ticket: &Ticket) -> RunEvent {
         let setting = Setting {
             run_url: ticket.entry.folder.clone(),
             roster: self.roster.clone(),
-            workers_wanted: self.workers_wanted,
+            workers_wanted: self.setup.workers_wanted,
+            workers_patience: self.setup.workers_patience,
             events: ticket.events.clone(),
-            clock: self.clock.clone(),
-            limits: self.limits,
+            clock: self.setup.clock.clone(),
+            limits: self.setup.limits,
             workers_return: true,
             stop: ticket.stop.clone(),
         };
@@ -335,26 +399,21 @@ impl JobDesk {
     }
 }
 
-fn run_status(ticket: &Ticket) -> RunStatus {
-    let mut status = RunStatus {
-        run: ticket.id.clone(),
-        model: ticket.entry.job.model.source.clone(),
-        state: "queued".to_owned(),
-        committed: 0,
-        layers: None,
-    };
-    for event in ticket.events.follow().0 {
-        match event {
-            RunEvent::Opened { committed, .. } => {
-                status.state = "running".to_owned();
-                status.committed = committed;
-            }
-            RunEvent::Phase { phase: Phase::Prune { layers } } => status.layers = Some(layers),
-            RunEvent::Committed { unit: espalier_common::ids::Unit::Prune(_), .. } => status.committed += 1,
-            RunEvent::Finished { .. } => status.state = "done".to_owned(),
-            RunEvent::Ended { reason, .. } => status.state = reason,
-            _ => {}
-        }
+/// Names a job towards its submitter: the same job to the same output is the same job.
+pub fn key_of(job: &JobSpec) -> String {
+    Digest::of(serde_json::to_string(job).expect("a job is plain data").as_bytes()).to_string()
+}
+
+impl Watched for JobDesk {
+    fn status(&self) -> Status {
+        Self::status(self)
     }
-    status
+
+    fn events(&self, run: &str) -> Option<EventLog> {
+        self.ticket(run).map(|ticket| ticket.events)
+    }
+}
+
+fn run_status(ticket: &Ticket) -> RunStatus {
+    ticket.events.look(|view| view.status(&ticket.id.0, &ticket.entry.job.model.source))
 }

@@ -4,4 +4,4 @@ mod client;
 mod roster;
 
 pub use client::{CallError, GrpcWorkerClient, UnitCall, WorkerClient};
-pub use roster::{FleetEvent, Offer, Roster, RosterError};
+pub use roster::{FleetEvent, Member, Offer, Roster, RosterError};

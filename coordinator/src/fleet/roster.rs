@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use espalier_common::fault::Fault;
 use espalier_common::ids::{Boundary, Lease, RunId, WorkerId};
@@ -119,6 +120,8 @@ struct Inner {
     /// Those that are gone, for the report.
     past: BTreeMap<WorkerId, Member>,
     listener: Option<mpsc::Sender<FleetEvent>>,
+    /// Whether there is nothing left to do, ever.
+    is_dismissed: bool,
 }
 
 impl Default for Inner {
@@ -130,6 +133,7 @@ impl Default for Inner {
             members: BTreeMap::new(),
             past: BTreeMap::new(),
             listener: None,
+            is_dismissed: false,
         }
     }
 }
@@ -154,6 +158,27 @@ impl Roster {
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().expect("nobody panics while holding the roster")
+    }
+
+    /// Whether workers are to be told that nothing is left to do.
+    pub fn is_dismissed(&self) -> bool {
+        self.lock().is_dismissed
+    }
+
+    /// Tells every worker, with its next heartbeat, that nothing is left to do, and waits until all have left; `patience` at
+    /// most, for one that does not beat is gone already.
+    pub async fn dismiss(&self, patience: Duration) {
+        self.lock().is_dismissed = true;
+        let (_, mut fleet) = self.listen();
+        let left = async {
+            while !self.lock().members.is_empty() {
+                if fleet.recv().await.is_none() {
+                    return;
+                }
+            }
+        };
+        // Whoever has not left by then finds the coordinator gone, and ends by that.
+        let _ = tokio::time::timeout(patience, left).await;
     }
 
     /// Lets a worker in. One that registers again from the same endpoint replaces its former self.

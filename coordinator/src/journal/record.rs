@@ -79,6 +79,9 @@ pub enum JournalRecord {
         reason: String,
         /// Wall-clock seconds of this process' part.
         seconds: f64,
+        /// The exit code that this amounts to; journals of earlier versions do not tell.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        exit_code: Option<u8>,
     },
 }
 

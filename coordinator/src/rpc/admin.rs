@@ -9,7 +9,7 @@ use tokio_stream::wrappers::BroadcastStream;
 use tonic::{Request, Response, Status};
 
 use crate::desk::JobDesk;
-use crate::events::RunEvent;
+use crate::events::Stamped;
 
 /// The service that takes jobs and tells of them.
 #[derive(Clone)]
@@ -24,14 +24,10 @@ impl AdminDesk {
     }
 }
 
-fn encode(event: &RunEvent) -> Result<pb::RunEvent, Status> {
+fn encode(event: &Stamped) -> Result<pb::RunEvent, Status> {
     serde_json::to_string(event)
         .map(|event_json| pb::RunEvent { event_json })
         .map_err(|error| Status::internal(error.to_string()))
-}
-
-fn is_last(event: &RunEvent) -> bool {
-    matches!(event, RunEvent::Finished { .. } | RunEvent::Ended { .. })
 }
 
 #[tonic::async_trait]
@@ -54,13 +50,13 @@ impl Admin for AdminDesk {
         let run = request.into_inner().run;
         let ticket = self.desk.ticket(&run).ok_or_else(|| Status::not_found(format!("no run {run}")))?;
         let (past, live) = ticket.events.follow();
-        let ended = past.iter().any(is_last);
+        let ended = past.iter().any(Stamped::is_last);
         // A follower that is too slow loses progress, never the end: the end is the last thing sent.
         let live = BroadcastStream::new(live).filter_map(|event| async move { event.ok() });
         let live = if ended { stream::empty().left_stream() } else { live.right_stream() };
         let events = stream::iter(past).chain(live).scan(false, |over, event| {
             let item = (!*over).then_some(event);
-            *over |= item.as_ref().is_some_and(is_last);
+            *over |= item.as_ref().is_some_and(Stamped::is_last);
             async move { item }
         });
         Ok(Response::new(Box::pin(events.map(|event| encode(&event)))))

@@ -10,7 +10,7 @@ use tonic::metadata::MetadataValue;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::config::ClientConfig;
-use crate::events::{RunEvent, Status};
+use crate::events::{Stamped, Status};
 
 const DEADLINE: Duration = Duration::from_secs(20);
 /// The last event holds a whole report.
@@ -205,7 +205,7 @@ impl Events {
     ///
     /// # Errors
     /// `Unreachable`, `Protocol`.
-    pub async fn next(&mut self) -> Result<Option<RunEvent>, AdminError> {
+    pub async fn next(&mut self) -> Result<Option<Stamped>, AdminError> {
         let message = self.stream.message().await.map_err(|status| refusal(&self.url, &status))?;
         message.map(|message| parse(&self.url, &message.event_json)).transpose()
     }

@@ -1,6 +1,7 @@
 //! The coordinator as a service: a listener, the workers' desk, and (for clusters) the desk where jobs are submitted.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use espalier_common::tasks::TaskGroup;
@@ -10,10 +11,12 @@ use espalier_proto::v1::admin_server::AdminServer;
 use espalier_proto::v1::coordinator_server::CoordinatorServer;
 use tokio::net::TcpListener;
 use tonic::transport::Server;
+use tonic_health::server::{HealthReporter, health_reporter};
 use tracing::error;
 
 use crate::error::RunError;
 use crate::fleet::Roster;
+use crate::metrics::CoordinatorMetrics;
 use crate::rpc::admin::AdminDesk;
 use crate::rpc::workers::WorkerDesk;
 
@@ -27,11 +30,12 @@ pub struct Service {
     /// Where it listens.
     pub address: SocketAddr,
     has_tls: bool,
+    health: HealthReporter,
     tasks: TaskGroup,
 }
 
 impl Service {
-    /// Listens on `address` (port 0: any) and serves workers, and `admin` if there is one.
+    /// Listens on `address` (port 0: any) and serves workers, and `admin` if there is one; tells `metrics` how long calls take.
     ///
     /// # Errors
     /// `Gate` for an address beyond loopback without certificates; `Listen`.
@@ -40,6 +44,7 @@ impl Service {
         entrance: Entrance,
         roster: Roster,
         admin: Option<AdminDesk>,
+        metrics: CoordinatorMetrics,
     ) -> Result<Self, RunError> {
         let failed = |source| RunError::Listen { address: address.to_string(), source };
         let has_tls = entrance.credentials.is_some();
@@ -51,9 +56,16 @@ impl Service {
         let workers = CoordinatorServer::new(WorkerDesk::new(roster.clone()))
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let (health, health_service) = health_reporter();
+        health.set_serving::<CoordinatorServer<WorkerDesk>>().await;
+        if admin.is_some() {
+            health.set_serving::<AdminServer<AdminDesk>>().await;
+        }
+        let observer = move |path: &str, seconds: f64| metrics.observe_call(path, seconds);
         let server = Server::builder()
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
-            .layer(Guard::new(entrance.tokens.clone()))
+            .layer(Guard::new(entrance.tokens.clone()).observed_by(Arc::new(observer)))
+            .add_service(health_service)
             .add_service(workers)
             .add_optional_service(admin.map(AdminServer::new));
         let connections = entrance.open(listener, &tasks);
@@ -63,7 +75,7 @@ impl Service {
                 error!(%error, "the coordinator's services ended");
             }
         });
-        Ok(Self { roster, address, has_tls, tasks })
+        Ok(Self { roster, address, has_tls, health, tasks })
     }
 
     /// Where it listens, as a URL.
@@ -71,8 +83,10 @@ impl Service {
         format!("{}://{}", if self.has_tls { "https" } else { "http" }, self.address)
     }
 
-    /// Stops serving.
+    /// Stops serving; whoever asks for its health meanwhile is told.
     pub async fn stop(self) {
+        self.health.set_not_serving::<CoordinatorServer<WorkerDesk>>().await;
+        self.health.set_not_serving::<AdminServer<AdminDesk>>().await;
         self.tasks.shut_down(Duration::from_secs(2)).await;
     }
 }

@@ -73,7 +73,7 @@ impl Coordinator for WorkerDesk {
                 .collect();
             self.roster.tell(FleetEvent::Heartbeat { worker, progress }).await;
         }
-        Ok(Response::new(pb::HeartbeatResponse { known }))
+        Ok(Response::new(pb::HeartbeatResponse { known, dismissed: self.roster.is_dismissed() }))
     }
 
     async fn report(&self, request: Request<pb::ReportRequest>) -> Result<Response<pb::ReportResponse>, Status> {

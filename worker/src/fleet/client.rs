@@ -163,7 +163,7 @@ fn request<T>(message: T) -> Request<T> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
     use std::sync::{Arc, Mutex};
 
     use espalier_common::fault::{Fault, FaultClass};
@@ -187,6 +187,7 @@ mod tests {
         report_calls: AtomicU32,
         reports: Mutex<Vec<pb::ReportRequest>>,
         left: AtomicU64,
+        is_over: AtomicBool,
         changed: Notify,
     }
 
@@ -210,7 +211,8 @@ mod tests {
         ) -> Result<Response<pb::HeartbeatResponse>, Status> {
             let beat = request.into_inner();
             assert_eq!(beat.coordinator, 7);
-            Ok(Response::new(pb::HeartbeatResponse { known: beat.worker != 1 }))
+            let dismissed = self.is_over.load(Ordering::SeqCst);
+            Ok(Response::new(pb::HeartbeatResponse { known: beat.worker != 1, dismissed }))
         }
 
         async fn report(&self, request: Request<pb::ReportRequest>) -> Result<Response<pb::ReportResponse>, Status> {
@@ -246,7 +248,7 @@ mod tests {
         let (sender, _) = mpsc::channel(1);
         let runtime = tokio::runtime::Handle::current();
         let session = Session::new(DeviceThread::start().unwrap(), cache, sender, runtime);
-        Membership::new(client, session, pb::RegisterRequest { build: build.to_owned(), ..Default::default() })
+        Membership::new(client, session, pb::RegisterRequest { build: build.to_owned(), ..Default::default() }, None)
     }
 
     async fn until(coordinator: &Forgetful, holds: impl Fn() -> bool) {
@@ -271,7 +273,7 @@ mod tests {
         let (member, token) = (Arc::clone(&membership), tasks.token());
         tasks.spawn(async move {
             tokio::select! {
-                Err(error) = member.run(reports) => panic!("{error}"),
+                ended = member.run(reports) => panic!("{ended:?}"),
                 () = token.cancelled() => {}
             }
         });
@@ -284,11 +286,24 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread")]
+    async fn a_worker_that_is_dismissed_ends_well() {
+        let tasks = TaskGroup::new();
+        let (coordinator, client) = serve(&tasks);
+        coordinator.is_over.store(true, Ordering::SeqCst);
+        let (_sender, reports) = mpsc::channel(1);
+        let membership = membership(client, "right");
+        tokio::time::timeout(Duration::from_secs(10), membership.run(reports)).await.unwrap().unwrap();
+        membership.leave(Duration::from_secs(5)).await;
+        assert_eq!(coordinator.left.load(Ordering::SeqCst), 1);
+        assert!(tasks.shut_down(Duration::from_secs(5)).await);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
     async fn a_refusal_is_not_repeated() {
         let tasks = TaskGroup::new();
         let (_, client) = serve(&tasks);
         let (_sender, reports) = mpsc::channel(1);
-        let Err(error) = membership(client, "wrong").run(reports).await;
+        let error = membership(client, "wrong").run(reports).await.unwrap_err();
         assert_eq!(error.class(), FaultClass::Reject);
         assert!(error.to_string().contains("another build"), "{error}");
         assert!(tasks.shut_down(Duration::from_secs(5)).await);

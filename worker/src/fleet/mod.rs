@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use espalier_common::clock::unix_millis;
 use espalier_common::wire::lease_to_wire;
 use espalier_proto::v1 as pb;
 use rand::Rng as _;
@@ -22,6 +23,9 @@ pub use client::{CallError, CoordinatorClient};
 /// A coordinator that cannot be registered with for so long at the start is taken for absent.
 const REGISTRATION: Duration = Duration::from_secs(30);
 
+/// A loop that has not turned for so long hangs: a call ends within 10 s, a wait within 60 s.
+const STUCK: Duration = Duration::from_secs(120);
+
 /// A coordinator that has not answered for so long is taken for gone.
 const UNREACHABLE: Duration = Duration::from_secs(60);
 
@@ -35,20 +39,44 @@ pub struct Membership {
     worker: AtomicU64,
     /// The coordinator's life in which it was given.
     coordinator: AtomicU64,
+    /// When the loop last turned, in milliseconds since 1970.
+    turned: AtomicU64,
+    /// How long the coordinator may be silent, if somebody has said.
+    silence: Option<Duration>,
 }
 
 impl Membership {
-    /// A place that is not taken yet.
-    pub fn new(client: CoordinatorClient, session: Arc<Session>, offer: pb::RegisterRequest) -> Self {
-        Self { client, session, offer, worker: AtomicU64::new(0), coordinator: AtomicU64::new(0) }
+    /// A place that is not taken yet. `silence` is how long the coordinator may be absent or silent before it is given up, if
+    /// not as long as is usual.
+    pub fn new(
+        client: CoordinatorClient,
+        session: Arc<Session>,
+        offer: pb::RegisterRequest,
+        silence: Option<Duration>,
+    ) -> Self {
+        let (worker, coordinator, turned) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(unix_millis()));
+        Self { client, session, offer, worker, coordinator, turned, silence }
     }
 
-    /// Registers, then beats and reports until the coordinator is gone; never returns without an error.
+    /// Whether the loop that registers and beats still turns.
+    ///
+    /// # Errors
+    /// For how long it has not.
+    pub fn alive(&self) -> Result<(), String> {
+        let still = unix_millis().saturating_sub(self.turned.load(Ordering::Relaxed));
+        if still > STUCK.as_millis() as u64 { Err(format!("no heartbeat for {} s", still / 1000)) } else { Ok(()) }
+    }
+
+    fn turn(&self) {
+        self.turned.store(unix_millis(), Ordering::Relaxed);
+    }
+
+    /// Registers, then beats and reports until the coordinator says that nothing is left to do.
     ///
     /// # Errors
     /// `Refused` if the coordinator will not have this worker, `Unreachable` once it has been silent for too long.
-    pub async fn run(&self, reports: mpsc::Receiver<UnitReport>) -> Result<std::convert::Infallible, CallError> {
-        let interval = self.register(REGISTRATION).await?;
+    pub async fn run(&self, reports: mpsc::Receiver<UnitReport>) -> Result<(), CallError> {
+        let interval = self.register(self.silence.unwrap_or(REGISTRATION)).await?;
         tokio::select! {
             ended = self.beat(interval) => ended,
             ended = self.deliver(reports) => ended,
@@ -69,9 +97,12 @@ impl Membership {
     async fn register(&self, patience: Duration) -> Result<Duration, CallError> {
         let deadline = Instant::now() + patience;
         let mut backoff = Backoff::default();
+        self.session.readiness().set(Err("it is not registered"));
         loop {
+            self.turn();
             match self.client.register(self.offer.clone()).await {
                 Ok(answer) => {
+                    self.session.readiness().set(Ok(()));
                     self.worker.store(answer.worker, Ordering::Relaxed);
                     self.coordinator.store(answer.coordinator, Ordering::Relaxed);
                     tracing::info!(worker = answer.worker, coordinator = self.client.url(), "registered");
@@ -92,21 +123,31 @@ impl Membership {
         matches!(error, CallError::Unreachable { .. }) || (was_registered && error.may_pass())
     }
 
-    async fn beat(&self, mut interval: Duration) -> Result<std::convert::Infallible, CallError> {
+    async fn beat(&self, mut interval: Duration) -> Result<(), CallError> {
+        let silence = self.silence.unwrap_or(UNREACHABLE);
         let mut heard = Instant::now();
         loop {
             tokio::time::sleep(interval).await;
+            self.turn();
             match self.client.heartbeat(self.heartbeat()).await {
-                Ok(pb::HeartbeatResponse { known }) => {
+                Ok(pb::HeartbeatResponse { dismissed: true, .. }) => {
+                    tracing::info!("dismissed: nothing is left to do");
+                    return Ok(());
+                }
+                Ok(pb::HeartbeatResponse { known, .. }) => {
                     heard = Instant::now();
-                    if !known {
+                    if known {
+                        self.session.readiness().set(Ok(()));
+                    } else {
                         tracing::warn!("the coordinator does not know this worker: registering again");
                         self.session.abandon_all();
-                        interval = self.register(UNREACHABLE).await?;
+                        interval = self.register(silence).await?;
                     }
                 }
-                Err(error) if error.may_pass() && heard.elapsed() < UNREACHABLE => {
+                Err(error) if error.may_pass() && heard.elapsed() < silence => {
                     tracing::warn!(%error, "missed a heartbeat");
+                    self.session.metrics().observe_missed_heartbeat();
+                    self.session.readiness().set(Err("the coordinator does not answer"));
                 }
                 Err(error) => return Err(error),
             }
@@ -130,7 +171,7 @@ impl Membership {
     }
 
     /// Delivers the ends of units, each until it is accepted; the heartbeat knows when to give up.
-    async fn deliver(&self, mut reports: mpsc::Receiver<UnitReport>) -> Result<std::convert::Infallible, CallError> {
+    async fn deliver(&self, mut reports: mpsc::Receiver<UnitReport>) -> Result<(), CallError> {
         while let Some(report) = reports.recv().await {
             let lease = report.lease;
             let message = self.report(report);

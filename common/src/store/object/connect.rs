@@ -35,7 +35,7 @@ fn client() -> ClientOptions {
 }
 
 /// A URL as it may be shown: without user, password, query and fragment.
-pub(in crate::store) fn without_secrets(url: &str) -> String {
+pub(crate) fn without_secrets(url: &str) -> String {
     let end = url.find(['?', '#']).unwrap_or(url.len());
     let (scheme, rest) = match url[..end].split_once("://") {
         Some((scheme, rest)) => (format!("{scheme}://"), rest),

@@ -18,7 +18,8 @@ use object_store::{GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
 use super::{BlobStore, Placed, StoreError, StoreSettings, check_name, check_range};
 use crate::tasks::Background;
 
-pub(super) use connect::{SCHEMES, without_secrets};
+pub(super) use connect::SCHEMES;
+pub(crate) use connect::without_secrets;
 pub use upload::Upload;
 
 /// Larger blobs are read and written in parts: a request must end within the time that a request may take.
@@ -51,8 +52,11 @@ impl ObjectBlobStore {
 
     /// [`Self::open`] with a patience of the caller's choice.
     pub(super) fn open_retrying(url: &str, settings: &StoreSettings, retry: RetryConfig) -> Result<Self, StoreError> {
-        let (store, prefix) = connect::connect(url, settings, retry)?;
-        Self::over(store, prefix, url.trim_end_matches('/').to_owned(), settings.clone())
+        let settings = settings
+            .with_credentials_file()
+            .map_err(|reason| StoreError::Misconfigured { url: connect::without_secrets(url), reason })?;
+        let (store, prefix) = connect::connect(url, &settings, retry)?;
+        Self::over(store, prefix, url.trim_end_matches('/').to_owned(), settings)
     }
 
     /// A store in memory behind the same code, for tests: nothing can open it again.
