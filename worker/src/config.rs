@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use espalier_common::device::DeviceChoice;
 use espalier_common::telemetry::LogConfig;
 use espalier_gate::TlsSection;
 use serde::{Deserialize, Serialize};
@@ -34,6 +35,13 @@ pub struct WorkerSection {
     pub name: Option<String>,
     /// Compute threads; as many as the process may use if none is given.
     pub threads: Option<usize>,
+    /// What computes: `auto` for a GPU if this build and machine have one and else the CPU, `cpu`, or `cuda:N`.
+    pub device: DeviceChoice,
+    /// Lets matrix products on a GPU round their factors to 10 bits of mantissa (TF32), which is faster and less exact. Workers
+    /// that differ in it are not let into one cluster.
+    pub tf32: bool,
+    /// Bytes of hidden states kept on the GPU, the rest goes to memory; half of what is free there if none is given.
+    pub device_budget: Option<u64>,
     /// Bytes of hidden states kept in memory, the rest goes to `scratch`; a quarter of the machine's memory if none is given.
     pub memory_budget: Option<u64>,
     /// Speed of f32 matrix products in GFLOP/s that the worker offers, by which layers are shared out; measured at the start if
@@ -51,6 +59,9 @@ impl Default for WorkerSection {
             advertise: None,
             name: None,
             threads: None,
+            device: DeviceChoice::Auto,
+            tf32: false,
+            device_budget: None,
             memory_budget: None,
             gflops: None,
             scratch: None,

@@ -1,5 +1,6 @@
 //! `plan`: what a job would take, before any of it is spent.
 
+use espalier_common::device::DeviceChoice;
 use espalier_common::job::Propagation;
 
 use super::args::{LocalArgs, PlanArgs};
@@ -23,7 +24,7 @@ pub(crate) async fn run(mut args: PlanArgs, json: bool) -> Result<(), CliError> 
     let job = job::job(&args.prune)?;
     job.validate().map_err(|error| CliError::rejected(&error))?;
     let folder = tempfile::tempdir().map_err(|source| CliError::rejected(&source))?;
-    let one = LocalArgs { workers: 1, threads: Some(1) };
+    let one = LocalArgs { workers: 1, threads: Some(1), device: DeviceChoice::Cpu };
     let roster = Roster::default();
     let setting = local::setting(&folder.path().to_string_lossy(), &one, roster.clone(), local::stop_on_signal())?;
     let outline = local::with_workers(&one, &folder.path().join("logs"), roster, async {
