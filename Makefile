@@ -4,7 +4,8 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 TEXT := tests/golden/text
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo cluster test test-s3 test-deploy test-metrics soak lint bench bench-peers docs real real-methods real-structured
+.PHONY: help build demo cluster test test-s3 test-deploy test-metrics soak lint cuda-check cuda-kernels cuda-build bench \
+	bench-peers docs real real-methods real-structured
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -67,6 +68,19 @@ lint: ## Check formatting, clippy, documentation, licences and sources; any warn
 	@if $(CARGO) deny --version >/dev/null 2>&1; \
 		then set -x; $(CARGO) deny check bans licenses sources; \
 		else echo "lint: SKIPPED: cargo-deny is not installed, so licences and sources were not checked" >&2; fi
+
+cuda-check: ## Check every line of the CUDA build, with a stand-in for nvcc: no GPU, no download, nothing is linked
+	PATH="$(CURDIR)/deploy/cuda:$$PATH" CUDA_COMPUTE_CAP=80 $(CARGO) clippy --release -p espalier-worker --all-targets \
+		--features cuda --target-dir "$(TARGET)/cuda" -- -D warnings
+
+cuda-kernels: ## Compile the kernels' CUDA C with NVIDIA's compiler, which this gets from PyPI once
+	@test -d "$(TARGET)/nvrtc/wheels" || { rm -rf "$(TARGET)/nvrtc" && mkdir -p "$(TARGET)/nvrtc" \
+		&& python3 -m pip install --quiet --root-user-action=ignore --no-deps --target "$(TARGET)/nvrtc/partial" nvidia-cuda-nvrtc==13.0.88 \
+		&& mv "$(TARGET)/nvrtc/partial" "$(TARGET)/nvrtc/wheels"; }
+	python3 tests/reference/cuda_kernels.py "$(TARGET)/nvrtc/wheels" worker/src/device/kernels/espalier.cu
+
+cuda-build: ## Build espalier-worker-cuda beside the other programs, with CUDA from PyPI (1 GB, once; half an hour)
+	deploy/cuda/build.sh "$(TARGET)" "$(CARGO)"
 
 bench: ## Measure the solvers and the tensor transfer
 	$(CARGO) bench --workspace

@@ -8,6 +8,7 @@ pub mod calibration;
 pub mod checkpoint;
 pub mod clock;
 pub mod config;
+pub mod device;
 pub mod digest;
 pub mod fault;
 pub mod ids;

@@ -65,7 +65,8 @@ pub struct Reconstruction {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PhaseSeconds {
     /// `load`, `forward`, `gram`, `solve`, `reconstruct`, `verify`, `store`, `fetch`, `evaluate`, `survey`,
-    /// and `wait` for assistants.
+    /// and `wait` for assistants; of a worker with a GPU also `solve-host`, for methods that are not solved there, and
+    /// `make-room`, when its memory did not last.
     pub phase: String,
     /// Wall-clock seconds.
     pub seconds: f64,

@@ -67,7 +67,8 @@ pub struct CoordinatorSection {
     /// A worker that says nothing for so many seconds is taken for lost, and its work is given to others; they say something
     /// every second, so 2 is the least.
     pub worker_silence_seconds: u32,
-    /// The worker program that `prune` and `eval` start; empty: `espalier-worker` beside this program.
+    /// The worker program that `prune` and `eval` start; empty: `espalier-worker` beside this program, or
+    /// `espalier-worker-cuda` if that is there and can use a GPU.
     pub worker_program: PathBuf,
 }
 

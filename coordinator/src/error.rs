@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use espalier_common::checkpoint::CheckpointError;
+use espalier_common::device::DeviceChoice;
 use espalier_common::fault::{Fault, FaultClass};
 use espalier_common::job::JobError;
 use espalier_common::store::StoreError;
@@ -158,6 +159,14 @@ pub enum RunError {
         #[source]
         source: std::io::Error,
     },
+    /// The device asked for cannot be had here.
+    #[error("--device {device}: {reason}")]
+    Device {
+        /// What was asked for.
+        device: DeviceChoice,
+        /// Why not.
+        reason: String,
+    },
     /// Who may come in.
     #[error(transparent)]
     Gate(#[from] GateError),
@@ -230,6 +239,7 @@ impl RunError {
             | Self::MethodVersion { .. }
             | Self::Gate(_)
             | Self::Listen { .. }
+            | Self::Device { .. }
             | Self::Launch { .. } => exit::REJECTED,
             Self::Checkpoint(CheckpointError::Io { source, .. }) | Self::Folder { source, .. }
                 if is_passing(source) =>

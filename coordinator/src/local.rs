@@ -1,14 +1,18 @@
 //! Workers on this machine: started by this process, and gone with it.
 
+mod program;
+
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
+use espalier_common::device::DeviceChoice;
 use espalier_common::tasks::TaskGroup;
 use tokio::process::{Child, ChildStdin, Command};
-use tracing::warn;
+use tracing::{info, warn};
 
+use self::program::Picked;
 use crate::error::RunError;
 use crate::fleet::Roster;
 
@@ -23,8 +27,10 @@ fn threads_of(threads: usize, index: usize, workers: usize) -> usize {
 
 /// What the workers are started with.
 pub struct Launch {
-    /// The worker program; empty: `espalier-worker` beside this program.
+    /// The worker program; empty: the build beside this program that `device` asks for.
     pub program: PathBuf,
+    /// What the workers compute on.
+    pub device: DeviceChoice,
     /// How many.
     pub workers: usize,
     /// Their compute threads, in all.
@@ -46,16 +52,21 @@ impl LocalWorkers {
     /// Starts the workers. One that ends by itself is taken out of the roster at once.
     ///
     /// # Errors
-    /// `Launch`, `Folder`.
-    pub fn start(launch: &Launch, roster: &Roster) -> Result<Self, RunError> {
-        let program = program(&launch.program);
+    /// `Launch`, `Folder`; `Device` if a GPU was asked for that cannot be had.
+    pub async fn start(launch: &Launch, roster: &Roster) -> Result<Self, RunError> {
+        let executable = std::env::current_exe().ok();
+        let folder = executable.as_deref().and_then(|path| path.parent());
+        let picked = program::pick(launch.device, &launch.program, folder).await?;
+        for device in &picked.devices {
+            info!(program = %picked.program.display(), %device, reason = picked.reason, "workers compute on");
+        }
         std::fs::create_dir_all(&launch.logs).map_err(|source| RunError::folder(&launch.logs, source))?;
         let watches = TaskGroup::new();
         let mut leashes = Vec::new();
         for index in 0..launch.workers {
-            let name = format!("local-{index}");
+            let name = name_of(index);
             let threads = threads_of(launch.threads, index, launch.workers);
-            let mut child = start_one(&program, &name, threads, launch)?;
+            let mut child = start_one(&picked, index, threads, launch)?;
             leashes.extend(child.stdin.take());
             let (roster, token) = (roster.clone(), watches.token());
             watches.spawn(async move {
@@ -95,26 +106,24 @@ async fn remove_by_name(roster: &Roster, name: &str) {
     }
 }
 
-fn program(configured: &Path) -> PathBuf {
-    if !configured.as_os_str().is_empty() {
-        return configured.to_owned();
-    }
-    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join("espalier-worker")));
-    beside.filter(|path| path.exists()).unwrap_or_else(|| PathBuf::from("espalier-worker"))
+fn name_of(index: usize) -> String {
+    format!("local-{index}")
 }
 
-fn start_one(program: &Path, name: &str, threads: usize, launch: &Launch) -> Result<Child, RunError> {
+fn start_one(picked: &Picked, index: usize, threads: usize, launch: &Launch) -> Result<Child, RunError> {
+    let name = name_of(index);
     let log_path = launch.logs.join(format!("{name}.log"));
     let log = std::fs::OpenOptions::new()
         .create(true)
         .append(true)
         .open(&log_path)
         .map_err(|source| RunError::folder(&log_path, source))?;
-    Command::new(program)
+    Command::new(&picked.program)
         .arg("serve")
         .args(["--coordinator", &format!("http://{}", launch.coordinator)])
-        .args(["--listen", "127.0.0.1:0", "--name", name, "--exit-with-stdin", "--local"])
+        .args(["--listen", "127.0.0.1:0", "--name", &name, "--exit-with-stdin", "--local"])
         .args(["--threads", &threads.to_string(), "--workers-here", &launch.workers.to_string()])
+        .args(["--device", &picked.device(index).to_string()])
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::from(log))
@@ -122,7 +131,7 @@ fn start_one(program: &Path, name: &str, threads: usize, launch: &Launch) -> Res
         .process_group(0)
         .kill_on_drop(true)
         .spawn()
-        .map_err(|source| RunError::Launch { path: program.to_owned(), source })
+        .map_err(|source| RunError::Launch { path: picked.program.clone(), source })
 }
 
 #[cfg(test)]

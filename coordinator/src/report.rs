@@ -166,6 +166,9 @@ pub struct Totals {
     pub seconds_by_phase: BTreeMap<String, f64>,
     /// Floating-point operations of matrix products by phase.
     pub flops_by_phase: BTreeMap<String, f64>,
+    /// What each worker computed on.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub device_by_worker: BTreeMap<String, String>,
     /// Highest resident memory of each worker.
     pub peak_rss_bytes_by_worker: BTreeMap<String, u64>,
     /// Highest resident memory of the coordinator.
@@ -262,7 +265,13 @@ impl<'a> Facts<'a> {
                     self.add_phases(phases);
                 }
             }
-            JournalRecord::Workers(WorkerTotals { peak_rss_bytes, bytes_received, coordinator_peak_rss_bytes }) => {
+            JournalRecord::Workers(WorkerTotals {
+                peak_rss_bytes,
+                devices,
+                bytes_received,
+                coordinator_peak_rss_bytes,
+            }) => {
+                self.totals.device_by_worker.extend(devices.clone());
                 for (name, bytes) in peak_rss_bytes {
                     let peak = self.totals.peak_rss_bytes_by_worker.entry(name.clone()).or_default();
                     *peak = (*peak).max(*bytes);

@@ -359,6 +359,7 @@ impl Run {
             ..WorkerTotals::default()
         };
         for member in self.setting.roster.everyone().into_values() {
+            totals.devices.insert(member.offer.name.clone(), member.offer.device);
             let peak = totals.peak_rss_bytes.entry(member.offer.name).or_default();
             *peak = (*peak).max(member.peak_rss_bytes);
             totals.bytes_received += member.bytes_received;

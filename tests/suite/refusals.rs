@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use harness::checkpoint::{Safetensors, copy_folder};
@@ -494,4 +495,31 @@ fn wrong_usage_is_told_from_wrong_input() {
             ..SOUND
         },
     ]);
+}
+
+#[test]
+fn a_gpu_that_cannot_be_had_is_refused_in_one_line() {
+    // No machine that tests run on has as many: with or without the CUDA build there is no such GPU.
+    let none = &["--device", "cuda:4096"];
+    check_all(&[
+        Case { name: "no such GPU", flags: none, names: &["--device cuda:4096"], ..SOUND },
+        Case {
+            name: "no device",
+            flags: &["--device", "gpu"],
+            code: WRONG_USAGE,
+            names: &["`gpu` is no device"],
+            ..SOUND
+        },
+    ]);
+    for (device, code, names) in
+        [("cuda:4096", WRONG_INPUT, "worker.device is cuda:4096"), ("gpu", WRONG_USAGE, "`gpu` is no device")]
+    {
+        let workplace = Workplace::new();
+        let arguments = ["serve", "--coordinator", "http://127.0.0.1:1", "--device", device];
+        let worker = workplace.start_program("espalier-worker", arguments).unwrap();
+        let finished = worker.finish(Duration::from_secs(30)).unwrap();
+        assert_eq!(finished.code(), Some(code), "{}", finished.stderr);
+        let lines = finished.error_lines();
+        assert!(lines.len() == 1 && lines[0].contains(names), "{}", finished.stderr);
+    }
 }

@@ -159,6 +159,12 @@ fn unsafe_code_stays_where_it_is_argued_for() {
 }
 
 #[test]
+fn features_are_asked_about_in_few_places() {
+    let allowed = |path: &str| path.starts_with("worker/src/device/") || path.starts_with("worker/src/transport/");
+    assert_only_in(&["feature"], allowed, "builds differ in worker/src/device/ and worker/src/transport/ only");
+}
+
+#[test]
 fn anyhow_stays_in_the_binaries() {
     let allowed = |path: &str| matches!(file_name(path), "main.rs" | "cli.rs");
     assert_only_in(&["anyhow"], allowed, "anyhow is for main.rs, cli.rs and tests; modules have an error enum");

@@ -41,7 +41,8 @@ pub fn store(place: &Workplace<'_>, boundary: Boundary, states: &HiddenStates) -
         place.run.store.put(&blob(boundary, sha256), &bytes)?;
         Ok(sha256)
     };
-    let stream = |entries: &Vec<Entry>| map_batches(entries.iter().collect(), place.control, "keep", put);
+    let stream =
+        |entries: &Vec<Entry>| map_batches(entries.iter().collect(), place.cache.device(), place.control, "keep", put);
     let manifest = Manifest { streams: states.streams.iter().map(stream).collect::<Result<_, _>>()? };
     let bytes = serde_json::to_vec(&manifest).expect("a manifest is plain data");
     let sha256 = Digest::of(&bytes);
@@ -84,6 +85,6 @@ pub fn read(
         )?;
         Ok(place.cache.put(tensor)?)
     };
-    let stream = |digests: Vec<Digest>| map_batches(digests, place.control, "load", get);
+    let stream = |digests: Vec<Digest>| map_batches(digests, place.cache.device(), place.control, "load", get);
     Ok(HiddenStates { streams: manifest.streams.into_iter().map(stream).collect::<Result<_, _>>()? })
 }

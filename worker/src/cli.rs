@@ -9,12 +9,14 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use espalier_common::config::{self, ConfigError, ENV_PREFIX, Overrides, Setting};
+use espalier_common::device::DeviceChoice;
 use espalier_common::fault::FaultClass;
 use espalier_common::job::JobSpec;
 use espalier_common::telemetry;
 use espalier_gate::{AuthSection, GateError, HttpSection, TlsSection};
 
 use crate::config::WorkerConfig;
+use crate::device;
 use crate::prune::{self, METHODS};
 use crate::run::{self, RunError};
 use crate::serve::{self, ServeError};
@@ -44,6 +46,12 @@ enum Command {
         /// What to show.
         #[command(subcommand)]
         what: ConfigCommand,
+    },
+    /// Says what this build can compute on here.
+    Devices {
+        /// One JSON document instead of text.
+        #[arg(long)]
+        json: bool,
     },
     /// Validates a job file without reading the model.
     Check {
@@ -91,6 +99,9 @@ struct ServeArgs {
     /// Compute threads.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
     threads: Option<u32>,
+    /// What computes: auto, cpu, or cuda:N.
+    #[arg(long)]
+    device: Option<DeviceChoice>,
     /// Bytes of hidden states kept in memory; the rest goes to the scratch folder.
     #[arg(long, value_name = "BYTES")]
     memory_budget: Option<u64>,
@@ -122,6 +133,7 @@ pub fn main() -> ExitCode {
         Command::Methods { json } => list_methods(json),
         Command::Config { what: ConfigCommand::Show { flags, json } } => show_config(&flags, json),
         Command::Config { what: ConfigCommand::Keys { json } } => list_keys(json),
+        Command::Devices { json } => list_devices(json),
         Command::Check { job } => check_job(&job),
     };
     let Err(error) = done else { return ExitCode::SUCCESS };
@@ -159,6 +171,7 @@ fn overrides(args: &ServeArgs) -> Overrides {
         .set("worker.advertise", args.advertise.clone())
         .set("tls.folder", path(&args.tls_folder))
         .set("worker.threads", args.threads)
+        .set("worker.device", args.device.map(|device| device.to_string()))
         .set("worker.memory_budget", args.memory_budget)
         .set("worker.workers_here", args.workers_here.map(NonZeroU32::get))
         .set("worker.scratch", path(&args.scratch))
@@ -229,6 +242,24 @@ fn list_methods(json: bool) -> anyhow::Result<()> {
     }
     if json {
         writeln!(out, "{}", serde_json::Value::Array(document))?;
+    }
+    Ok(())
+}
+
+fn list_devices(json: bool) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    let devices = device::devices();
+    if json {
+        writeln!(out, "{}", serde_json::to_string(&devices)?)?;
+        return Ok(());
+    }
+    writeln!(out, "cpu ({})", device::memory::instruction_set())?;
+    for (number, gpu) in devices.gpus.iter().enumerate() {
+        let gigabytes = gpu.memory_bytes as f64 / 1e9;
+        writeln!(out, "cuda:{number} ({}, {}, {gigabytes:.0} GB)", gpu.name, gpu.architecture)?;
+    }
+    if let Some(absent) = devices.absent {
+        writeln!(out, "no GPU: {absent}")?;
     }
     Ok(())
 }

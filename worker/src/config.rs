@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
+use espalier_common::device::DeviceChoice;
 use espalier_common::telemetry::LogConfig;
 use espalier_gate::{AuthSection, HttpSection, TlsSection};
 use schemars::JsonSchema;
@@ -40,6 +41,13 @@ pub struct WorkerSection {
     pub name: Option<String>,
     /// Compute threads; as many as the process may use if none is given.
     pub threads: Option<usize>,
+    /// What computes: `auto` for a GPU if this build and machine have one and else the CPU, `cpu`, or `cuda:N`.
+    pub device: DeviceChoice,
+    /// Lets matrix products on a GPU round their factors to 10 bits of mantissa (TF32), which is faster and less exact. Workers
+    /// that differ in it are not let into one cluster.
+    pub tf32: bool,
+    /// Bytes of hidden states kept on the GPU, the rest goes to memory; half of what is free there if none is given.
+    pub device_budget: Option<u64>,
     /// Bytes of hidden states kept in memory, the rest goes to `scratch`; a quarter of the machine's memory, shared by
     /// `workers_here`, if none is given.
     pub memory_budget: Option<u64>,
@@ -63,6 +71,9 @@ impl Default for WorkerSection {
             advertise: None,
             name: None,
             threads: None,
+            device: DeviceChoice::Auto,
+            tf32: false,
+            device_budget: None,
             memory_budget: None,
             workers_here: NonZeroU32::MIN,
             gflops: None,

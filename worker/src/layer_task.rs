@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use espalier_common::checkpoint::cast;
 use espalier_common::clock::Stopwatch;
 use espalier_common::ids::{Boundary, LayerIndex};
@@ -22,6 +22,7 @@ use crate::crew::owner::Help;
 use crate::crew::{Crew, gather_leaves};
 use crate::cut_task::cut_layer;
 use crate::holdings::HiddenStates;
+use crate::linalg::on_host;
 use crate::mask::MaskError;
 use crate::model::DecoderLayer;
 use crate::prune::verify::verify;
@@ -45,6 +46,7 @@ pub fn prune_layer(
 ) -> Result<Outcome, TaskError> {
     let mut phases = Phases::default();
     let run = place.run;
+    let (shortages, seconds_making_room) = place.cache.shortages();
     if place.is_chain() {
         // In a chain the layers before the source are committed: nobody asks for what lies before it again.
         place.holdings.release(&run.id, |boundary| boundary < source.boundary());
@@ -95,6 +97,10 @@ pub fn prune_layer(
             let kept = || boundary::store(place, Boundary(layer.0 + 1), &output);
             boundary = Some(phases.time("store", kept)?);
         }
+    }
+    let (now, seconds) = place.cache.shortages();
+    if now > shortages {
+        phases.add("make-room", seconds - seconds_making_room, 0.0);
     }
     Ok(Outcome::Pruned { artifact, sublayers: reports, kept, phases: phases.finish(), boundary, assistants_lost })
 }
@@ -184,7 +190,7 @@ pub(crate) fn gather(
 ) -> Result<InputStats, TaskError> {
     let forest = gather_leaves(place, lanes, group, members, (0..LEAVES, constant), phases)?;
     let failed = |source| TaskError::Gram { tensor: members[0].tensor.clone(), source };
-    phases.time("gram", || forest.finish(&place.run.device)).map_err(failed)
+    phases.time("gram", || forest.finish(&Device::Cpu)).map_err(failed)
 }
 
 /// One sublayer as it will be stored, checked.
@@ -212,10 +218,12 @@ fn prune_group(
     };
     place.control.set_progress("solve", 0, members.len());
     let watch = Stopwatch::start();
-    let solver = place.run.method.solver.prepare(Arc::clone(stats), &ctx).map_err(failed(0))?;
-    let imported = |sublayer| place.run.mask.as_ref().map(|mask| mask.weight(sublayer, device)).transpose();
+    let solver = place.prepare_solver(Arc::clone(stats)).map_err(failed(0))?;
+    let phase = place.solve_phase(solver.device().is_some());
+    let imported = |sublayer| place.run.mask.as_ref().map(|mask| mask.weight(sublayer, &Device::Cpu)).transpose();
     let imported: Vec<Option<Tensor>> = members.iter().map(imported).collect::<Result<_, MaskError>>()?;
-    let dense: Vec<Tensor> = (0..members.len()).map(|member| crew.layer().weight(group, member).clone()).collect();
+    let dense = (0..members.len()).map(|member| on_host(crew.layer().weight(group, member)));
+    let dense: Vec<Tensor> = dense.collect::<candle_core::Result<_>>()?;
     let problem = |member: usize| Problem {
         tensor: &members[member].tensor,
         weight: &dense[member],
@@ -226,7 +234,7 @@ fn prune_group(
     let solved = crew.solve(group, stats, &*solver, &problems, &ctx);
     let solved = solved.map_err(|(member, source)| failed(member)(source))?;
     drop(solver);
-    phases.add("solve", watch.seconds(), solved.iter().map(|(solution, _)| solution.flops).sum());
+    phases.add(phase, watch.seconds(), solved.iter().map(|(solution, _)| solution.flops).sum());
     let watch = Stopwatch::start();
     let store = |(sublayer, (solution, _)): (&SublayerOutline, &(Solution, f64))| {
         let (name, dtype, shape) = place.stored_as(sublayer)?;

@@ -299,7 +299,7 @@ pub struct Run {
     pub mask: Option<Mask>,
     /// What it may cut, if it removes heads and channels.
     pub structure: Option<Structure>,
-    /// What computes.
+    /// What layers are run on. Statistics and weights that are solved for are on the host.
     pub device: Device,
 }
 
@@ -308,7 +308,13 @@ impl Run {
     ///
     /// # Errors
     /// See [`RunError`].
-    pub fn open(id: RunId, job_json: String, run_url: &str, tokens: &Artifact) -> Result<Self, RunError> {
+    pub fn open(
+        id: RunId,
+        job_json: String,
+        run_url: &str,
+        tokens: &Artifact,
+        device: &Device,
+    ) -> Result<Self, RunError> {
         let job = parse_job(&job_json)?;
         let method = build_method(&job)?;
         let store = config::open_store(run_url)?;
@@ -319,7 +325,7 @@ impl Run {
         if (sequences, length) != (samples, asked) {
             return Err(RunError::TokenShape { name, sequences, length, samples, asked });
         }
-        let device = Device::Cpu;
+        let device = device.clone();
         let model = open_model(&job.model.source, &device)?;
         let structure = structure_for(&*method.solver, &*model.decoder, &job);
         let mask = open_mask(&*method.solver)?;

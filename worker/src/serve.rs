@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::calibrate::cache::ActivationCache;
 use crate::config::WorkerConfig;
 use crate::device::thread::build_compute_pool;
-use crate::device::{DeviceError, DeviceThread, memory};
+use crate::device::{self, Chosen, DeviceError, DeviceThread, memory};
 use crate::fleet::{CallError, CoordinatorClient, Membership};
 use crate::server::{Listener, ServerError};
 use crate::session::Session;
@@ -63,7 +63,8 @@ impl ServeError {
             Self::NoCoordinator | Self::Gate(_) | Self::Server(ServerError::Bind { .. } | ServerError::Gate(_)) => {
                 FaultClass::Reject
             }
-            Self::Runtime(_) | Self::Device(_) | Self::Server(ServerError::Serve(_)) => FaultClass::RetryElsewhere,
+            Self::Device(error) => error.class(),
+            Self::Runtime(_) | Self::Server(ServerError::Serve(_)) => FaultClass::RetryElsewhere,
             Self::Coordinator(error) => error.class(),
         }
     }
@@ -77,6 +78,8 @@ pub fn run(config: &WorkerConfig, exit_with_stdin: bool) -> Result<(), ServeErro
     let credentials = config.tls.open(Some(Role::Worker))?;
     let tokens = config.auth.open(credentials.is_some())?;
     check_listener("worker.listen", config.worker.listen, credentials.is_some())?;
+    let chosen = device::open(config.worker.device, config.worker.tf32)?;
+    tracing::info!(device = chosen.label, reason = chosen.reason, "computing on");
     let available = || std::thread::available_parallelism().map_or(1, NonZero::get);
     let threads = config.worker.threads.unwrap_or_else(available).max(1);
     build_compute_pool(threads)?;
@@ -86,7 +89,8 @@ pub fn run(config: &WorkerConfig, exit_with_stdin: bool) -> Result<(), ServeErro
         .enable_all()
         .build()
         .map_err(ServeError::Runtime)?;
-    let ended = runtime.block_on(live(config, Entrance { credentials, tokens }, threads, exit_with_stdin, &runtime));
+    let entrance = Entrance { credentials, tokens };
+    let ended = runtime.block_on(live(config, entrance, (chosen, threads), exit_with_stdin, &runtime));
     // A unit deep in a product does not hear of cancellation at once; the process does not wait for it.
     runtime.shutdown_background();
     ended
@@ -95,7 +99,7 @@ pub fn run(config: &WorkerConfig, exit_with_stdin: bool) -> Result<(), ServeErro
 async fn live(
     config: &WorkerConfig,
     entrance: Entrance,
-    threads: usize,
+    (chosen, threads): (Chosen, usize),
     exit_with_stdin: bool,
     runtime: &Runtime,
 ) -> Result<(), ServeError> {
@@ -112,18 +116,32 @@ async fn live(
     let stop = stop_signal(exit_with_stdin)?;
     let machine_bytes = memory::machine_bytes().unwrap_or(ASSUMED_MACHINE_BYTES);
     let memory_bytes = config.memory_budget.unwrap_or(machine_bytes / 4 / u64::from(config.workers_here.get()));
-    let cache = ActivationCache::new(memory_bytes, config.scratch.clone().unwrap_or_else(std::env::temp_dir));
+    let scratch = config.scratch.clone().unwrap_or_else(std::env::temp_dir);
+    // The other half of what is free is for weights, statistics and what layers give.
+    let device_bytes = memory::free_bytes(&chosen.device).map(|free| config.device_budget.unwrap_or(free / 2));
+    let cache = ActivationCache::on(chosen.device.clone(), device_bytes.unwrap_or(0), memory_bytes, scratch);
     let (reporter, reports) = mpsc::channel(REPORTS);
-    let session = Session::with_peers(DeviceThread::start()?, cache, reporter, runtime.handle().clone(), dialer);
+    let instruction_set = memory::instruction_set();
+    let instruction_set = match &chosen.arithmetic {
+        Some(arithmetic) => format!("{instruction_set}/{arithmetic}"),
+        None => instruction_set,
+    };
+    let session = Session::with_peers(
+        DeviceThread::start(chosen.device.clone())?,
+        cache,
+        reporter,
+        runtime.handle().clone(),
+        dialer,
+    );
     let offer = pb::RegisterRequest {
         name: config.name.clone().unwrap_or_else(default_name),
         endpoint: listener.endpoint(),
         build: env!("CARGO_PKG_VERSION").to_owned(),
-        instruction_set: memory::instruction_set(),
+        instruction_set,
         threads: threads as u32,
         memory_bytes,
-        device: "cpu".to_owned(),
-        gflops: config.gflops.unwrap_or_else(memory::measure_gflops),
+        device: chosen.label,
+        gflops: config.gflops.unwrap_or_else(|| memory::measure_gflops(&chosen.device)),
     };
     tracing::info!(endpoint = %offer.endpoint, threads, memory_bytes, gflops = offer.gflops, "serving");
     session.metrics().describe(threads, offer.gflops, memory_bytes);

@@ -116,8 +116,7 @@ impl SessionError {
             Self::Draining => FaultClass::RetryElsewhere,
             Self::Run(error) => error.class(),
             Self::Assist(error) => error.class(),
-            Self::Device(DeviceError::Busy) => FaultClass::RetryHere,
-            Self::Device(_) => FaultClass::RetryElsewhere,
+            Self::Device(error) => error.class(),
         };
         Fault::new(class, self)
     }
@@ -248,7 +247,7 @@ impl Session {
             Attachment::Draining => return Err(SessionError::Draining),
             _ => {}
         }
-        let opened = Arc::new(Run::open(run.clone(), job_json, run_url, tokens)?);
+        let opened = Arc::new(Run::open(run.clone(), job_json, run_url, tokens, self.device.device())?);
         let mut state = self.state();
         if matches!(state.attachment, Attachment::Draining) {
             return Err(SessionError::Draining);

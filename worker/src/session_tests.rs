@@ -90,7 +90,8 @@ impl TestWorker {
     fn idle(budget_bytes: u64) -> Self {
         let (sender, reports) = mpsc::channel(16);
         let cache = ActivationCache::new(budget_bytes, std::env::temp_dir());
-        let session = Session::new(DeviceThread::start().unwrap(), cache, sender, Handle::current());
+        let session =
+            Session::new(DeviceThread::start(candle_core::Device::Cpu).unwrap(), cache, sender, Handle::current());
         Self { session, reports, attempt: 0 }
     }
 

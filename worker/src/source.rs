@@ -1,5 +1,6 @@
 //! A unit's input hidden states: embedded, held, or fetched, and then run through the layers in between.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use espalier_common::checkpoint::{CheckpointError, Dtype};
@@ -19,7 +20,7 @@ use crate::calibrate::cache::{ActivationCache, Entry};
 use crate::calibrate::capture::{forward_layer, map_batches};
 use crate::cut_task::cut_tensors;
 use crate::holdings::{HiddenStates, Holdings};
-use crate::prune::Statistics;
+use crate::prune::{GroupSolver, InputStats, SolveError, Statistics};
 use crate::run::Run;
 use crate::transport::{Expected, Remote, fetch};
 use crate::unit::{Phases, TaskError, UnitControl};
@@ -72,6 +73,23 @@ impl Workplace<'_> {
         self.needs_cross() || self.run.method.reconstruct.is_some()
     }
 
+    /// Makes the solver ready: on the worker's device if the method can be solved there, else for the host.
+    ///
+    /// # Errors
+    /// See [`SolveError`].
+    pub fn prepare_solver(&self, stats: Arc<InputStats>) -> Result<Box<dyn GroupSolver>, SolveError> {
+        let (solver, ctx) = (&self.run.method.solver, self.control.solve_ctx());
+        match solver.on_device().filter(|_| !self.run.device.is_cpu()) {
+            Some(there) => there.prepare_on(stats, &self.run.device, &ctx),
+            None => solver.prepare(stats, &ctx),
+        }
+    }
+
+    /// The phase on which solving is booked: a worker with a GPU tells what it solves on the host.
+    pub fn solve_phase(&self, solves_on_device: bool) -> &'static str {
+        if solves_on_device || self.run.device.is_cpu() { "solve" } else { "solve-host" }
+    }
+
     /// Streams of a boundary: the dense one rides along only where it differs from the corrected one.
     pub fn streams(&self) -> usize {
         if self.is_chain() && self.needs_dense() { 2 } else { 1 }
@@ -118,7 +136,8 @@ impl Workplace<'_> {
             Ok(self.cache.put(hidden)?)
         };
         let sequences = (0..self.sequences()).collect();
-        let stream: Vec<Entry> = phases.time("load", || map_batches(sequences, self.control, "embed", embed))?;
+        let stream: Vec<Entry> =
+            phases.time("load", || map_batches(sequences, self.cache.device(), self.control, "embed", embed))?;
         // Before the first layer nothing is pruned, so the streams are the same; they share their tensors.
         Ok(HiddenStates { streams: vec![stream; self.streams()] })
     }

@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use espalier_common::clock::Stopwatch;
 use espalier_common::ids::{Boundary, LayerIndex};
 use espalier_common::job::Allocation;
@@ -25,7 +25,7 @@ use crate::calibrate::capture::{Lane, capture_group, finish_layer};
 use crate::calibrate::gram::{GramAccumulator, GramError};
 use crate::calibrate::squares::Squares;
 use crate::holdings::HiddenStates;
-use crate::linalg::values;
+use crate::linalg::{on_host, values};
 use crate::model::DecoderLayer;
 use crate::prune::verify::rel_error;
 use crate::prune::{GroupSolver, InputStats, Problem, SolveError, Solver, build};
@@ -130,7 +130,7 @@ fn gram(
     })?;
     phases.add("forward", watch.seconds() - gram_seconds, 0.0);
     phases.add("gram", gram_seconds, gram.flops());
-    gram.finish(&place.run.device).map_err(failed)
+    gram.finish(&Device::Cpu).map_err(failed)
 }
 
 /// The share of a layer's weights whose score |w|·‖x‖ is more than `multiple` times the mean score of the layer. `norms` has
@@ -182,7 +182,7 @@ fn error_curves(
     let solver: &dyn GroupSolver = &*solver;
     let curve = |(member, sublayer): (usize, &SublayerOutline)| {
         let tensor = sublayer.tensor.as_str();
-        let weight = sampled(layer.weight(group, member))?;
+        let weight = sampled(&on_host(layer.weight(group, member))?)?;
         let dense = values(&weight)?;
         let error = |sparsity: &f64| {
             let pattern = Pattern::Unstructured { sparsity: *sparsity };
@@ -256,7 +256,6 @@ fn moved(before: &[Entry], after: &[Entry]) -> Result<f64, TaskError> {
 mod tests {
     use std::path::Path;
 
-    use candle_core::Device;
     use espalier_common::checkpoint;
     use espalier_common::outline::LayerOutline;
 

@@ -34,7 +34,8 @@ pub fn try_patterns(place: &Workplace<'_>, patterns: &[Pattern]) -> Result<Outco
     let calibrating = run.job.survey_samples().min(trial);
     let sequences: Vec<usize> = (0..calibrating).chain(total - trial..total).collect();
     let embed = |sequence| Ok(place.cache.put(decoder.embed(run.tokens.sequence(sequence))?)?);
-    let mut hidden: Vec<Entry> = phases.time("load", || map_batches(sequences, place.control, "embed", embed))?;
+    let mut hidden: Vec<Entry> =
+        phases.time("load", || map_batches(sequences, place.cache.device(), place.control, "embed", embed))?;
     for (layer, pattern) in (0..).map(LayerIndex).zip(patterns) {
         let outline = decoder.outline(layer)?;
         let loaded = phases.time("load", || decoder.load_layer(layer))?;
@@ -53,7 +54,8 @@ pub fn try_patterns(place: &Workplace<'_>, patterns: &[Pattern]) -> Result<Outco
         .zip(hidden.split_off(calibrating))
         .collect();
     let loss = |(window, hidden): (&[u32], Entry)| Ok(nll(&*head, window, &hidden.take()?)?);
-    let window_nll = phases.time("evaluate", || map_batches(windows, place.control, "evaluate", loss))?;
+    let window_nll =
+        phases.time("evaluate", || map_batches(windows, place.cache.device(), place.control, "evaluate", loss))?;
     Ok(Outcome::Evaluated { window_nll, phases: phases.finish() })
 }
 

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use espalier_common::device::DeviceChoice;
 use espalier_common::job::{Allocation, Layout, Propagation};
 use espalier_common::structure::AttentionUnit;
 use espalier_common::telemetry::LogFormat;
@@ -282,6 +283,10 @@ pub(crate) struct LocalArgs {
     /// Compute threads, divided among the workers [default: as many as the machine has].
     #[arg(long, value_parser = positive)]
     pub(crate) threads: Option<usize>,
+    /// What the workers compute on: auto takes GPUs where there are any and the CUDA build of the worker, else the CPU; cpu;
+    /// or cuda:N.
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    pub(crate) device: DeviceChoice,
 }
 
 fn positive(text: &str) -> Result<usize, String> {

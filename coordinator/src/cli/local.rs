@@ -94,12 +94,13 @@ pub(crate) async fn with_workers<T>(
     let threads = local.threads.unwrap_or(available);
     let launch = Launch {
         program: config.coordinator.worker_program,
+        device: local.device,
         workers: local.workers,
         threads,
         logs: logs.to_owned(),
         coordinator: service.address,
     };
-    let workers = LocalWorkers::start(&launch, &roster)?;
+    let workers = LocalWorkers::start(&launch, &roster).await?;
     let result = work.await;
     workers.stop().await;
     service.stop().await;

@@ -1,5 +1,6 @@
 //! `plan`: what a job would take, before any of it is spent.
 
+use espalier_common::device::DeviceChoice;
 use espalier_common::job::{JobSpec, Propagation};
 use espalier_common::outline::ModelOutline;
 
@@ -41,7 +42,7 @@ pub(crate) async fn run(mut args: PlanArgs, json: bool) -> Result<(), CliError> 
 /// What a job's model is made of, as one worker on this machine reads it in the model's headers.
 pub(super) async fn outline(job: &JobSpec) -> Result<ModelOutline, CliError> {
     let folder = tempfile::tempdir().map_err(|source| CliError::rejected(&source))?;
-    let one = LocalArgs { workers: 1, threads: Some(1) };
+    let one = LocalArgs { workers: 1, threads: Some(1), device: DeviceChoice::Cpu };
     let roster = Roster::default();
     let setting = local::setting(&folder.path().to_string_lossy(), &one, roster.clone(), local::stop_on_signal())?;
     local::with_workers(&one, &folder.path().join("logs"), roster, CoordinatorMetrics::default(), async {

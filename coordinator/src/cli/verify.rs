@@ -1,5 +1,6 @@
 //! `verify`.
 
+use espalier_common::device::DeviceChoice;
 use espalier_common::{checkpoint, config};
 use serde_json::json;
 
@@ -58,7 +59,7 @@ async fn find(model: &str) -> Result<Verdict, CliError> {
 /// What a worker, which knows the families, has against the config and the shapes.
 async fn family_finding(model: &str) -> Result<Option<String>, CliError> {
     let folder = tempfile::tempdir().map_err(|source| CliError::rejected(&source))?;
-    let here = LocalArgs { workers: 1, threads: Some(1) };
+    let here = LocalArgs { workers: 1, threads: Some(1), device: DeviceChoice::Cpu };
     let roster = Roster::default();
     let setting = local::setting(&folder.path().to_string_lossy(), &here, roster.clone(), local::stop_on_signal())?;
     // The cheapest job there is: only its model is looked at.

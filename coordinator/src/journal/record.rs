@@ -103,6 +103,9 @@ impl Appended for JournalRecord {
 pub struct WorkerTotals {
     /// Highest resident memory, by worker name.
     pub peak_rss_bytes: BTreeMap<String, u64>,
+    /// What each worker computed on, by worker name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub devices: BTreeMap<String, String>,
     /// Hidden states received from other workers, summed.
     pub bytes_received: u64,
     /// Highest resident memory of the coordinator.

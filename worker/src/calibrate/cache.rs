@@ -1,5 +1,8 @@
 //! Hidden states in bounded memory: what exceeds the budget goes to one unlinked scratch file and comes back unseen.
 //!
+//! A worker with a GPU keeps them there first, then in host memory that is pinned, which the GPU copies from by itself, then
+//! on disk. Whatever a tensor was put in as, it is loaded to the device that computes.
+//!
 //! Sequences are read in the order in which they were written, over and over. So the first ones stay in memory and later
 //! ones go to disk: evicting the least recently used would evict each just before it is needed.
 
@@ -7,10 +10,15 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use candle_core::{DType, Device, Tensor};
 use espalier_common::fault::FaultClass;
+
+use crate::device::memory::Pinned;
+
+/// Sequences under way on a device at a time, as long as its memory lasts.
+const MICRO_BATCH: usize = 8;
 
 /// Why a tensor cannot be kept or read back.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +54,9 @@ pub struct ActivationCache {
 
 #[derive(Debug)]
 struct Shared {
+    /// What computes.
+    device: Device,
+    device_budget_bytes: u64,
     budget_bytes: u64,
     folder: PathBuf,
     space: Mutex<Space>,
@@ -54,6 +65,12 @@ struct Shared {
 /// What is taken of memory and of the scratch file.
 #[derive(Debug, Default)]
 struct Space {
+    /// On a device other than the CPU.
+    device_bytes: u64,
+    on_device: Vec<Weak<Slot>>,
+    /// How often the device had no memory left.
+    shortages: u32,
+    seconds_making_room: f64,
     resident_bytes: u64,
     spilled_bytes: u64,
     file: Option<Arc<File>>,
@@ -73,19 +90,58 @@ struct Slot {
     shared: Arc<Shared>,
     rows: usize,
     columns: usize,
-    place: Place,
+    place: Mutex<Place>,
 }
 
 #[derive(Debug)]
 enum Place {
+    /// On a device other than the CPU.
+    Device(Tensor),
+    /// Host memory that such a device copies from.
+    Pinned(Pinned),
     Memory(Tensor),
-    Disk { file: Arc<File>, offset: u64 },
+    Disk {
+        file: Arc<File>,
+        offset: u64,
+    },
 }
 
 impl ActivationCache {
-    /// A cache of `budget_bytes` in memory, spilling to a file in `folder`.
+    /// A cache of `budget_bytes` in memory, spilling to a file in `folder`, for the CPU.
     pub fn new(budget_bytes: u64, folder: PathBuf) -> Self {
-        Self { shared: Arc::new(Shared { budget_bytes, folder, space: Mutex::default() }) }
+        Self::on(Device::Cpu, 0, budget_bytes, folder)
+    }
+
+    /// A cache whose tensors are loaded to `device`, with `device_budget_bytes` there if it is not the CPU.
+    pub fn on(device: Device, device_budget_bytes: u64, budget_bytes: u64, folder: PathBuf) -> Self {
+        let space = Mutex::default();
+        Self { shared: Arc::new(Shared { device, device_budget_bytes, budget_bytes, folder, space }) }
+    }
+
+    /// Sequences to have under way on the device at a time.
+    pub fn micro_batch(&self) -> usize {
+        MICRO_BATCH >> self.shared.space().shortages.min(MICRO_BATCH.ilog2())
+    }
+
+    /// Counts a shortage of memory on the device, and the seconds it took to make room; returns what [`Self::micro_batch`] is
+    /// from now on.
+    pub fn note_shortage(&self, seconds: f64) -> usize {
+        let mut space = self.shared.space();
+        space.shortages += 1;
+        space.seconds_making_room += seconds;
+        drop(space);
+        self.micro_batch()
+    }
+
+    /// Shortages of memory on the device so far, and the seconds that making room took.
+    pub fn shortages(&self) -> (u32, f64) {
+        let space = self.shared.space();
+        (space.shortages, space.seconds_making_room)
+    }
+
+    /// Where loaded tensors are.
+    pub fn device(&self) -> &Device {
+        &self.shared.device
     }
 
     /// Keeps a matrix `[tokens, width]` f32.
@@ -95,14 +151,13 @@ impl ActivationCache {
     pub fn put(&self, tensor: Tensor) -> Result<Entry, CacheError> {
         let (rows, columns) = tensor.dims2()?;
         let bytes = (rows * columns * DType::F32.size_in_bytes()) as u64;
-        let place = if self.shared.reserve(bytes) {
-            Place::Memory(tensor)
-        } else {
-            let values = tensor.flatten_all()?.to_vec1::<f32>()?;
-            drop(tensor);
-            self.shared.spill(bytemuck::cast_slice(&values))?
-        };
-        Ok(Entry { slot: Arc::new(Slot { shared: Arc::clone(&self.shared), rows, columns, place }) })
+        let stays = !tensor.device().is_cpu() && self.shared.reserve_on_device(bytes);
+        let place = if stays { Place::Device(tensor) } else { self.shared.place_on_host(tensor, bytes)? };
+        let slot = Arc::new(Slot { shared: Arc::clone(&self.shared), rows, columns, place: Mutex::new(place) });
+        if stays {
+            self.shared.space().on_device.push(Arc::downgrade(&slot));
+        }
+        Ok(Entry { slot })
     }
 
     /// Bytes held in memory and on disk.
@@ -110,12 +165,65 @@ impl ActivationCache {
         let space = self.shared.space();
         (space.resident_bytes, space.spilled_bytes)
     }
+
+    /// Moves half of what is on the device to the host, oldest first, because the device has no memory left. Returns the bytes
+    /// that were moved.
+    ///
+    /// # Errors
+    /// As [`Self::put`].
+    pub fn make_room(&self) -> Result<u64, CacheError> {
+        let (slots, goal) = {
+            let mut space = self.shared.space();
+            space.on_device.retain(|slot| slot.strong_count() > 0);
+            let slots: Vec<Arc<Slot>> = space.on_device.iter().filter_map(Weak::upgrade).collect();
+            (slots, space.device_bytes.div_ceil(2))
+        };
+        let mut moved = 0;
+        for slot in &slots {
+            if moved >= goal {
+                break;
+            }
+            let mut place = slot.place();
+            if let Place::Device(tensor) = &*place {
+                let host = self.shared.place_on_host(tensor.clone(), slot.bytes())?;
+                *place = host;
+                self.shared.space().device_bytes -= slot.bytes();
+                moved += slot.bytes();
+            }
+        }
+        Ok(moved)
+    }
 }
 
 impl Shared {
     fn space(&self) -> std::sync::MutexGuard<'_, Space> {
         // The counters are valid after every statement, so a panic elsewhere cannot have left them half changed.
         self.space.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn reserve_on_device(&self, bytes: u64) -> bool {
+        let mut space = self.space();
+        let fits = space.device_bytes + bytes <= self.device_budget_bytes;
+        if fits {
+            space.device_bytes += bytes;
+        }
+        fits
+    }
+
+    /// In memory if it fits, else on disk.
+    fn place_on_host(&self, tensor: Tensor, bytes: u64) -> Result<Place, CacheError> {
+        if !self.reserve(bytes) {
+            let values = tensor.flatten_all()?.to_vec1::<f32>()?;
+            drop(tensor);
+            return self.spill(bytemuck::cast_slice(&values));
+        }
+        if tensor.device().is_cpu() {
+            return Ok(Place::Memory(tensor));
+        }
+        Pinned::copy_of(&tensor).map(Place::Pinned).map_err(|error| {
+            self.space().resident_bytes -= bytes;
+            error.into()
+        })
     }
 
     fn reserve(&self, bytes: u64) -> bool {
@@ -177,15 +285,17 @@ impl Entry {
     /// `Io`, `Backend`.
     pub fn load(&self) -> Result<Tensor, CacheError> {
         let slot = &*self.slot;
-        match &slot.place {
-            Place::Memory(tensor) => Ok(tensor.clone()),
-            Place::Disk { file, offset } => {
-                let mut values = vec![0.0_f32; slot.rows * slot.columns];
-                file.read_exact_at(bytemuck::cast_slice_mut(&mut values), *offset)
-                    .map_err(|source| CacheError::Io { folder: slot.shared.folder.clone(), source })?;
-                Ok(Tensor::from_vec(values, (slot.rows, slot.columns), &Device::Cpu)?)
-            }
-        }
+        let device = &slot.shared.device;
+        let (file, offset) = match &*slot.place() {
+            Place::Device(tensor) => return Ok(tensor.clone()),
+            Place::Pinned(pinned) => return Ok(pinned.load((slot.rows, slot.columns))?),
+            Place::Memory(tensor) => return Ok(tensor.to_device(device)?),
+            Place::Disk { file, offset } => (Arc::clone(file), *offset),
+        };
+        let mut values = vec![0.0_f32; slot.rows * slot.columns];
+        file.read_exact_at(bytemuck::cast_slice_mut(&mut values), offset)
+            .map_err(|source| CacheError::Io { folder: slot.shared.folder.clone(), source })?;
+        Ok(Tensor::from_vec(values, (slot.rows, slot.columns), device)?)
     }
 
     /// Loads the tensor and lets go of this handle, so that the cache's space is free as soon as nobody else has one.
@@ -202,11 +312,23 @@ impl Entry {
     }
 }
 
+impl Slot {
+    fn bytes(&self) -> u64 {
+        (self.rows * self.columns * DType::F32.size_in_bytes()) as u64
+    }
+
+    fn place(&self) -> MutexGuard<'_, Place> {
+        // A place is replaced whole.
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Drop for Slot {
     fn drop(&mut self) {
-        let bytes = (self.rows * self.columns * DType::F32.size_in_bytes()) as u64;
-        match self.place {
-            Place::Memory(_) => self.shared.space().resident_bytes -= bytes,
+        let bytes = self.bytes();
+        match *self.place() {
+            Place::Device(_) => self.shared.space().device_bytes -= bytes,
+            Place::Memory(_) | Place::Pinned(_) => self.shared.space().resident_bytes -= bytes,
             Place::Disk { offset, .. } => self.shared.free_extent(bytes, offset),
         }
     }
@@ -215,6 +337,7 @@ impl Drop for Slot {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::linalg::ops::host;
 
     fn matrix(start: f32) -> Tensor {
         let values: Vec<f32> = (0..32).map(|index| start + index as f32).collect();
@@ -249,6 +372,32 @@ mod tests {
         assert_eq!(values(&other), matrix(1.0).to_vec2::<f32>().unwrap());
         drop(other);
         assert_eq!(cache.held_bytes(), (0, 0));
+    }
+
+    #[test]
+    fn what_a_gpu_has_no_room_for_comes_back_from_the_host_unchanged() {
+        for device in host::devices().into_iter().filter(|device| !device.is_cpu()) {
+            let cache = ActivationCache::on(device.clone(), 300, 200, std::env::temp_dir());
+            let put = |index| cache.put(matrix(index as f32).to_device(&device).unwrap()).unwrap();
+            // Two on the GPU, one in pinned memory, one on disk.
+            let entries: Vec<Entry> = (0..4).map(put).collect();
+            assert_eq!(cache.held_bytes(), (128, 128));
+            assert_eq!(cache.make_room().unwrap(), 128);
+            assert_eq!(cache.held_bytes(), (128, 256), "a second one does not fit in memory");
+            for (index, entry) in entries.iter().enumerate() {
+                assert!(entry.load().unwrap().device().same_device(&device));
+                assert_eq!(values(entry), matrix(index as f32).to_vec2::<f32>().unwrap());
+            }
+            drop(entries);
+            assert_eq!((cache.held_bytes(), cache.make_room().unwrap()), ((0, 0), 0));
+        }
+    }
+
+    #[test]
+    fn a_shortage_halves_what_is_under_way() {
+        let cache = ActivationCache::new(0, std::env::temp_dir());
+        let batches: Vec<usize> = (0..5).map(|_| cache.note_shortage(0.5)).collect();
+        assert_eq!((batches.as_slice(), cache.shortages()), (&[4, 2, 1, 1, 1][..], (5, 2.5)));
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! Runs every calibration sequence through a layer, group by group, and hands each group's inputs to the gram once.
 
-use candle_core::Tensor;
-use rayon::prelude::*;
+use candle_core::{Device, Tensor};
 
 use super::cache::{ActivationCache, Entry};
+use super::room::Room;
+use crate::device::in_order;
 use crate::model::{Carry, DecoderLayer};
 use crate::unit::{TaskError, UnitControl};
 
@@ -79,11 +80,15 @@ fn advance(
     position: Position,
     cache: &ActivationCache,
 ) -> Result<(Position, Tensor), TaskError> {
+    let room = Room::of(cache);
     let carry = match position {
-        Position::Outside(hidden) => layer.begin(&hidden.take()?)?,
+        Position::Outside(hidden) => {
+            let hidden = hidden.take()?;
+            room.make(|| Ok(layer.begin(&hidden)?))?
+        }
         Position::Before { residual, input } => {
             let carry = Carry { residual: residual.take()?, input: input.take()? };
-            layer.advance(group - 1, carry)?
+            room.advance(layer, group - 1, carry)?
         }
     };
     let input = carry.input.clone();
@@ -105,23 +110,31 @@ pub fn capture_group(
 ) -> Result<(), TaskError> {
     let mut waiting: Vec<_> = lanes.iter_mut().map(|lane| std::mem::take(&mut lane.positions).into_iter()).collect();
     let total = waiting.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
-    let batch = rayon::current_num_threads();
-    for start in (0..total).step_by(batch) {
+    let mut start = 0;
+    while start < total {
         control.check_cancelled()?;
+        let batch = batch_size(cache);
         let mut inputs = Vec::with_capacity(lanes.len());
         for (lane, waiting) in lanes.iter_mut().zip(&mut waiting) {
             let positions: Vec<Position> = waiting.by_ref().take(batch).collect();
             let layer = &*lane.layer;
             let step = |position| advance(layer, group, position, cache);
-            let moved = positions.into_par_iter().map(step).collect::<Result<Vec<_>, TaskError>>()?;
+            let moved = in_order(cache.device(), positions, step)?;
             let (positions, batch_inputs): (Vec<_>, Vec<_>) = moved.into_iter().unzip();
             lane.positions.extend(positions);
             inputs.push(batch_inputs);
         }
         sink(inputs)?;
-        control.set_progress("capture", (start + batch).min(total), total);
+        start = (start + batch).min(total);
+        control.set_progress("capture", start, total);
     }
     Ok(())
+}
+
+/// Sequences that are taken a step further before their inputs are used: one a compute thread; on another device as many as
+/// its memory was found to hold.
+fn batch_size(cache: &ActivationCache) -> usize {
+    if cache.device().is_cpu() { rayon::current_num_threads() } else { cache.micro_batch() }
 }
 
 /// Runs the last group of every lane; returns the layer's outputs, one stream a lane.
@@ -135,12 +148,12 @@ pub fn finish_layer(
 ) -> Result<Vec<Vec<Entry>>, TaskError> {
     let finish = |lane: Lane| {
         let (layer, last) = (&*lane.layer, lane.layer.groups() - 1);
-        map_batches(lane.positions, control, "forward", |position| match position {
+        map_batches(lane.positions, cache.device(), control, "forward", |position| match position {
             Position::Before { residual, input } => {
                 let carry = Carry { residual: residual.take()?, input: input.take()? };
-                Ok(cache.put(layer.advance(last, carry)?.input)?)
+                Ok(cache.put(Room::of(cache).advance(layer, last, carry)?.input)?)
             }
-            Position::Outside(hidden) => Ok(cache.put(layer.forward(&hidden.take()?)?)?),
+            Position::Outside(hidden) => through(layer, hidden, cache),
         })
     };
     lanes.into_iter().map(finish).collect()
@@ -156,15 +169,24 @@ pub fn forward_layer(
     cache: &ActivationCache,
     control: &UnitControl,
 ) -> Result<Vec<Entry>, TaskError> {
-    map_batches(hidden, control, "forward", |entry: Entry| Ok(cache.put(layer.forward(&entry.take()?)?)?))
+    map_batches(hidden, cache.device(), control, "forward", |entry: Entry| through(layer, entry, cache))
 }
 
-/// Maps items in parallel, a batch at a time, in order, until cancelled.
+/// Runs a whole layer on one sequence.
+fn through(layer: &dyn DecoderLayer, hidden: Entry, cache: &ActivationCache) -> Result<Entry, TaskError> {
+    let hidden = hidden.take()?;
+    let output = Room::of(cache).make(|| Ok(layer.forward(&hidden)?))?;
+    drop(hidden);
+    Ok(cache.put(output)?)
+}
+
+/// Maps items, a batch at a time, as [`in_order`] does, until cancelled.
 ///
 /// # Errors
 /// `Cancelled`, or the first error of a batch.
 pub fn map_batches<I: Send, T: Send>(
     items: Vec<I>,
+    device: &Device,
     control: &UnitControl,
     phase: &'static str,
     work: impl Fn(I) -> Result<T, TaskError> + Sync,
@@ -175,7 +197,7 @@ pub fn map_batches<I: Send, T: Send>(
     while results.len() < total {
         control.check_cancelled()?;
         let next: Vec<I> = items.by_ref().take(batch).collect();
-        results.extend(next.into_par_iter().map(&work).collect::<Result<Vec<_>, TaskError>>()?);
+        results.extend(in_order(device, next, &work)?);
         control.set_progress(phase, results.len(), total);
     }
     Ok(results)

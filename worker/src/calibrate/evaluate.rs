@@ -3,10 +3,10 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use espalier_common::ids::LayerIndex;
-use rayon::prelude::*;
 
+use crate::device::in_order;
 use crate::model::fused::log_sum_exp;
 use crate::model::{Decoder, DecoderLayer, Head, ModelError};
 
@@ -32,26 +32,34 @@ pub fn window_nll(
     progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<Vec<f64>, ModelError> {
     let steps = Steps { cancelled, progress, done: AtomicUsize::new(0), total: windows.len() * (decoder.layers() + 1) };
-    let mut hidden: Vec<Tensor> = windows.par_iter().map(|window| decoder.embed(window)).collect::<Result<_, _>>()?;
+    let device = decoder.device();
+    let mut hidden = in_order(device, windows.to_vec(), |window| decoder.embed(window))?;
     let mut layers = (0..decoder.layers()).map(|index| LayerIndex(u32::try_from(index).unwrap_or(u32::MAX)));
     let mut next = layers.next().map(|index| decoder.load_layer(index)).transpose()?;
     while let Some(layer) = next.take() {
         next = thread::scope(|scope| {
             let loading = layers.next().map(|index| scope.spawn(move || decoder.load_layer(index)));
-            let ran = run_layer(layer.as_ref(), &mut hidden, &steps);
+            let ran = run_layer(layer.as_ref(), device, &mut hidden, &steps);
             let loaded = loading.map(|loading| loading.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
             ran.and_then(|()| loaded.transpose())
         })?;
     }
     let head = decoder.load_head()?;
-    windows.par_iter().zip(hidden).map(|(window, hidden)| steps.take(|| nll(head.as_ref(), window, &hidden))).collect()
+    let windows = windows.iter().zip(hidden).collect();
+    in_order(device, windows, |(window, hidden): (&&[u32], _)| steps.take(|| nll(head.as_ref(), window, &hidden)))
 }
 
-fn run_layer(layer: &dyn DecoderLayer, hidden: &mut [Tensor], steps: &Steps<'_>) -> Result<(), ModelError> {
-    hidden.par_iter_mut().try_for_each(|hidden| {
+fn run_layer(
+    layer: &dyn DecoderLayer,
+    device: &Device,
+    hidden: &mut [Tensor],
+    steps: &Steps<'_>,
+) -> Result<(), ModelError> {
+    in_order(device, hidden.iter_mut().collect(), |hidden: &mut Tensor| {
         *hidden = steps.take(|| layer.forward(hidden))?;
         Ok(())
     })
+    .map(|_: Vec<()>| ())
 }
 
 /// The loss of one window whose last hidden states are `hidden` `[tokens, hidden]`.

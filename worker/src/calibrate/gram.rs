@@ -4,13 +4,14 @@ use candle_core::{Device, Tensor};
 use espalier_common::fault::FaultClass;
 use rayon::prelude::*;
 
+use super::device_sums::DeviceSums;
 use crate::linalg::factor::mirror_upper;
 use crate::linalg::gemm::{View, gemm};
 use crate::linalg::{matrix, values};
 use crate::prune::problem::{DenseStats, InputStats};
 
 /// Tokens of one f32 product; longer sequences are cut. Beyond it f32 sums lose digits, so chunks are summed in f64.
-const CHUNK_TOKENS: usize = 4096;
+pub(super) const CHUNK_TOKENS: usize = 4096;
 
 /// Why statistics cannot be gathered.
 #[derive(Debug, thiserror::Error)]
@@ -81,13 +82,15 @@ pub struct GramAccumulator {
     tokens: usize,
     gram: Sum,
     dense: Option<(Sum, Sum)>,
+    /// What grows on another device than the CPU, and is not in the sums above yet.
+    on_device: Option<DeviceSums>,
 }
 
 impl GramAccumulator {
     /// An empty sum over inputs `columns` wide; `with_dense` if dense inputs X come beside the corrected X̂.
     pub fn new(columns: usize, with_dense: bool) -> Self {
         let dense = with_dense.then(|| (Sum::new(columns, false), Sum::new(columns, true)));
-        Self { columns, tokens: 0, gram: Sum::new(columns, true), dense }
+        Self { columns, tokens: 0, gram: Sum::new(columns, true), dense, on_device: None }
     }
 
     /// How many numbers [`Self::values`] has.
@@ -125,11 +128,16 @@ impl GramAccumulator {
     }
 
     /// Adds the inputs of some sequences, in calibration order: `corrected` X̂ and, if dense inputs were asked for, `dense` X,
-    /// each `[tokens, in]` f32. More sequences a call feed more cores.
+    /// each `[tokens, in]` f32. More sequences a call feed more cores. Those on another device than the CPU are summed there,
+    /// until [`Self::settle`].
     ///
     /// # Errors
-    /// `Shape` or `Unpaired`; the sums are unchanged then.
+    /// `Shape` or `Unpaired`; the sums are unchanged then. `Backend` if another device fails: they are unchanged by the
+    /// sequence at which it did and those after it.
     pub fn add(&mut self, corrected: &[Tensor], dense: Option<&[Tensor]>) -> Result<(), GramError> {
+        if corrected.iter().any(|inputs| !inputs.device().is_cpu()) {
+            return self.add_on_device(corrected, dense);
+        }
         let corrected = self.rows_of(corrected)?;
         let dense = dense.map(|dense| self.rows_of(dense)).transpose()?;
         let paired = match (&dense, &self.dense) {
@@ -146,6 +154,48 @@ impl GramAccumulator {
             gram.add(dense, dense);
         }
         self.tokens += corrected.iter().map(|rows| rows.len() / self.columns).sum::<usize>();
+        Ok(())
+    }
+
+    fn add_on_device(&mut self, corrected: &[Tensor], dense: Option<&[Tensor]>) -> Result<(), GramError> {
+        let lengths = |inputs: &[Tensor]| -> Result<Vec<usize>, GramError> {
+            let length = |inputs: &Tensor| match inputs.dims() {
+                [tokens, columns] if *columns == self.columns => Ok(*tokens),
+                found => Err(GramError::Shape { columns: self.columns, found: found.to_vec() }),
+            };
+            inputs.iter().map(length).collect()
+        };
+        let tokens = lengths(corrected)?;
+        let of_dense = dense.map(lengths).transpose()?;
+        if of_dense.is_some() != self.dense.is_some() || of_dense.is_some_and(|dense| dense != tokens) {
+            return Err(GramError::Unpaired);
+        }
+        for (index, (inputs, tokens)) in corrected.iter().zip(tokens).enumerate() {
+            let sums = match self.on_device.take() {
+                Some(sums) => sums,
+                None => DeviceSums::new(self.columns, self.dense.is_some(), inputs.device())?,
+            };
+            let sums = self.on_device.insert(sums);
+            sums.add(inputs, dense.map(|dense| &dense[index]))?;
+            self.tokens += tokens;
+        }
+        Ok(())
+    }
+
+    /// Takes to the host what was summed elsewhere. Everything but [`Self::add`] wants that.
+    ///
+    /// # Errors
+    /// `Backend`.
+    pub fn settle(&mut self) -> Result<(), GramError> {
+        if let Some(sums) = &self.on_device {
+            let (gram, dense) = sums.to_host()?;
+            self.gram.add_matrix(&gram);
+            if let (Some((cross, gram)), Some((more_cross, more_gram))) = (&mut self.dense, &dense) {
+                cross.add_matrix(more_cross);
+                gram.add_matrix(more_gram);
+            }
+            self.on_device = None;
+        }
         Ok(())
     }
 
@@ -170,7 +220,8 @@ impl GramAccumulator {
     ///
     /// # Errors
     /// `Empty` if nothing was added, `NotFinite` with the first channel that overflowed.
-    pub fn finish(self, device: &Device) -> Result<InputStats, GramError> {
+    pub fn finish(mut self, device: &Device) -> Result<InputStats, GramError> {
+        self.settle()?;
         if self.tokens == 0 {
             return Err(GramError::Empty);
         }
@@ -246,6 +297,17 @@ impl Sum {
         });
     }
 
+    /// Adds a whole matrix, row-major.
+    fn add_matrix(&mut self, matrix: &[f64]) {
+        let n = self.columns;
+        self.tiles.par_iter_mut().for_each(|tile| {
+            for (i, row) in tile.sum.chunks_mut(tile.width).enumerate() {
+                let more = &matrix[(tile.top + i) * n + tile.left..][..tile.width];
+                row.iter_mut().zip(more).for_each(|(sum, x)| *sum += x);
+            }
+        });
+    }
+
     fn merge(&mut self, other: &Self) {
         for (tile, more) in self.tiles.iter_mut().zip(&other.tiles) {
             tile.sum.iter_mut().zip(&more.sum).for_each(|(sum, x)| *sum += x);
@@ -276,7 +338,7 @@ impl Sum {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linalg::oracle;
+    use crate::linalg::{ops, oracle};
 
     fn sequences(seed: u64, lengths: &[usize], columns: usize) -> Vec<Tensor> {
         lengths
@@ -312,6 +374,37 @@ mod tests {
                 for (x, y) in values(tensor).unwrap().iter().zip(expected) {
                     assert!((f64::from(*x) - y).abs() <= 1e-6 * size, "{x} {y}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn sums_of_a_device_equal_those_of_the_host() {
+        for device in ops::host::devices() {
+            // The last sequence is longer than a product takes.
+            let lengths = [40, 13, CHUNK_TOKENS + 5];
+            let (corrected, dense) = (sequences(1, &lengths, 30), sequences(5, &lengths, 30));
+            let mut host = GramAccumulator::new(30, true);
+            host.add(&corrected, Some(&dense)).unwrap();
+            let mut there = GramAccumulator::new(30, true);
+            let moved = |tensors: &[Tensor]| -> Vec<Tensor> {
+                tensors.iter().map(|tensor| tensor.to_device(&device).unwrap()).collect()
+            };
+            there.add_on_device(&moved(&corrected[..1]), Some(&moved(&dense[..1]))).unwrap();
+            there.settle().unwrap();
+            there.add_on_device(&moved(&corrected[1..]), Some(&moved(&dense[1..]))).unwrap();
+            assert!(matches!(there.add_on_device(&moved(&corrected), None), Err(GramError::Unpaired)));
+            assert_eq!((there.tokens(), there.flops().to_bits()), (host.tokens(), host.flops().to_bits()));
+            let (host, there) = (host.finish(&Device::Cpu).unwrap(), there.finish(&Device::Cpu).unwrap());
+            let ([host_dense, there_dense], tokens) = ([host.dense.unwrap(), there.dense.unwrap()], host.tokens);
+            for (x, y) in
+                [(host.gram, there.gram), (host_dense.cross, there_dense.cross), (host_dense.gram, there_dense.gram)]
+            {
+                let (x, y) = (values(&x).unwrap(), values(&y).unwrap());
+                let size = x.iter().fold(0.0f32, |size, x| size.max(x.abs()));
+                // Each product of a chunk is f32, its rounding at most ε for each token.
+                let tolerance = tokens as f32 * f32::EPSILON * size;
+                assert!(x.iter().zip(&y).all(|(x, y)| (x - y).abs() <= tolerance), "{device:?}");
             }
         }
     }

@@ -2,7 +2,9 @@
 
 pub mod cache;
 pub mod capture;
+mod device_sums;
 pub mod evaluate;
 pub mod gram;
+pub mod room;
 pub mod squares;
 pub mod tree;

@@ -213,6 +213,10 @@ impl Gatherer {
     }
 
     fn close_leaf(&mut self) -> Result<(), GramError> {
+        // A leaf that was summed elsewhere comes to the host: branches are merged, and sent, from there.
+        for sums in [&mut self.leaf.calibrating, &mut self.leaf.held_out].into_iter().flatten() {
+            sums.settle()?;
+        }
         match self.leaves.next() {
             Some(first) => self.forest.insert(Branch { first, leaves: 1 }, std::mem::take(&mut self.leaf)),
             None => Ok(()),

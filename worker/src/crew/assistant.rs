@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use espalier_common::checkpoint::cast;
 use espalier_common::clock::Stopwatch;
 use espalier_common::ids::LayerIndex;
@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 
 use super::share::{Share, sampling};
 use super::{LayerSizes, statistics};
-use crate::linalg::{matrix, values};
+use crate::linalg::{matrix, on_host, values};
 use crate::prune::{GroupSolver, Problem, RowBlock, Solution};
 use crate::run::Run;
 use crate::source::Workplace;
@@ -141,7 +141,7 @@ impl<'a> Assistant<'a> {
 
     fn prepare(&mut self, group: usize, body: &[u8]) -> Result<(), TaskError> {
         let first = &self.outline.groups[group][0];
-        let stats = statistics::unpack(&sampling(self.place.run, first.columns), body, &self.place.run.device)?;
+        let stats = statistics::unpack(&sampling(self.place.run, first.columns), body, &Device::Cpu)?;
         let solver = self.place.run.method.solver.prepare(Arc::new(stats), &self.place.control.solve_ctx());
         let failed = |source| TaskError::Solve { tensor: first.tensor.clone(), source };
         self.solver = Some((group, solver.map_err(failed)?));
@@ -158,9 +158,9 @@ impl<'a> Assistant<'a> {
             let member = block.member as usize;
             let sublayer = &self.outline.groups[group][member];
             let mask = place.run.mask.as_ref();
-            let imported = mask.map(|mask| mask.weight(sublayer, &place.run.device)).transpose()?;
-            let weight = layer.weight(group, member);
-            let problem = Problem { tensor: &sublayer.tensor, weight, pattern, imported: imported.as_ref() };
+            let imported = mask.map(|mask| mask.weight(sublayer, &Device::Cpu)).transpose()?;
+            let weight = on_host(layer.weight(group, member))?;
+            let problem = Problem { tensor: &sublayer.tensor, weight: &weight, pattern, imported: imported.as_ref() };
             let rows = RowBlock {
                 first: block.first_row as usize,
                 rows: block.rows as usize,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use espalier_common::clock::Stopwatch;
 use espalier_common::ids::{LayerIndex, Lease};
 use espalier_common::outline::LayerOutline;
@@ -15,7 +15,6 @@ use espalier_common::tasks::TaskGroup;
 use espalier_common::wire::lease_to_wire;
 use espalier_proto::v1 as pb;
 use espalier_proto::v1::head::Matter;
-use rayon::prelude::*;
 use tokio::sync::mpsc;
 
 use super::board::{Board, Task};
@@ -24,6 +23,7 @@ use super::share::{Share, sampling};
 use super::{LayerSizes, statistics};
 use crate::calibrate::cache::Entry;
 use crate::calibrate::tree::{Branch, Forest, LEAVES, Sums, sequences_of};
+use crate::device::in_order;
 use crate::holdings::HiddenStates;
 use crate::model::DecoderLayer;
 use crate::prune::{GroupSolver, InputStats, Problem, Solution, SolveCtx, SolveError, Statistics};
@@ -302,7 +302,7 @@ impl<'a> Crew<'a> {
         self.adopt();
         self.gather_own(here, group, &mut forest, phases)?;
         let watch = Stopwatch::start();
-        let stats = forest.finish(&self.place.run.device).map_err(failed)?;
+        let stats = forest.finish(&Device::Cpu).map_err(failed)?;
         phases.add("gram", watch.seconds(), 0.0);
         Ok(stats)
     }
@@ -351,14 +351,17 @@ impl<'a> Crew<'a> {
         let cut = |(member, problem): (usize, &Problem<'_>)| {
             solver.blocks(problem).map(|blocks| (member, blocks)).map_err(|error| (member, error))
         };
-        let cut = problems.par_iter().enumerate().map(cut).collect::<Result<Vec<_>, _>>()?;
+        let device = solver.device();
+        let cut = in_order(device.unwrap_or(&Device::Cpu), problems.iter().enumerate().collect(), cut)?;
         let tasks =
             cut.into_iter().flat_map(|(member, blocks)| blocks.into_iter().map(move |block| Task { member, block }));
         let tasks: Vec<Task> = tasks.collect();
         // A method that looks at no more than norms is through before its statistics are sent.
         // One that looks at held-out inputs, which are the owner's alone, has no blocks.
         let method = &self.place.run.method.solver;
-        let is_shared = method.needs() >= Statistics::Gram
+        // Who solves on a device is faster than anybody whom blocks would have to be sent to, and takes them in order.
+        let is_shared = device.is_none()
+            && method.needs() >= Statistics::Gram
             && !method.needs_held_out()
             && tasks.len() > 1
             && self.assistants.iter().any(|assistant| assistant.is_there);
@@ -374,6 +377,9 @@ impl<'a> Crew<'a> {
             let packed = Bytes::from_owner(Packed(statistics::pack(stats).map_err(backend)?));
             let matter = || Matter::Statistics(group as u32);
             self.send_all(|| Outgoing { matter: matter(), body: Body::Bytes(packed.clone()) });
+        }
+        if device.is_some() {
+            board.work(solve);
         }
         while board.has_waiting() {
             rayon::in_place_scope(|scope| {

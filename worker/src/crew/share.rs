@@ -8,6 +8,7 @@ use espalier_common::outline::SublayerOutline;
 
 use crate::calibrate::cache::Entry;
 use crate::calibrate::capture::{Lane, capture_group, finish_layer};
+use crate::calibrate::room::Room;
 use crate::calibrate::tree::{Forest, Gatherer, Sampling};
 use crate::model::DecoderLayer;
 use crate::prune::Statistics;
@@ -42,13 +43,24 @@ pub(crate) fn gather_leaves(
     let mut gatherer = Gatherer::new(sampling, leaves);
     let mut gram_seconds = 0.0;
     let watch = Stopwatch::start();
+    let device = place.cache.device();
     capture_group(lanes, group, place.cache, place.control, |mut inputs| {
+        // A device is asked to do things and does them later.
+        device.synchronize()?;
         let watch = Stopwatch::start();
         if constant {
             inputs.iter_mut().flatten().try_for_each(append_constant)?;
         }
         let dense = inputs.get(1).filter(|_| sampling.with_dense);
-        gatherer.add(&inputs[0], dense.map(Vec::as_slice)).map_err(failed)?;
+        if device.is_cpu() {
+            gatherer.add(&inputs[0], dense.map(Vec::as_slice)).map_err(failed)?;
+        } else {
+            let room = Room::of(place.cache);
+            for (index, one) in inputs[0].chunks(1).enumerate() {
+                room.make(|| gatherer.add(one, dense.map(|dense| &dense[index..=index])).map_err(failed))?;
+            }
+            device.synchronize()?;
+        }
         gram_seconds += watch.seconds();
         Ok(())
     })?;

@@ -16,6 +16,7 @@ use crate::apply::{as_loaded, bias_name};
 use crate::artifact::StoredTensor;
 use crate::calibrate::capture::{Lane, Mark};
 use crate::layer_task::gather;
+use crate::linalg::on_host;
 use crate::prune::structured::{PairProblem, PairSolution};
 use crate::prune::verify::{Verified, VerifyError, verify_cut, verify_rows};
 use crate::prune::{InputStats, StructuredSolver};
@@ -67,7 +68,7 @@ impl Site<'_> {
         place.control.set_progress("solve", 0, 1);
         let watch = Stopwatch::start();
         let mut solution = self.solve(&lanes[0], solver, &stats)?;
-        phases.add("solve", watch.seconds(), solution.flops);
+        phases.add(place.solve_phase(false), watch.seconds(), solution.flops);
         let updated = match mark.zip(solver.sweeps()) {
             Some((mark, sweeps)) => split::update(self, &lanes[0], mark, sweeps, &solution, phases)?,
             None => None,
@@ -113,7 +114,9 @@ impl Site<'_> {
     fn solve(&self, lane: &Lane, solver: &dyn StructuredSolver, stats: &InputStats) -> Result<PairSolution, TaskError> {
         let Self { pair, remove, .. } = *self;
         let tensor = &self.sublayer().tensor;
-        let (weight, bias) = (lane.layer().weight(self.group, 0), lane.layer().bias(self.group, 0));
+        let weight = &on_host(lane.layer().weight(self.group, 0))?;
+        let bias = lane.layer().bias(self.group, 0).map(on_host).transpose()?;
+        let bias = bias.as_ref();
         let Pair { block, runs, .. } = *pair;
         let problem = PairProblem { tensor, weight, bias, stats, block, runs, remove };
         let solve = |problem: &PairProblem<'_>| {

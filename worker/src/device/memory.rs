@@ -1,7 +1,20 @@
 //! What the machine has and can do: memory, speed, instruction set.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Error, Tensor};
 use espalier_common::clock::Stopwatch;
+
+use super::backend;
+pub use super::backend::Pinned;
+
+/// Bytes of a GPU that nobody has; `None` for the CPU, or if the driver does not say.
+pub fn free_bytes(device: &Device) -> Option<u64> {
+    backend::free_bytes(device)
+}
+
+/// Whether a GPU had no memory left.
+pub fn is_out_of_memory(error: &Error) -> bool {
+    backend::is_out_of_memory(error)
+}
 
 /// Largest resident size of this process so far, in bytes; 0 where the system does not tell.
 pub fn peak_rss_bytes() -> u64 {
@@ -36,18 +49,25 @@ pub fn instruction_set() -> String {
     std::env::consts::ARCH.to_owned()
 }
 
-/// Speed of f32 matrix products in GFLOP/s: the best of a few, in about 30 ms. 0 if they fail.
-pub fn measure_gflops() -> f64 {
-    const SIDE: usize = 512;
+/// Speed of f32 matrix products of a device in GFLOP/s: the best of a few, in about 30 ms. 0 if they fail.
+pub fn measure_gflops(device: &Device) -> f64 {
     const BUDGET_SECONDS: f64 = 0.03;
+    // A small product does not keep a GPU busy.
+    let side: usize = if device.is_cpu() { 512 } else { 4096 };
     let measure = || -> candle_core::Result<f64> {
-        let matrix = Tensor::ones((SIDE, SIDE), DType::F32, &Device::Cpu)?;
-        let flops = 2.0 * (SIDE as f64).powi(3);
+        let matrix = Tensor::ones((side, side), DType::F32, device)?;
+        let flops = 2.0 * (side as f64).powi(3);
+        if !device.is_cpu() {
+            // The first product loads its kernel.
+            matrix.matmul(&matrix)?;
+            device.synchronize()?;
+        }
         let whole = Stopwatch::start();
         let mut best = 0.0_f64;
         while whole.seconds() < BUDGET_SECONDS {
             let one = Stopwatch::start();
             matrix.matmul(&matrix)?;
+            device.synchronize()?;
             best = best.max(flops / one.seconds().max(1e-9) / 1e9);
         }
         Ok(best)
@@ -61,7 +81,7 @@ mod tests {
 
     #[test]
     fn the_machine_is_described() {
-        assert!(measure_gflops() > 0.0);
+        assert!(measure_gflops(&Device::Cpu) > 0.0);
         assert!(instruction_set().starts_with(std::env::consts::ARCH));
         if cfg!(target_os = "linux") {
             assert!(peak_rss_bytes() > 1 << 20);

@@ -1,6 +1,23 @@
-//! What computes: the thread that owns the device, and what the machine can do.
+//! What computes: the device that was chosen, the thread that owns it, its kernels, and what the machine can do.
+//!
+//! With the feature `cuda` a GPU can be chosen. What the two builds do differently is behind `backend`, and nothing outside
+//! this folder knows which of them it is in.
 
+#[cfg(not(feature = "cuda"))]
+mod absent;
+pub mod choice;
+#[cfg(feature = "cuda")]
+mod cuda;
+pub mod kernels;
 pub mod memory;
+mod order;
 pub mod thread;
 
-pub use thread::{DeviceError, DeviceThread};
+#[cfg(not(feature = "cuda"))]
+use absent as backend;
+#[cfg(feature = "cuda")]
+use cuda as backend;
+
+pub use self::choice::{Chosen, devices, open};
+pub use self::order::in_order;
+pub use self::thread::{DeviceError, DeviceThread};

@@ -3,6 +3,8 @@
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 
 use candle_core::Device;
+use espalier_common::device::DeviceChoice;
+use espalier_common::fault::FaultClass;
 
 /// What the device thread is asked to do.
 pub type Job = Box<dyn FnOnce(&Device) + Send>;
@@ -25,6 +27,37 @@ pub enum DeviceError {
         #[source]
         source: rayon::ThreadPoolBuildError,
     },
+    /// A GPU was asked for, and this build or machine has none.
+    #[error("worker.device is {choice}, which cannot be had: {reason}")]
+    Absent {
+        /// What was asked for.
+        choice: DeviceChoice,
+        /// Why there is none.
+        reason: String,
+    },
+    /// A GPU was asked for that is not among those there are.
+    #[error("worker.device is cuda:{number}, but this machine has {gpus} GPUs, counted from 0")]
+    NoSuchGpu {
+        /// Its number.
+        number: usize,
+        /// How many there are.
+        gpus: usize,
+    },
+    /// Rounding for a GPU was asked for, and none is used.
+    #[error("worker.tf32 is for GPUs, but the worker computes on the CPU: {reason}")]
+    Tf32 {
+        /// Why it does.
+        reason: String,
+    },
+    /// The GPU is there, and cannot be opened.
+    #[error("cuda:{number} cannot be opened")]
+    Open {
+        /// Its number.
+        number: usize,
+        /// What the driver said.
+        #[source]
+        source: candle_core::Error,
+    },
     /// Too many jobs wait already.
     #[error("{QUEUE} units of work are waiting already")]
     Busy,
@@ -33,27 +66,44 @@ pub enum DeviceError {
     Ended,
 }
 
+impl DeviceError {
+    /// What may be done about it.
+    pub fn class(&self) -> FaultClass {
+        match self {
+            Self::Absent { .. } | Self::NoSuchGpu { .. } | Self::Tf32 { .. } => FaultClass::Reject,
+            Self::Busy => FaultClass::RetryHere,
+            Self::Start(_) | Self::Pool { .. } | Self::Open { .. } | Self::Ended => FaultClass::RetryElsewhere,
+        }
+    }
+}
+
 /// The thread that owns the device.
 #[derive(Debug, Clone)]
 pub struct DeviceThread {
+    device: Device,
     queue: SyncSender<Job>,
 }
 
 impl DeviceThread {
-    /// Starts the thread. It ends when the last handle is dropped and its queue is empty.
+    /// Starts the thread of a device. It ends when the last handle is dropped and its queue is empty.
     ///
     /// # Errors
     /// `Start`.
-    pub fn start() -> Result<Self, DeviceError> {
+    pub fn start(device: Device) -> Result<Self, DeviceError> {
         let (queue, jobs) = sync_channel::<Job>(QUEUE);
+        let owned = device.clone();
         let work = move || {
-            let device = Device::Cpu;
             for job in jobs {
-                job(&device);
+                job(&owned);
             }
         };
         std::thread::Builder::new().name("device".to_owned()).spawn(work).map_err(DeviceError::Start)?;
-        Ok(Self { queue })
+        Ok(Self { device, queue })
+    }
+
+    /// The device, to say where tensors are to be; the thread alone computes on it.
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// Queues a job, without waiting.
@@ -88,7 +138,7 @@ mod tests {
 
     #[test]
     fn jobs_run_in_order_and_a_full_queue_is_told() {
-        let device = DeviceThread::start().unwrap();
+        let device = DeviceThread::start(Device::Cpu).unwrap();
         let (release, gate) = channel::<()>();
         let (started, first) = channel();
         let (done, results) = channel();

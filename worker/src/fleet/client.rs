@@ -247,7 +247,7 @@ mod tests {
         let cache = ActivationCache::new(0, std::env::temp_dir());
         let (sender, _) = mpsc::channel(1);
         let runtime = tokio::runtime::Handle::current();
-        let session = Session::new(DeviceThread::start().unwrap(), cache, sender, runtime);
+        let session = Session::new(DeviceThread::start(candle_core::Device::Cpu).unwrap(), cache, sender, runtime);
         Membership::new(client, session, pb::RegisterRequest { build: build.to_owned(), ..Default::default() }, None)
     }
 

@@ -77,7 +77,7 @@ pub fn upper_of_inverse(matrix: &[f32], n: usize) -> Result<Vec<f32>, NotPositiv
 }
 
 /// `L⁻¹ [n, n]` of `matrix = LLᵀ`, zeros above the diagonal. Of `matrix` the upper triangle is read, and overwritten.
-fn inverse_of_cholesky(matrix: &mut [f32], n: usize) -> Result<Vec<f32>, NotPositiveDefinite> {
+pub(super) fn inverse_of_cholesky(matrix: &mut [f32], n: usize) -> Result<Vec<f32>, NotPositiveDefinite> {
     let mut lower = vec![0.0; n * n];
     let mut scratch = vec![0.0; if n > BASE { half(n) * half(n) } else { 0 }];
     by_halves(matrix, &mut lower, &mut scratch, n, 0..n)?;

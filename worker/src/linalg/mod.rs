@@ -7,6 +7,7 @@
 pub mod factor;
 pub mod gemm;
 pub(crate) mod lanes;
+pub mod ops;
 #[cfg(test)]
 pub(crate) mod oracle;
 pub mod pcg;
@@ -24,6 +25,14 @@ use candle_core::{DType, Device, Result, Tensor};
 /// What the tensor backend says.
 pub fn values(tensor: &Tensor) -> Result<Vec<f32>> {
     tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+}
+
+/// The tensor where matrices are solved for: at no cost if it is there.
+///
+/// # Errors
+/// What the tensor backend says.
+pub fn on_host(tensor: &Tensor) -> Result<Tensor> {
+    tensor.to_device(&Device::Cpu)
 }
 
 /// A tensor `[values.len() / columns, columns]` of row-major values.

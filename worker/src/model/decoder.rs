@@ -234,6 +234,10 @@ impl Decoder for PreNormDecoder {
         }
     }
 
+    fn device(&self) -> &Device {
+        self.loader.device()
+    }
+
     fn embed(&self, tokens: &[u32]) -> Result<Tensor, ModelError> {
         self.loader.embedding(EMBEDDING, [self.vocabulary, self.hidden], tokens)
     }

@@ -1,14 +1,18 @@
 //! Row operations that the tensor library has no single pass for.
 //!
-//! Each has a vectorised pass for the CPU and a composition of ordinary tensor operations for every other device; tests hold
-//! them against each other. Sums run over sixteen lanes in a fixed order and nothing is contracted, so the bits depend neither
+//! Each has a vectorised pass for the CPU, and a kernel or a composition of ordinary tensor operations for every other device;
+//! tests hold them against each other. Sums run over sixteen lanes in a fixed order and nothing is contracted, so the bits depend neither
 //! on the number of threads nor on the width of the machine's vectors.
 
 use std::ops::Range;
 use std::slice::ChunksExact;
 
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, InplaceOp1, InplaceOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp2, CustomOp3, D, InplaceOp1, InplaceOp2, Layout, Result, Shape, Tensor, bail,
+};
 use pulp::Arch;
+
+use crate::device::kernels::{Arg, Call, Launch};
 
 const LANES: usize = 16;
 
@@ -72,14 +76,10 @@ impl Causal {
     }
 }
 
-/// softmax(scale · scores) over the keys that each row sees, zero elsewhere; on the CPU the storage of `scores` is overwritten.
+/// softmax(scale · scores) over the keys that each row sees, zero elsewhere; the storage of `scores` is overwritten.
 pub(super) fn causal_softmax(scores: Tensor, causal: Causal, scale: f32) -> Result<Tensor> {
-    if scores.device().is_cpu() {
-        scores.inplace_op1(&CausalSoftmax { causal, scale })?;
-        Ok(scores)
-    } else {
-        causal_softmax_composed(&scores, causal, scale)
-    }
+    scores.inplace_op1(&CausalSoftmax { causal, scale })?;
+    Ok(scores)
 }
 
 /// What [`causal_softmax`] does, on rows of `columns` scores.
@@ -102,6 +102,7 @@ pub(crate) fn causal_softmax_rows(scores: &mut [f32], columns: usize, causal: Ca
     });
 }
 
+#[cfg(test)]
 fn causal_softmax_composed(scores: &Tensor, causal: Causal, scale: f32) -> Result<Tensor> {
     let (rows, columns) = scores.dims2()?;
     let mut mask = vec![f32::NEG_INFINITY; rows * columns];
@@ -281,6 +282,31 @@ impl InplaceOp1 for CausalSoftmax {
         causal_softmax_rows(values_mut(scores, layout)?, columns, self.causal, self.scale);
         Ok(())
     }
+
+    fn cuda_fwd(&self, scores: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        self.call(scores, layout)?.run()
+    }
+}
+
+impl CausalSoftmax {
+    fn call<'a, S>(&self, scores: &'a mut S, layout: &'a Layout) -> Result<Call<'a, S>> {
+        let (rows, columns) = layout.shape().dims2()?;
+        let Causal { first_token, rows_per_token, first_key, window } = self.causal;
+        Ok(Call {
+            launch: Launch::rows("causal_softmax", rows),
+            args: vec![
+                Arg::Write(scores, layout),
+                Arg::Count(rows),
+                Arg::Count(columns),
+                Arg::Count(first_token),
+                Arg::Count(rows_per_token),
+                Arg::Count(first_key),
+                // A token sees itself at least.
+                Arg::Count(window.unwrap_or(0)),
+                Arg::Number(self.scale),
+            ],
+        })
+    }
 }
 
 #[cfg(test)]
@@ -288,6 +314,7 @@ mod tests {
     use candle_core::{DType, Device};
 
     use super::*;
+    use crate::linalg::ops::host;
 
     fn noise(rows: usize, columns: usize) -> Tensor {
         let value = |i: usize| ((i as f32 * 12.9898).sin() * 43_758.547).fract() * 6.0 - 0.5;
@@ -340,6 +367,28 @@ mod tests {
         let first = fused.get(0).unwrap().to_vec1::<f32>().unwrap();
         assert!(first[..6].iter().chain(&first[26..]).all(|&weight| weight == 0.0));
         assert!(first[6..26].iter().all(|&weight| weight > 0.0));
+    }
+
+    #[test]
+    fn the_kernel_does_what_the_pass_does() {
+        for causal in [
+            Causal { first_token: 30, rows_per_token: 3, first_key: 5, window: Some(20) },
+            Causal { first_token: 0, rows_per_token: 1, first_key: 0, window: None },
+            Causal { first_token: 500, rows_per_token: 2, first_key: 100, window: None },
+        ] {
+            let op = CausalSoftmax { causal, scale: 0.3 };
+            let layout = Layout::contiguous((12, 700));
+            let scores = noise(12, 700).flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let mut expected = CpuStorage::F32(scores.clone());
+            op.cpu_fwd(&mut expected, &layout).unwrap();
+            let mut found = CpuStorage::F32(scores);
+            if host::run(op.call(&mut found, &layout).unwrap()) {
+                let (found, expected) = (found.as_slice::<f32>().unwrap(), expected.as_slice::<f32>().unwrap());
+                // Two exponentials and two sums, each right to a few units in the last place.
+                let close = |(x, y): (&f32, &f32)| (x - y).abs() <= 8.0 * f32::EPSILON * y.abs();
+                assert!(found.iter().zip(expected).all(close), "{causal:?}");
+            }
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@ use candle_core::safetensors::load;
 use espalier_common::checkpoint;
 
 use super::*;
+use crate::linalg::ops::host;
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/families")
@@ -22,9 +23,9 @@ fn logits(decoder: &dyn Decoder, tokens: &[u32]) -> Tensor {
 }
 
 /// Largest |ours − theirs| over largest |theirs|.
-fn deviation(fixture: &str) -> f32 {
+fn deviation(fixture: &str, device: &Device) -> f32 {
     let directory = fixtures().join(fixture);
-    let decoder = open(checkpoint::open(&directory).unwrap(), &Device::Cpu).unwrap();
+    let decoder = open(checkpoint::open(&directory).unwrap(), device).unwrap();
     let golden = load(directory.join("golden.safetensors"), &Device::Cpu).unwrap();
     let tokens: Vec<u32> = golden["tokens"].to_vec1::<i32>().unwrap().into_iter().map(|token| token as u32).collect();
     let ours = logits(decoder.as_ref(), &tokens).flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -38,8 +39,10 @@ macro_rules! agrees_with_transformers {
     ($($name:ident: $fixture:literal,)*) => {$(
         #[test]
         fn $name() {
-            let deviation = deviation($fixture);
-            assert!(deviation <= 2e-4, "logits of {} deviate by {deviation:e}", $fixture);
+            for device in host::devices() {
+                let deviation = deviation($fixture, &device);
+                assert!(deviation <= 2e-4, "logits of {} deviate by {deviation:e} on {device:?}", $fixture);
+            }
         }
     )*};
 }

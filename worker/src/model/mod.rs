@@ -115,6 +115,8 @@ pub trait Decoder: Send + Sync {
     fn outline(&self, layer: LayerIndex) -> Result<LayerOutline, ModelError>;
     /// How the layers can be made narrower such that stock loaders still take them, attention by a `unit` at a time.
     fn structure(&self, unit: AttentionUnit) -> Structure;
+    /// What its layers are run on.
+    fn device(&self) -> &Device;
     /// Hidden states `[tokens, hidden]` of one sequence, the input of layer 0. Reads only the rows it needs.
     ///
     /// # Errors

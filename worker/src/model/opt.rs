@@ -211,6 +211,10 @@ impl Decoder for OptDecoder {
         }
     }
 
+    fn device(&self) -> &Device {
+        self.loader.device()
+    }
+
     fn embed(&self, tokens: &[u32]) -> Result<Tensor, ModelError> {
         if tokens.len() > self.max_positions {
             return Err(ModelError::SequenceTooLong { tokens: tokens.len(), limit: self.max_positions });

@@ -170,8 +170,12 @@ pub(super) fn by_group(x: &Tensor, groups: usize, head_dim: usize, table: Option
     let heads = width / head_dim / groups;
     let Some(table) = table else {
         let x = x.reshape((tokens, groups, heads * head_dim))?.transpose(0, 1)?;
-        // One head per group needs no copy: matrix products take strides.
-        return if heads == 1 { Ok(x) } else { x.contiguous()?.reshape((groups, tokens * heads, head_dim)) };
+        // One head per group needs no copy on the CPU, whose products take strides; those of a GPU do not.
+        return if heads == 1 && x.device().is_cpu() {
+            Ok(x)
+        } else {
+            x.contiguous()?.reshape((groups, tokens * heads, head_dim))
+        };
     };
     if x.device().is_cpu() {
         return x.apply_op3_no_bwd(&table.cos, &table.sin, &RotateByGroup { groups, head_dim });

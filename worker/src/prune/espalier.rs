@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use candle_core::Device;
 use espalier_common::pattern::Pattern;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -13,6 +14,8 @@ use serde::{Deserialize, Serialize};
 use super::admm::{Budget, Inverses, Search};
 use super::blend::least_held_out;
 use super::condition::{Conditioned, admit, supports_valid};
+use super::on_device::OnDevice;
+use super::on_device::espalier::DeviceGroup;
 use super::{
     Built, GroupSolver, InputStats, Method, ParamsError, Problem, RowBlock, Solution, SolveCtx, SolveError, Solver,
     Statistics, read_params,
@@ -29,19 +32,15 @@ pub const METHOD: Method = Method {
     build,
 };
 
-const NAME: &str = "espalier";
+pub(super) const NAME: &str = "espalier";
 /// First penalty; ten times more costs 9 % of error, ten times less only iterations.
 const FIRST_RHO: f64 = 0.1;
 const LARGEST_RHO: f64 = 1e6;
-/// Iterations between two looks at the support.
-const CHECK_EVERY: u32 = 3;
-/// The search ends when fewer than this share of the kept weights changed places.
-const SETTLED: f64 = 2e-4;
 /// Steps of the ramp that a search takes at most, but for the best of profiles.
 const RAMP_STEPS: usize = 16;
 /// Steps of the ramp whose inverses a block makes rather than wait for another's.
 const LOOK_AHEAD: usize = 3;
-const MOST_ITERATIONS: u32 = 300;
+pub(super) const MOST_ITERATIONS: u32 = 300;
 /// The largest block of rows: no matrix has as many.
 const MOST_ROWS: usize = 1 << 24;
 
@@ -101,8 +100,79 @@ fn build(params: &serde_json::Value) -> Result<Built, ParamsError> {
     Ok((Box::new(Espalier { params }), filled))
 }
 
+/// The penalty ρ on its way up, and what else a search goes by.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ramp {
+    rho: f64,
+    growth: f64,
+    sigma: f32,
+}
+
+impl Ramp {
+    /// Iterations between two looks at the support.
+    pub(super) const CHECK_EVERY: u32 = 3;
+    /// The search ends when fewer than this share of the kept weights changed places.
+    pub(super) const SETTLED: f64 = 2e-4;
+
+    fn new(profile: Profile) -> Self {
+        let (growth, sigma) = profile.ramp();
+        Self { rho: FIRST_RHO, growth, sigma }
+    }
+
+    /// ρ.
+    pub(super) fn rho(&self) -> f32 {
+        self.rho as f32
+    }
+
+    /// The over-relaxation σ.
+    pub(super) fn sigma(&self) -> f32 {
+        self.sigma
+    }
+
+    /// Goes a step up.
+    pub(super) fn advance(&mut self) {
+        self.rho = (self.rho * self.growth).min(LARGEST_RHO);
+    }
+
+    /// The steps after this one.
+    fn ahead(self) -> impl Iterator<Item = f32> {
+        let next = |ramp: &Self| {
+            let mut ramp = *ramp;
+            ramp.advance();
+            Some(ramp)
+        };
+        std::iter::successors(next(&self), next).map(|ramp| ramp.rho())
+    }
+}
+
 struct Espalier {
     params: Params,
+}
+
+impl Espalier {
+    fn group(&self, stats: &InputStats) -> Result<Group, SolveError> {
+        let (conditioned, ()) = Conditioned::factored(&stats.gram, self.params.damping, |_| Ok(()))?;
+        let towards_dense = match &stats.dense {
+            Some(dense) if self.params.alpha > 0.0 => Some(blend(&conditioned, &stats.gram, &dense.cross)?),
+            _ => None,
+        };
+        let conditioned = Arc::new(conditioned);
+        let inverses = Inverses::new(Arc::clone(&conditioned));
+        let held_out = stats.held_out.clone();
+        Ok(Group { conditioned, towards_dense, held_out, inverses, params: self.params })
+    }
+}
+
+impl OnDevice for Espalier {
+    fn prepare_on(
+        &self,
+        stats: Arc<InputStats>,
+        device: &Device,
+        ctx: &SolveCtx,
+    ) -> Result<Box<dyn GroupSolver>, SolveError> {
+        ctx.check_cancelled()?;
+        Ok(Box::new(DeviceGroup::new(self.group(&stats)?, device)?))
+    }
 }
 
 impl Solver for Espalier {
@@ -116,15 +186,12 @@ impl Solver for Espalier {
 
     fn prepare(&self, stats: Arc<InputStats>, ctx: &SolveCtx) -> Result<Box<dyn GroupSolver>, SolveError> {
         ctx.check_cancelled()?;
-        let (conditioned, ()) = Conditioned::factored(&stats.gram, self.params.damping, |_| Ok(()))?;
-        let towards_dense = match &stats.dense {
-            Some(dense) if self.params.alpha > 0.0 => Some(blend(&conditioned, &stats.gram, &dense.cross)?),
-            _ => None,
-        };
-        let conditioned = Arc::new(conditioned);
-        let inverses = Inverses::new(Arc::clone(&conditioned));
-        let held_out = stats.held_out.clone();
-        Ok(Box::new(Group { conditioned, towards_dense, held_out, inverses, params: self.params }))
+        Ok(Box::new(self.group(&stats)?))
+    }
+
+    /// A target blend is chosen on held-out inputs, by the host.
+    fn on_device(&self) -> Option<&dyn OnDevice> {
+        (self.params.alpha <= 0.0).then_some(self)
     }
 
     fn needs_held_out(&self) -> bool {
@@ -153,7 +220,8 @@ fn blend(
     Ok(out)
 }
 
-struct Group {
+/// A group whose statistics are conditioned.
+pub(super) struct Group {
     conditioned: Arc<Conditioned>,
     towards_dense: Option<Vec<f32>>,
     /// What decides how much of the way is gone.
@@ -163,6 +231,21 @@ struct Group {
 }
 
 impl Group {
+    /// The statistics.
+    pub(super) fn conditioned(&self) -> &Arc<Conditioned> {
+        &self.conditioned
+    }
+
+    /// What a search begins with.
+    pub(super) fn ramp(&self) -> Ramp {
+        Ramp::new(self.params.profile)
+    }
+
+    /// Most steps of the refit.
+    pub(super) fn refit_steps(&self) -> usize {
+        self.params.refit_steps
+    }
+
     /// V̂° = Ŵ + T·Ĝ⁻¹, what the weights would be without a pattern.
     fn unconstrained(&self, anchor: &[f32], shift: Option<&[f32]>) -> Result<Vec<f32>, SolveError> {
         let Some(shift) = shift else { return Ok(anchor.to_vec()) };
@@ -214,22 +297,20 @@ impl Group {
         let shift = shift.as_deref();
         let mut search = Search::new(free, &anchor, shift, n, Budget { pattern: problem.pattern, zeros });
 
-        let (growth, sigma) = self.params.profile.ramp();
-        let next = |rho: f64| (rho * growth).min(LARGEST_RHO);
-        let (mut rho, mut iterations, mut flops) = (FIRST_RHO, 0, 0.0);
+        let mut ramp = self.ramp();
+        let (mut iterations, mut flops) = (0, 0.0);
         while iterations < MOST_ITERATIONS {
-            let ahead = std::iter::successors(Some(next(rho)), |rho| Some(next(*rho))).take(LOOK_AHEAD);
-            let (inverse, spent) = self.inverses.at(rho as f32, ahead.map(|rho| rho as f32))?;
+            let (inverse, spent) = self.inverses.at(ramp.rho(), ramp.ahead().take(LOOK_AHEAD))?;
             flops += spent;
-            for _ in 0..CHECK_EVERY {
+            for _ in 0..Ramp::CHECK_EVERY {
                 ctx.check_cancelled()?;
-                search.step(&inverse, rho as f32, sigma);
+                search.step(&inverse, ramp.rho(), ramp.sigma());
             }
-            iterations += CHECK_EVERY;
-            if search.support_change().1 < SETTLED {
+            iterations += Ramp::CHECK_EVERY;
+            if search.support_change().1 < Ramp::SETTLED {
                 break;
             }
-            rho = next(rho);
+            ramp.advance();
         }
 
         let (start, keep) = search.finish();

@@ -159,6 +159,21 @@ pub(crate) fn solution(method: &str, params: &Value, problem: &LayerProblem, pat
     group.solve(&Problem { tensor: "a.weight", weight: &problem.tensor(), pattern, imported: None }, &ctx).unwrap()
 }
 
+/// As [`solution`], on a device.
+pub(crate) fn solution_on(
+    method: &str,
+    params: &Value,
+    problem: &LayerProblem,
+    pattern: Pattern,
+    device: &Device,
+) -> Solution {
+    let (solver, _) = build(method, params).unwrap();
+    let ctx = SolveCtx::default();
+    let group = solver.on_device().unwrap().prepare_on(Arc::clone(&problem.stats), device, &ctx).unwrap();
+    assert!(group.device().is_some_and(|own| own.same_device(device)));
+    group.solve(&Problem { tensor: "a.weight", weight: &problem.tensor(), pattern, imported: None }, &ctx).unwrap()
+}
+
 /// The values of [`solution`].
 pub(crate) fn solve(method: &str, params: Value, problem: &LayerProblem, pattern: Pattern) -> Vec<f32> {
     values(&solution(method, &params, problem, pattern).weight).unwrap()

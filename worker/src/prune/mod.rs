@@ -9,6 +9,7 @@ pub mod fista;
 #[cfg(test)]
 mod fixture;
 pub mod magnitude;
+pub mod on_device;
 pub mod problem;
 pub mod refit;
 pub mod sparsegpt;
@@ -19,14 +20,17 @@ pub mod wanda;
 
 use std::sync::Arc;
 
+use candle_core::Device;
 use espalier_common::fault::FaultClass;
 use espalier_common::pattern::Pattern;
-use rayon::prelude::*;
 use serde::Serialize;
 use serde::de::{DeserializeOwned, Error as _};
 
+pub use on_device::OnDevice;
 pub use problem::{InputStats, Problem, RowBlock, Solution, SolveCtx, Statistics};
 pub use structured::StructuredSolver;
+
+use crate::device::in_order;
 
 /// One pruning algorithm with its parameters.
 ///
@@ -52,6 +56,10 @@ pub trait Solver: Send + Sync {
     fn imports(&self) -> Option<&str> {
         None
     }
+    /// The method as one that can be solved on a device other than the CPU, if it can with these parameters.
+    fn on_device(&self) -> Option<&dyn OnDevice> {
+        None
+    }
     /// Whether, with these parameters, the method chooses between solutions on held-out inputs, so that there must be some.
     fn needs_held_out(&self) -> bool {
         false
@@ -61,8 +69,12 @@ pub trait Solver: Send + Sync {
 /// A solver made ready for the inputs of one group.
 ///
 /// A sublayer is solved block by block: [`Self::blocks`] cuts it, [`Self::solve_block`] solves one block whoever has the others.
-/// Both may be called from several threads at once.
+/// Both may be called from several threads at once, unless it solves on a device.
 pub trait GroupSolver: Send + Sync {
+    /// The device that it solves on, block after block, called by the thread that owns it; `None` for the host.
+    fn device(&self) -> Option<&Device> {
+        None
+    }
     /// Cuts a sublayer into blocks of rows that can be solved apart, with the zeros that each must get. Fixed by the problem
     /// alone, never by who is there to solve it. One block, unless the method can do with less than the whole matrix.
     ///
@@ -84,9 +96,8 @@ pub trait GroupSolver: Send + Sync {
     fn solve(&self, problem: &Problem<'_>, ctx: &SolveCtx) -> Result<Solution, SolveError> {
         let blocks = self.blocks(problem)?;
         let solve =
-            |block: &RowBlock| problem.solve_rows(block, |problem, zeros| self.solve_block(problem, zeros, ctx));
-        let solved = blocks.par_iter().map(solve).collect::<Result<Vec<_>, SolveError>>()?;
-        Solution::joined(solved)
+            |block: RowBlock| problem.solve_rows(&block, |problem, zeros| self.solve_block(problem, zeros, ctx));
+        Solution::joined(in_order(self.device().unwrap_or(&Device::Cpu), blocks, solve)?)
     }
 }
 

@@ -9,12 +9,15 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use candle_core::Device;
 use espalier_common::pattern::Pattern;
 use pulp::Arch;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::condition::{Conditioned, SharedFlops, admit, supports_valid};
+use super::on_device::OnDevice;
+use super::on_device::sparsegpt::DeviceCompensation;
 use super::sweep::Span;
 use super::{
     Built, GroupSolver, InputStats, Method, ParamsError, Problem, RowBlock, Solution, SolveCtx, SolveError, Solver,
@@ -22,7 +25,7 @@ use super::{
 };
 use crate::linalg::gemm::{View, gemm};
 use crate::linalg::quadratic::dot;
-use crate::linalg::{factor, select};
+use crate::linalg::{factor, ops, select};
 
 /// This method's row in the table.
 pub const METHOD: Method = Method {
@@ -32,7 +35,7 @@ pub const METHOD: Method = Method {
     build,
 };
 
-const NAME: &str = "sparsegpt";
+pub(super) const NAME: &str = "sparsegpt";
 /// Rows that one thread carries through a block of columns before it updates what comes after the block.
 const ROWS: usize = 96;
 
@@ -77,6 +80,40 @@ impl Solver for SparseGpt {
     fn prepare(&self, stats: Arc<InputStats>, ctx: &SolveCtx) -> Result<Box<dyn GroupSolver>, SolveError> {
         ctx.check_cancelled()?;
         Ok(Box::new(Compensation::new(&stats, self.params)?))
+    }
+
+    fn on_device(&self) -> Option<&dyn OnDevice> {
+        (self.params.block <= ops::MOST_COLUMNS).then_some(self)
+    }
+}
+
+impl OnDevice for SparseGpt {
+    fn prepare_on(
+        &self,
+        stats: Arc<InputStats>,
+        device: &Device,
+        ctx: &SolveCtx,
+    ) -> Result<Box<dyn GroupSolver>, SolveError> {
+        ctx.check_cancelled()?;
+        Ok(Box::new(DeviceCompensation::new(&stats, self.params, device)?))
+    }
+}
+
+impl Params {
+    /// Columns that share a budget and an update, and N and M if the sweep is to choose N of every M.
+    pub(super) fn columns_together(&self, pattern: Pattern) -> (usize, Option<(usize, usize)>) {
+        match pattern {
+            Pattern::NofM { keep, of } => ((self.block / of).max(1) * of, Some((keep, of))),
+            _ => (self.block, None),
+        }
+    }
+}
+
+/// Blocks of rows: those of an N:M pattern do not compete; those of an unstructured one do, in every block of columns.
+pub(super) fn blocks(problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
+    match problem.pattern {
+        Pattern::NofM { .. } => RowBlock::each(problem, 2 * ROWS),
+        _ => Ok(vec![RowBlock::whole(problem)?]),
     }
 }
 
@@ -123,10 +160,7 @@ impl Compensation {
     ) -> Result<(Vec<u8>, f64), SolveError> {
         let n = self.conditioned.n;
         let rows = weight.len() / n.max(1);
-        let (block, group) = match pattern {
-            Pattern::NofM { keep, of } => ((self.params.block / of).max(1) * of, Some((keep, of))),
-            _ => (self.params.block, None),
-        };
+        let (block, group) = self.params.columns_together(pattern);
         let mut keep = vec![1u8; weight.len()];
         let mut loss = 0.0;
         for start in (0..n).step_by(block) {
@@ -185,12 +219,8 @@ fn choose(weight: &[f32], keep: &mut [u8], (columns, n): (Range<usize>, usize), 
 }
 
 impl GroupSolver for Compensation {
-    /// Rows of an N:M pattern do not compete; those of an unstructured one do, in every block of columns.
     fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
-        match problem.pattern {
-            Pattern::NofM { .. } => RowBlock::each(problem, 2 * ROWS),
-            _ => Ok(vec![RowBlock::whole(problem)?]),
-        }
+        blocks(problem)
     }
 
     fn solve_block(&self, problem: &Problem<'_>, _: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {

@@ -1,0 +1,56 @@
+//! Second moments that grow on a device other than the CPU, until they are taken to the host.
+//!
+//! As on the host, products of a chunk of tokens are f32 and chunks are added in f64, in the order given.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::gram::CHUNK_TOKENS;
+use crate::linalg::ops;
+
+/// `Σ X̂ᵀX̂`, and `Σ X̂ᵀX` and `Σ XᵀX` if dense inputs come beside the corrected ones; each `[columns, columns]` f64.
+#[derive(Debug, Clone)]
+pub(super) struct DeviceSums {
+    gram: Tensor,
+    dense: Option<(Tensor, Tensor)>,
+}
+
+impl DeviceSums {
+    /// Empty sums.
+    pub(super) fn new(columns: usize, with_dense: bool, device: &Device) -> Result<Self> {
+        let zeros = || Tensor::zeros((columns, columns), DType::F64, device);
+        let dense = if with_dense { Some((zeros()?, zeros()?)) } else { None };
+        Ok(Self { gram: zeros()?, dense })
+    }
+
+    /// Adds the inputs of one sequence, `[tokens, columns]`. If it fails, the sums are as they were: what takes memory comes
+    /// first, so that a step may be done again.
+    pub(super) fn add(&self, corrected: &Tensor, dense: Option<&Tensor>) -> Result<()> {
+        let mut products = self.products(&self.gram, corrected, corrected)?;
+        if let (Some(dense), Some((cross, gram))) = (dense, &self.dense) {
+            products.extend(self.products(cross, corrected, dense)?);
+            products.extend(self.products(gram, dense, dense)?);
+        }
+        products.iter().try_for_each(|(sum, product)| ops::accumulate(sum, product))
+    }
+
+    /// `aᵀb` of each chunk of tokens, with the sum that it is to be added to.
+    fn products<'a>(&self, sum: &'a Tensor, a: &Tensor, b: &Tensor) -> Result<Vec<(&'a Tensor, Tensor)>> {
+        let tokens = a.dim(0)?;
+        let chunk = |start: usize| {
+            let length = CHUNK_TOKENS.min(tokens - start);
+            let (a, b) = (a.narrow(0, start, length)?, b.narrow(0, start, length)?);
+            Ok((sum, a.t()?.matmul(&b)?))
+        };
+        (0..tokens).step_by(CHUNK_TOKENS).map(chunk).collect()
+    }
+
+    /// The sums, row-major: of corrected inputs, of corrected with dense ones, of dense ones.
+    pub(super) fn to_host(&self) -> Result<(Vec<f64>, Option<(Vec<f64>, Vec<f64>)>)> {
+        let values = |sum: &Tensor| sum.flatten_all()?.to_vec1::<f64>();
+        let dense = match &self.dense {
+            Some((cross, gram)) => Some((values(cross)?, values(gram)?)),
+            None => None,
+        };
+        Ok((values(&self.gram)?, dense))
+    }
+}

@@ -1,0 +1,89 @@
+//! CUDA: what the driver tells, devices that are opened, and memory that runs out.
+//!
+//! Everything of a device goes through one stream, in the order in which it was asked for. Kernels are launched by the thread
+//! that owns the device; other threads at most copy a tensor that is complete to the host, in the same stream.
+
+mod factor;
+mod launch;
+mod pinned;
+
+use candle_core::cuda_backend::cudarc::cublas::result::CublasError;
+use candle_core::cuda_backend::cudarc::cublas::sys::cublasStatus_t;
+use candle_core::cuda_backend::cudarc::driver::sys::{CUdevice_attribute, cudaError_enum};
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, DriverError, result};
+use candle_core::cuda_backend::{CudaError, set_gemm_reduced_precision_f32};
+use candle_core::{Device, Error, Result};
+use espalier_common::device::Gpu;
+
+pub(super) use self::factor::inverse_of_cholesky;
+pub(super) use self::launch::{counts_like, counts_of, f32_like, launch, u8_like};
+pub use self::pinned::Pinned;
+
+/// The GPUs there are, or why none can be used.
+pub(super) fn gpus() -> std::result::Result<Vec<Gpu>, String> {
+    let count =
+        CudaContext::device_count().map_err(|error| format!("the CUDA driver cannot be used: {}", said(&error)))?;
+    let describe = |number| describe(number).map_err(|error| format!("GPU {number} does not answer: {}", said(&error)));
+    (0..count).map(describe).collect()
+}
+
+fn describe(number: i32) -> std::result::Result<Gpu, DriverError> {
+    let device = result::device::get(number)?;
+    let attribute = |attribute| {
+        #[allow(unsafe_code, reason = "the driver's numbers of devices are plain integers")]
+        // SAFETY: `device` was just given by the driver.
+        unsafe {
+            result::device::get_attribute(device, attribute)
+        }
+    };
+    let major = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    #[allow(unsafe_code, reason = "the driver's numbers of devices are plain integers")]
+    // SAFETY: `device` was just given by the driver.
+    let memory_bytes = unsafe { result::device::total_mem(device) }? as u64;
+    Ok(Gpu { name: result::device::get_name(device)?, memory_bytes, architecture: format!("sm_{major}{minor}") })
+}
+
+/// A driver's error without its debris: the text that the driver has for it, or its name.
+fn said(error: &DriverError) -> String {
+    match error.error_string() {
+        Ok(text) => text.to_string_lossy().into_owned(),
+        Err(_) => format!("{:?}", error.0),
+    }
+}
+
+/// Opens a GPU with a stream of its own: the default of the tensor library is one stream a thread, and threads would not wait
+/// for each other's.
+pub(super) fn open(number: usize, tf32: bool) -> Result<Device> {
+    set_gemm_reduced_precision_f32(tf32);
+    Device::new_cuda_with_stream(number)
+}
+
+/// Bytes of a GPU that nobody has; `None` for another device, or if the driver does not say.
+pub(super) fn free_bytes(device: &Device) -> Option<u64> {
+    let device = device.as_cuda_device().ok()?;
+    device.cuda_stream().context().bind_to_thread().ok()?;
+    result::mem_get_info().ok().map(|(free, _)| free as u64)
+}
+
+/// Whether a GPU had no memory left.
+pub(super) fn is_out_of_memory(error: &Error) -> bool {
+    match error {
+        Error::Cuda(cause) => match cause.downcast_ref::<CudaError>() {
+            Some(CudaError::Cuda(DriverError(code)) | CudaError::Load { cuda: DriverError(code), .. }) => {
+                *code == cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY
+            }
+            Some(CudaError::Cublas(CublasError(code))) => *code == cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED,
+            _ => false,
+        },
+        Error::Context { inner, .. } | Error::WithPath { inner, .. } | Error::WithBacktrace { inner, .. } => {
+            is_out_of_memory(inner)
+        }
+        _ => false,
+    }
+}
+
+/// What the driver would say if it had no memory left.
+fn out_of_memory() -> Error {
+    CudaError::Cuda(DriverError(cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY)).into()
+}
