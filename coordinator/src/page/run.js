@@ -87,7 +87,8 @@ function runScreen(name, isFrozen) {
   let shownLines = -1;
   const logCard = card("wide", "Events", [el("span", { class: "fill" }), onlyWarnings], log);
   const facts = el("dl", { class: "facts" }), factsCard = card("slim", "Job", null, facts);
-  lower.append(mapCard, lanesCard, peopleCard, phasesCard, logCard, el("div", { class: "side" }, perplexityCard, factsCard));
+  const stack = (size, ...cards) => el("div", { class: `stack ${size}` }, cards);
+  lower.append(mapCard, lanesCard, stack("wide", peopleCard, logCard), stack("slim", perplexityCard, phasesCard, factsCard));
   const shown = el("div", { hidden: true }, top, figures, lower);
   const waiting = el("p", { class: "empty" }, "Waiting for the run to be told of.");
   const root = el("article", {}, waiting, shown);
