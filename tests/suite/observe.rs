@@ -63,7 +63,8 @@ fn await_status(cluster: &mut Cluster, url: &str, wanted: u16) -> Result<()> {
 fn health(url: &str, service: &str) -> Result<i32> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let mut client = HealthClient::connect(url.to_owned()).await?;
+        let channel = tonic::transport::Endpoint::from_shared(url.to_owned())?.connect().await?;
+        let mut client = HealthClient::new(channel);
         Ok(client.check(HealthCheckRequest { service: service.to_owned() }).await?.into_inner().status)
     })
 }
