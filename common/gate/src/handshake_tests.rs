@@ -220,5 +220,7 @@ fn a_wildcard_covers_every_pod_of_a_service_and_nothing_else() {
         entity.verify_is_valid_for_subject_name(&rustls::pki_types::ServerName::try_from(host).unwrap()).is_ok()
     };
     assert!(covers("espalier-worker-0-11.espalier.research.svc") && covers("metrics.espalier.research.svc"));
-    assert!(!covers("espalier.research.svc") && !covers("a.b.espalier.research.svc") && !covers("a.espalier.other.svc"));
+    assert!(
+        !covers("espalier.research.svc") && !covers("a.b.espalier.research.svc") && !covers("a.espalier.other.svc")
+    );
 }
