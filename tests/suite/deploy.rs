@@ -23,6 +23,8 @@ fn the_example_configurations_are_taken() {
     let worker: WorkerConfig = load(Some(&config("worker.toml")), ENV_PREFIX, Overrides::default()).unwrap();
     let url = format!("http://{}", coordinator.coordinator.listen);
     assert_eq!(worker.worker.coordinator, Some(url), "the example worker must find the example coordinator");
+    let pages = [coordinator.http.listen, worker.http.listen].map(|listen| listen.expect("the examples show pages"));
+    assert!(pages.iter().all(|address| address.ip().is_loopback()) && pages[0] != pages[1], "{pages:?}");
 }
 
 #[test]
@@ -31,6 +33,7 @@ fn the_example_configurations_of_a_cluster_need_certificates() {
     assert!(!coordinator.coordinator.listen.ip().is_loopback() && coordinator.auth.tokens.is_some());
     let worker: WorkerConfig = load(Some(&config("worker-tls.toml")), ENV_PREFIX, Overrides::default()).unwrap();
     assert!(!worker.worker.listen.ip().is_loopback() && worker.worker.advertise.is_some());
+    assert!(coordinator.http.listen.is_some() && worker.http.listen.is_some());
     let port = coordinator.coordinator.listen.port();
     assert!(worker.worker.coordinator.unwrap().ends_with(&format!(".example:{port}")));
     for tls in [coordinator.tls, worker.tls] {

@@ -63,7 +63,8 @@ fn await_status(cluster: &mut Cluster, url: &str, wanted: u16) -> Result<()> {
 fn health(url: &str, service: &str) -> Result<i32> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let mut client = HealthClient::connect(url.to_owned()).await?;
+        let channel = tonic::transport::Endpoint::from_shared(url.to_owned())?.connect().await?;
+        let mut client = HealthClient::new(channel);
         Ok(client.check(HealthCheckRequest { service: service.to_owned() }).await?.into_inner().status)
     })
 }
@@ -118,6 +119,7 @@ fn families() -> impl Iterator<Item = &'static Family> {
 }
 
 /// `promtool check metrics`, where there is one.
+#[allow(clippy::print_stderr, reason = "a check that was skipped is told")]
 fn check_with_promtool(scrape: &str) {
     use std::io::Write as _;
     let promtool = Command::new("promtool")
@@ -130,8 +132,8 @@ fn check_with_promtool(scrape: &str) {
         eprintln!("SKIPPED: there is no promtool, so no scrape was checked by it");
         return;
     };
-    promtool.stdin.take().unwrap().write_all(scrape.as_bytes()).unwrap();
-    let checked = promtool.wait_with_output().unwrap();
+    promtool.stdin.take().expect("it is piped").write_all(scrape.as_bytes()).expect("promtool reads");
+    let checked = promtool.wait_with_output().expect("promtool ends");
     let said = String::from_utf8_lossy(&checked.stderr).into_owned() + &String::from_utf8_lossy(&checked.stdout);
     assert!(checked.status.success() && said.is_empty(), "promtool: {said}\n{scrape}");
     eprintln!("promtool check metrics: {} lines, no complaint", scrape.lines().count());
@@ -223,17 +225,20 @@ fn same_as_report(run: &Value, report: &Value) {
         assert_eq!(head[shown], report["totals"][total], "{shown}");
     }
     assert_eq!(head["perplexity"], report["perplexity"]);
-    let layers = run["layers"]["items"].as_array().unwrap();
+    let layers = run["layers"]["items"].as_array().expect("it is a list");
     assert!(layers.iter().all(|layer| layer["at"].as_u64() > Some(0)), "when layers were committed is not told");
-    let cells: Vec<&Value> = layers.iter().flat_map(|layer| layer["cells"].as_array().unwrap()).collect();
-    let sublayers = report["sublayers"].as_array().unwrap();
+    let cells: Vec<&Value> = layers.iter().flat_map(|layer| layer["cells"].as_array().expect("it is a list")).collect();
+    let sublayers = report["sublayers"].as_array().expect("it is a list");
     assert_eq!(cells.len(), sublayers.len());
     for (cell, sublayer) in cells.iter().zip(sublayers) {
         for (shown, name) in [("error", "rel_error"), ("held_out", "held_out_error"), ("sparsity", "sparsity")] {
             assert_eq!(cell[shown], sublayer[name], "{sublayer}");
         }
-        let kind = cell["kind"].as_str().unwrap();
-        assert!(sublayer["name"].as_str().unwrap().contains(&format!(".{kind}.")), "{kind} of {sublayer}");
+        let kind = cell["kind"].as_str().expect("it is a string");
+        assert!(
+            sublayer["name"].as_str().expect("it is a string").contains(&format!(".{kind}.")),
+            "{kind} of {sublayer}"
+        );
     }
 }
 

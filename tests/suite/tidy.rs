@@ -126,7 +126,21 @@ fn rpc_stays_at_the_edges() {
             || path == "worker/src/transport/grpc.rs"
             || (path.matches('/').count() == 2 && FILES.contains(&file_name(path)))
     };
-    assert_only_in(&["tonic"], allowed, "tonic is used where RPCs are served or called, and nowhere else");
+    assert_only_in(
+        &["tonic", "tonic_health"],
+        allowed,
+        "tonic is used where RPCs are served or called, and nowhere else",
+    );
+}
+
+#[test]
+fn pages_stay_at_the_edges() {
+    let allowed = |path: &str| {
+        path.starts_with("common/gate/") || path.starts_with("coordinator/src/http/") || path == "worker/src/http.rs"
+    };
+    assert_only_in(&["axum", "hyper"], allowed, "pages are served by the gate, and made in http/ and http.rs");
+    let counted = |path: &str| path == "common/src/metric.rs";
+    assert_only_in(&["prometheus"], counted, "metrics are counted through metric.rs");
 }
 
 #[test]

@@ -70,7 +70,7 @@ function drawList() {
     const known = ["queued", "running", "done"].includes(run.state) ? run.state : "failed";
     const share = run.layers ? run.committed / run.layers : known === "done" ? 1 : 0;
     return el("li", {}, el("button", { type: "button", "data-run": run.run, "aria-current": run.run === chosen ? "true" : null, onclick() { location.hash = run.run; } },
-      el("span", { class: "name" }, run.run, state(known)), el("span", { class: "model" }, run.model),
+      el("span", { class: "name" }, run.run, state(known)), el("span", { class: "model", title: run.model }, run.model.split("/").slice(-2).join("/")),
       known === "running" ? el("span", { class: "track", "aria-hidden": "true" }, el("i", { style: { width: `${100 * share}%` } })) : null));
   });
   list.replaceChildren(el("h2", {}, "Runs"), el("ul", {}, items));

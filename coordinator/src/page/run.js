@@ -1,15 +1,19 @@
 // One run on the screen. The drawings live as long as the run is shown; the rest is put anew when it changes.
 
+// A few sublayers that lose next to nothing would leave one colour to all others: the lowest part in forty shares the first.
+function logarithmic(values, note) {
+  const found = values.filter((value) => value > 0).sort((one, other) => one - other);
+  if (found.length === 0) return { share: () => 0 };
+  const low = found[Math.floor(found.length / 40)], high = found[found.length - 1];
+  const share = (value) => (value <= low ? 0 : high > low ? Math.log(value / low) / Math.log(high / low) : 0.5);
+  return { share, low: low > found[0] ? `≤ ${error(low)}` : error(low), high: error(high), note };
+}
+
 const MEASURES = [
   {
     name: "error",
     value: (cell) => cell.error,
-    scale(cells) {
-      const found = cells.map((cell) => cell.error).filter((value) => value > 0);
-      const low = Math.min(...found), high = Math.max(...found);
-      const share = (value) => (value <= 0 ? 0 : high > low ? Math.log(value / low) / Math.log(high / low) : 0.5);
-      return found.length === 0 ? { share: () => 0 } : { share, low: error(low), high: error(high), note: "relative error, logarithmic" };
-    },
+    scale: (cells) => logarithmic(cells.map((cell) => cell.error), "relative error, logarithmic"),
   },
   {
     name: "sparsity",
@@ -24,12 +28,7 @@ const MEASURES = [
   {
     name: "held out",
     value: (cell) => cell.held_out ?? null,
-    scale(cells) {
-      const found = cells.map((cell) => cell.held_out).filter((value) => value > 0);
-      const low = Math.min(...found), high = Math.max(...found);
-      const share = (value) => (value <= 0 ? 0 : high > low ? Math.log(value / low) / Math.log(high / low) : 0.5);
-      return found.length === 0 ? { share: () => 0 } : { share, low: error(low), high: error(high), note: "error on held-out sequences, logarithmic" };
-    },
+    scale: (cells) => logarithmic(cells.map((cell) => cell.held_out ?? 0), "error on held-out sequences, logarithmic"),
   },
   {
     name: "time",
@@ -87,7 +86,8 @@ function runScreen(name, isFrozen) {
   let shownLines = -1;
   const logCard = card("wide", "Events", [el("span", { class: "fill" }), onlyWarnings], log);
   const facts = el("dl", { class: "facts" }), factsCard = card("slim", "Job", null, facts);
-  lower.append(mapCard, lanesCard, peopleCard, phasesCard, logCard, el("div", { class: "side" }, perplexityCard, factsCard));
+  const stack = (size, ...cards) => el("div", { class: `stack ${size}` }, cards);
+  lower.append(mapCard, lanesCard, stack("wide", peopleCard, logCard), stack("slim", perplexityCard, phasesCard, factsCard));
   const shown = el("div", { hidden: true }, top, figures, lower);
   const waiting = el("p", { class: "empty" }, "Waiting for the run to be told of.");
   const root = el("article", {}, waiting, shown);
@@ -126,14 +126,13 @@ function runScreen(name, isFrozen) {
       figure("layers per minute", speed === null ? "–" : fixed(speed, speed < 10 ? 2 : 1)),
       figure("weights per second", speed === null || head.committed === 0 ? "–" : short((speed / 60) * (head.elements / head.committed))),
       figure("GFLOP/s per worker", work > 0 ? short(operations / work / 1e9) : "–"),
-      figure("moved", head.bytes_moved === null ? bytes(movedBytes()) : bytes(head.bytes_moved)),
+      figure("moved", head.bytes_moved === null ? "–" : bytes(head.bytes_moved)),
       figure("leases tried again", head.retries),
       figure("workers lost", head.workers_lost),
       head.assistants_lost > 0 ? figure("helpers lost", head.assistants_lost) : null,
     ];
     figures.replaceChildren(...items.filter(Boolean));
   }
-  const movedBytes = () => model.fleet.reduce((all, worker) => all + (worker.bytes_received || 0), 0);
 
   function drawMap() {
     const hasHeldOut = model.layers.some((layer) => layer.cells.some((cell) => typeof cell.held_out === "number"));
