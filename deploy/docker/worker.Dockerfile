@@ -31,7 +31,7 @@ COPY --from=build /out/ /
 # By number, so that runAsNonRoot can be checked. Nothing is written but below /tmp and what is mounted.
 USER 65532:65532
 WORKDIR /
-EXPOSE 7434 7480
+EXPOSE 7434 9434
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["/usr/local/bin/espalier-worker"]
 CMD ["serve"]

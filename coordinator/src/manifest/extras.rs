@@ -1,12 +1,14 @@
 //! What stands around the pods: account, configuration, who may talk to whom, certificates, a queue, and who watches.
 
 use super::resource::{
-    Admission, Alert, AlertGroup, Body, CertificateSpec, IssuerRef, IssuerSpec, LocalQueueSpec, MetricsEndpoint,
-    NetworkPolicySpec, Pairs, Peer, PodMonitorSpec, PolicyPort, PrivateKey, PrometheusRuleSpec, Resource, ScrapeTls,
-    SecretFile, SecretKey, Selector, Spec,
+    Admission, Body, CertificateSpec, IssuerRef, IssuerSpec, LocalQueueSpec, MetricsEndpoint, NetworkPolicySpec, Pairs,
+    Peer, PodMonitorSpec, PolicyPort, PrivateKey, PrometheusRuleSpec, Relabeling, Resource, ScrapeTls, SecretFile,
+    SecretKey, Selector, Spec,
 };
-use super::{COORDINATOR_PORT, Deployment, HTTP_PORT, Role, Storage, WORKER_PORT};
+use super::{COORDINATOR_PORT, Deployment, Role, Storage, WORKER_PORT, yaml};
 
+/// The alerts that every Prometheus is to have, whether an operator brings them or not.
+const RULES: &str = include_str!("../../../deploy/observability/rules.yaml");
 /// The store's credentials, as the pods see them.
 const CREDENTIALS: &str = "/etc/espalier/secrets/credentials";
 
@@ -47,7 +49,7 @@ impl Deployment {
             "[coordinator]\nlisten = \"0.0.0.0:{COORDINATOR_PORT}\"\nworkers = {}\nworkers_patience_seconds = 1800\n\
              stored_every = 8\nworker_silence_seconds = 30\n{}",
             self.workers,
-            common_toml()
+            common_toml(Role::Coordinator)
         )
     }
 
@@ -56,7 +58,7 @@ impl Deployment {
             "[worker]\nlisten = \"0.0.0.0:{WORKER_PORT}\"\nmemory_budget = {}\nscratch = \"/scratch\"\n\
              coordinator_silence_seconds = 600\n{}",
             self.sizes.memory_budget_bytes,
-            common_toml()
+            common_toml(Role::Worker)
         )
     }
 
@@ -168,6 +170,12 @@ impl Deployment {
             path: "/metrics",
             scheme: "https",
             interval: "15s",
+            // The rules tell coordinator and workers apart by their jobs.
+            relabelings: vec![Relabeling {
+                source_labels: vec!["__meta_kubernetes_pod_label_app_kubernetes_io_component"],
+                target_label: "job",
+                replacement: "espalier-$1",
+            }],
             tls_config: ScrapeTls {
                 // Any name below the service: a pod is scraped by its address.
                 server_name: format!("metrics.{}.{}.svc", self.name, self.namespace),
@@ -181,14 +189,18 @@ impl Deployment {
             pod_target_labels: vec!["app.kubernetes.io/component"],
             pod_metrics_endpoints: vec![endpoint],
         };
-        let rules = PrometheusRuleSpec { groups: vec![AlertGroup { name: "espalier", rules: self.alerts() }] };
+        let rules = PrometheusRuleSpec { groups: yaml::parse(RULES)["groups"].take() };
         let prometheus = Peer::NamespaceSelector(Selector {
             match_labels: Pairs::from([("kubernetes.io/metadata.name", "monitoring")].map(owned)),
         });
         let admitted = NetworkPolicySpec {
             pod_selector: Selector { match_labels: self.labels() },
             policy_types: vec!["Ingress"],
-            ingress: Some(vec![from(prometheus, HTTP_PORT)]),
+            ingress: Some(vec![Admission {
+                from: Some(vec![prometheus]),
+                to: None,
+                ports: ports(&[("TCP", Role::Coordinator.http_port()), ("TCP", Role::Worker.http_port())]),
+            }]),
             egress: None,
         };
         let api = "monitoring.coreos.com/v1";
@@ -198,64 +210,14 @@ impl Deployment {
             self.policy("metrics", admitted),
         ]
     }
-
-    fn alerts(&self) -> Vec<Alert> {
-        let alert = |alert, severity: &str, patience, expr: String, summary: &str, description: &str| {
-            let mut annotations = Pairs::from([("summary", summary), ("description", description)].map(owned));
-            annotations.retain(|_, text| !text.is_empty());
-            Alert { alert, expr, patience, labels: Pairs::from([("severity", severity)].map(owned)), annotations }
-        };
-        vec![
-            alert(
-                "EspalierRunFailed",
-                "critical",
-                "0m",
-                "increase(espalier_runs_ended_total{outcome=~\"rejected|failed\"}[15m]) > 0".to_owned(),
-                "a run ended and will not be tried again",
-                "the coordinator's log has the reason in its last lines",
-            ),
-            alert(
-                "EspalierJournalNotDurable",
-                "critical",
-                "0m",
-                "increase(espalier_journal_append_failures_total[15m]) > 0".to_owned(),
-                "a record could not be written to the run's store",
-                "the disk is full, or the object store does not answer; what is committed is safe",
-            ),
-            alert(
-                "EspalierWorkersMissing",
-                "warning",
-                "10m",
-                format!("sum(espalier_workers) < {}", self.workers),
-                "fewer workers than the run was planned for",
-                "the run goes on without them, slower",
-            ),
-            alert(
-                "EspalierNoProgress",
-                "warning",
-                "1h",
-                "increase(espalier_layers_committed_total[2h]) == 0 and on() sum(espalier_units_in_flight) > 0"
-                    .to_owned(),
-                "units are under way, but no layer was committed for two hours",
-                "one layer of a large model may take as long: espalier_run_eta_seconds says what is expected",
-            ),
-            alert(
-                "EspalierRetries",
-                "warning",
-                "0m",
-                "increase(espalier_retries_total[15m]) > 10".to_owned(),
-                "units are given to workers again and again",
-                "espalier_faults_total says by what kind of fault",
-            ),
-        ]
-    }
 }
 
 /// What both files of configuration end with.
-fn common_toml() -> String {
+fn common_toml(role: Role) -> String {
     format!(
-        "\n[tls]\nfolder = \"/etc/espalier/tls\"\n\n[http]\nlisten = \"0.0.0.0:{HTTP_PORT}\"\n\n\
-         [log]\nformat = \"json\"\nfilter = \"info\"\n"
+        "\n[tls]\nfolder = \"/etc/espalier/tls\"\n\n[http]\nlisten = \"0.0.0.0:{}\"\n\n\
+         [log]\nformat = \"json\"\nfilter = \"info\"\n",
+        role.http_port()
     )
 }
 

@@ -23,7 +23,6 @@ pub use resource::Resource;
 /// Where coordinator, workers and probes are reached.
 const COORDINATOR_PORT: u16 = 7433;
 const WORKER_PORT: u16 = 7434;
-const HTTP_PORT: u16 = 7480;
 
 /// One of the two programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +45,14 @@ impl Role {
         match self {
             Self::Coordinator => COORDINATOR_PORT,
             Self::Worker => WORKER_PORT,
+        }
+    }
+
+    /// Pages and probes.
+    fn http_port(self) -> u16 {
+        match self {
+            Self::Coordinator => 9433,
+            Self::Worker => 9434,
         }
     }
 }
@@ -285,7 +292,10 @@ impl Deployment {
             cluster_ip: "None",
             publish_not_ready_addresses: true,
             selector: self.labels(),
-            ports: vec![port("coordinator", COORDINATOR_PORT, "grpc"), port("http", HTTP_PORT, "http")],
+            ports: vec![
+                port("coordinator", COORDINATOR_PORT, "grpc"),
+                port("http", Role::Coordinator.http_port(), "http"),
+            ],
         };
         self.resource("v1", "Service", self.metadata(&self.name), Spec::Service(spec))
     }

@@ -5,7 +5,7 @@ use super::resource::{
     Named, Pairs, PodCondition, PodFailurePolicy, PodFailureRule, PodSecurity, PodSpec, PodTemplate, Probe,
     ProjectedSource, Quantities, Resources, Seccomp, Variable, VariableSource, VariablesFrom, Volume, VolumeSource,
 };
-use super::{Deployment, Form, HTTP_PORT, Role, Storage};
+use super::{Deployment, Form, Role, Storage};
 use crate::error::exit;
 
 /// Nobody's: as distroless images call their user.
@@ -98,7 +98,7 @@ impl Deployment {
             args: self.arguments(role),
             env: (role == Role::Worker).then(|| vec![namespace]),
             env_from: variables,
-            ports: vec![port("grpc", role.port()), port("http", HTTP_PORT)],
+            ports: vec![port("grpc", role.port()), port("http", role.http_port())],
             startup_probe: Probe { failure_threshold: Some(60), ..probe("/healthz", 2) },
             readiness_probe: probe("/readyz", 5),
             liveness_probe: Probe { timeout_seconds: Some(5), failure_threshold: Some(6), ..probe("/healthz", 10) },

@@ -417,7 +417,16 @@ pub(super) struct MetricsEndpoint {
     pub(super) path: &'static str,
     pub(super) scheme: &'static str,
     pub(super) interval: &'static str,
+    pub(super) relabelings: Vec<Relabeling>,
     pub(super) tls_config: ScrapeTls,
+}
+
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Relabeling {
+    pub(super) source_labels: Vec<&'static str>,
+    pub(super) target_label: &'static str,
+    pub(super) replacement: &'static str,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -440,25 +449,10 @@ pub(super) struct SecretKey {
     pub(super) key: &'static str,
 }
 
+/// The groups are a file's: see [`super::yaml::parse`].
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct PrometheusRuleSpec {
-    pub(super) groups: Vec<AlertGroup>,
-}
-
-#[derive(Debug, Clone, Serialize)]
-pub(super) struct AlertGroup {
-    pub(super) name: &'static str,
-    pub(super) rules: Vec<Alert>,
-}
-
-#[derive(Debug, Clone, Serialize)]
-pub(super) struct Alert {
-    pub(super) alert: &'static str,
-    pub(super) expr: String,
-    #[serde(rename = "for")]
-    pub(super) patience: &'static str,
-    pub(super) labels: Pairs,
-    pub(super) annotations: Pairs,
+    pub(super) groups: serde_json::Value,
 }
 
 #[derive(Debug, Clone, Serialize)]

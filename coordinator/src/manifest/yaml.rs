@@ -3,7 +3,7 @@
 use serde::Serialize;
 use serde_json::Value;
 use yaml_rust2::yaml::Hash;
-use yaml_rust2::{Yaml, YamlEmitter};
+use yaml_rust2::{Yaml, YamlEmitter, YamlLoader};
 
 /// Writes documents one after another.
 pub fn stream<T: Serialize>(documents: &[T]) -> String {
@@ -16,6 +16,23 @@ pub fn stream<T: Serialize>(documents: &[T]) -> String {
         text.push('\n');
     }
     text
+}
+
+/// Reads one document of ours; nothing for what has a value that JSON has not.
+pub(super) fn parse(text: &str) -> Value {
+    fn value(yaml: &Yaml) -> Value {
+        match yaml {
+            Yaml::String(text) => Value::from(text.as_str()),
+            Yaml::Integer(number) => Value::from(*number),
+            Yaml::Boolean(value) => Value::from(*value),
+            Yaml::Array(values) => values.iter().map(value).collect(),
+            Yaml::Hash(keys) => {
+                keys.iter().filter_map(|(key, of)| Some((key.as_str()?.to_owned(), value(of)))).collect()
+            }
+            _ => Value::Null,
+        }
+    }
+    YamlLoader::load_from_str(text).ok().and_then(|documents| documents.first().map(value)).unwrap_or_default()
 }
 
 /// The same value, without keys that say nothing.
@@ -35,8 +52,6 @@ fn yaml(value: Value) -> Yaml {
 
 #[cfg(test)]
 mod tests {
-    use yaml_rust2::YamlLoader;
-
     use super::*;
 
     #[test]
