@@ -132,7 +132,7 @@ impl Run {
             past.push(JournalRecord::Created(created));
         }
         let id = past.iter().find_map(created_run).ok_or_else(|| RunError::Headless(setting.run_url.clone()))?;
-        let committed = prune_records(&past).filter(|record| matches!(record, Record::Committed { .. })).count();
+        let committed = prune_records(&past).filter_map(committed_layer).count();
         let (sublayers, phases) = pruned_before(&past);
         setting.events.note(RunEvent::Opened {
             run: id.clone(),

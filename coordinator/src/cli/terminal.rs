@@ -72,7 +72,10 @@ fn errors(text: &mut String, view: &RunView) {
         head.layers.unwrap_or(0).max(view.layers().iter().map(|layer| layer.layer as usize + 1).max().unwrap_or(0));
     let all =
         || view.layers().iter().flat_map(|layer| &layer.cells).map(|cell| cell.error).filter(|error| *error > 0.0);
-    let (least, most) = (all().fold(f64::INFINITY, f64::min), all().fold(0.0, f64::max));
+    let mut sorted: Vec<f64> = all().collect();
+    sorted.sort_by(f64::total_cmp);
+    // A few that lose next to nothing would leave one height to all others.
+    let (least, most) = (sorted.get(sorted.len() / 40).copied().unwrap_or(0.0), sorted.last().copied().unwrap_or(0.0));
     if layers == 0 || most <= 0.0 {
         return;
     }
@@ -89,6 +92,7 @@ fn errors(text: &mut String, view: &RunView) {
         }
         let span = (most / least).ln().max(f64::MIN_POSITIVE);
         let shade = |error: &f64| match *error {
+            // What is below the least becomes 0.
             error if error > 0.0 => SHADES[(((error / least).ln() / span * 7.0).round() as usize).min(7)],
             _ => '·',
         };
