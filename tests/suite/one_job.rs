@@ -55,7 +55,7 @@ fn it_ends_with_its_job_and_its_workers_end_with_it() {
     let (coordinator, url) = coordinator(&workplace, "127.0.0.1:0", "2").unwrap();
     let workers = [worker(&workplace, &url), worker(&workplace, &url)];
     let finished = coordinator.finish(PATIENCE).unwrap().success().unwrap();
-    assert!(finished.stdout.contains("layers"), "no report: {}", finished.stdout);
+    assert!(finished.stdout.contains("checkpoint: "), "no report: {}", finished.stdout);
     for worker in workers {
         let ended = worker.finish(PATIENCE).unwrap().success().unwrap();
         assert!(ended.stderr.contains("dismissed"), "{}", ended.stderr);

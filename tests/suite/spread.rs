@@ -134,7 +134,9 @@ fn a_job_on_a_store_with_certificates_survives_a_worker_and_gives_the_bytes_of_o
     assert!(coordinator.ended().unwrap().is_none(), "the job was done before anybody could be killed");
     workers.remove(0).kill().unwrap();
     let finished = coordinator.finish(PATIENCE).unwrap().success().unwrap();
-    assert!(finished.stderr.contains("is lost"), "nobody missed the worker\n{}", finished.stderr);
+    // What was seen of it first: that it does not answer, or that it is silent.
+    let missed = finished.stderr.contains("failed on") || finished.stderr.contains("is lost");
+    assert!(missed, "nobody missed the worker\n{}", finished.stderr);
     for worker in workers {
         worker.finish(PATIENCE).unwrap().success().unwrap();
     }

@@ -167,6 +167,9 @@ impl JobDesk {
     /// See [`DeskError`].
     pub fn open(roster: Roster, root: String, setup: Setup, metrics: CoordinatorMetrics) -> Result<Self, DeskError> {
         let (book, entries) = Book::open(&root)?;
+        for entry in entries.iter().filter(|entry| entry.end.is_none()) {
+            info!(job = %entry.id, "taken up again");
+        }
         Ok(Self::over(book, entries, roster, root, setup, metrics))
     }
 
@@ -200,9 +203,6 @@ impl JobDesk {
     ) -> Self {
         let mut inner = Inner::default();
         for entry in entries {
-            if entry.end.is_none() {
-                info!(job = %entry.id, "taken up again");
-            }
             inner.add(Ticket::new(entry, &metrics));
         }
         let inner = Arc::new(Mutex::new(inner));

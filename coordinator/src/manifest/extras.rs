@@ -190,14 +190,14 @@ impl Deployment {
             pod_metrics_endpoints: vec![endpoint],
         };
         let rules = PrometheusRuleSpec { groups: yaml::parse(RULES)["groups"].take() };
-        let prometheus = Peer::NamespaceSelector(Selector {
+        let scraper = Peer::NamespaceSelector(Selector {
             match_labels: Pairs::from([("kubernetes.io/metadata.name", "monitoring")].map(owned)),
         });
         let admitted = NetworkPolicySpec {
             pod_selector: Selector { match_labels: self.labels() },
             policy_types: vec!["Ingress"],
             ingress: Some(vec![Admission {
-                from: Some(vec![prometheus]),
+                from: Some(vec![scraper]),
                 to: None,
                 ports: ports(&[("TCP", Role::Coordinator.http_port()), ("TCP", Role::Worker.http_port())]),
             }]),
