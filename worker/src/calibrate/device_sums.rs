@@ -44,13 +44,9 @@ impl DeviceSums {
         (0..tokens).step_by(CHUNK_TOKENS).map(chunk).collect()
     }
 
-    /// The sums, row-major: of corrected inputs, of corrected with dense ones, of dense ones.
-    pub(super) fn to_host(&self) -> Result<(Vec<f64>, Option<(Vec<f64>, Vec<f64>)>)> {
-        let values = |sum: &Tensor| sum.flatten_all()?.to_vec1::<f64>();
-        let dense = match &self.dense {
-            Some((cross, gram)) => Some((values(cross)?, values(gram)?)),
-            None => None,
-        };
-        Ok((values(&self.gram)?, dense))
+    /// The sums, row-major: of corrected inputs and, if there are dense ones, of corrected with dense ones and of dense ones.
+    pub(super) fn to_host(&self) -> Result<Vec<Vec<f64>>> {
+        let dense = self.dense.iter().flat_map(|(cross, gram)| [cross, gram]);
+        [&self.gram].into_iter().chain(dense).map(|sum| sum.flatten_all()?.to_vec1()).collect()
     }
 }

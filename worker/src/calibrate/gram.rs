@@ -188,12 +188,9 @@ impl GramAccumulator {
     /// `Backend`.
     pub fn settle(&mut self) -> Result<(), GramError> {
         if let Some(sums) = &self.on_device {
-            let (gram, dense) = sums.to_host()?;
-            self.gram.add_matrix(&gram);
-            if let (Some((cross, gram)), Some((more_cross, more_gram))) = (&mut self.dense, &dense) {
-                cross.add_matrix(more_cross);
-                gram.add_matrix(more_gram);
-            }
+            let sums = sums.to_host()?;
+            let dense = self.dense.iter_mut().flat_map(|(cross, gram)| [cross, gram]);
+            [&mut self.gram].into_iter().chain(dense).zip(&sums).for_each(|(sum, more)| sum.add_matrix(more));
             self.on_device = None;
         }
         Ok(())

@@ -117,8 +117,9 @@ impl InplaceOp3 for Step<'_> {
                     return;
                 }
                 let curvature = dot(p, q);
-                // NaN is not above zero.
-                if !(curvature > 0.0) {
+                // Not so for NaN either.
+                let can_move = curvature > 0.0;
+                if !can_move {
                     p.fill(0.0);
                     return;
                 }
@@ -161,8 +162,17 @@ mod tests {
     const ROWS: usize = 6;
     const N: usize = 300;
 
-    /// State, image, support, inverse diagonal and goals; the second row is at its goal, the third has no curvature.
-    fn start() -> (Vec<f32>, Vec<f32>, Vec<u8>, Vec<f32>, Vec<f64>) {
+    /// Before a step.
+    struct Start {
+        state: Vec<f32>,
+        image: Vec<f32>,
+        keep: Vec<u8>,
+        inverse: Vec<f32>,
+        goals: Vec<f64>,
+    }
+
+    /// The second row is at its goal, the third has no curvature.
+    fn start() -> Start {
         let keep: Vec<u8> = (0..ROWS * N).map(|at| u8::from(at % 5 < 3)).collect();
         let masked = |seed: u64| -> Vec<f32> {
             oracle::random(seed, ROWS * N).iter().zip(&keep).map(|(x, keep)| x * f32::from(*keep)).collect()
@@ -174,12 +184,12 @@ mod tests {
         image[2 * N..3 * N].iter_mut().for_each(|q| *q = 0.0);
         let mut goals = vec![1e-9; ROWS];
         goals[1] = f64::MAX;
-        ([values, residual, direction].concat(), image, keep, inverse, goals)
+        Start { state: [values, residual, direction].concat(), image, keep, inverse, goals }
     }
 
     /// The step in f64, row by row.
     fn naive() -> Vec<f64> {
-        let (state, image, keep, inverse, goals) = start();
+        let Start { state, image, keep, inverse, goals } = start();
         let wide = |at: usize| f64::from(state[at]);
         let mut out: Vec<f64> = (0..state.len()).map(wide).collect();
         for row in 0..ROWS {
@@ -215,7 +225,7 @@ mod tests {
     }
 
     fn step_on(device: &Device) -> Vec<f32> {
-        let (state, image, keep, inverse, goals) = start();
+        let Start { state, image, keep, inverse, goals } = start();
         let state = Tensor::from_vec(state, (3, ROWS, N), device).unwrap();
         let keep = Tensor::from_vec(keep, (ROWS, N), device).unwrap();
         let inverse_diagonal = &Tensor::from_vec(inverse, N, device).unwrap();
@@ -234,7 +244,7 @@ mod tests {
 
     #[test]
     fn the_kernel_does_what_the_pass_does() {
-        let (state, image, keep, inverse, goals) = start();
+        let Start { state, image, keep, inverse, goals } = start();
         let mut state = CpuStorage::F32(state);
         let (image, keep) = (CpuStorage::F32(image), CpuStorage::U8(keep));
         let (of_state, of_rows) = (Layout::contiguous((3, ROWS, N)), Layout::contiguous((ROWS, N)));
