@@ -57,15 +57,21 @@ fn documents(text: &str) -> Vec<Value> {
             Yaml::Integer(number) => Value::from(*number),
             Yaml::Boolean(value) => Value::from(*value),
             Yaml::Array(values) => values.iter().map(value).collect(),
-            Yaml::Hash(keys) => keys.iter().map(|(key, of)| (key.as_str().unwrap().to_owned(), value(of))).collect(),
+            Yaml::Hash(keys) => keys
+                .iter()
+                .map(|(key, of)| (key.as_str().expect("our own files are as we wrote them").to_owned(), value(of)))
+                .collect(),
             other => panic!("{other:?} is in no manifest of ours"),
         }
     }
-    YamlLoader::load_from_str(text).unwrap().iter().map(value).collect()
+    YamlLoader::load_from_str(text).expect("our own files are as we wrote them").iter().map(value).collect()
 }
 
 fn manifests(files: &[&str]) -> Vec<Value> {
-    files.iter().flat_map(|file| documents(&std::fs::read_to_string(k8s(file)).unwrap())).collect()
+    files
+        .iter()
+        .flat_map(|file| documents(&std::fs::read_to_string(k8s(file)).expect("our own files are as we wrote them")))
+        .collect()
 }
 
 fn k8s(file: &str) -> PathBuf {
@@ -75,7 +81,7 @@ fn k8s(file: &str) -> PathBuf {
 /// By kind and name; kustomize adds the namespace.
 fn by_name(documents: Vec<Value>) -> BTreeMap<String, Value> {
     let named = |mut document: Value| {
-        document["metadata"].as_object_mut().unwrap().remove("namespace");
+        document["metadata"].as_object_mut().expect("our own files are as we wrote them").remove("namespace");
         (format!("{} {}", document["kind"], document["metadata"]["name"]), document)
     };
     documents.into_iter().map(named).collect()
@@ -90,7 +96,7 @@ fn deployment(form: Form, storage: Storage, job: &str) -> Deployment {
         worker_image: "espalier-worker:0.1.0".to_owned(),
         workers: 3,
         sizes: Sizes { cpus: 8, memory_gib: 32, memory_budget_bytes: 8 << 30, scratch_gib: 100, cache_gib: 32 },
-        job: load_document(&k8s(job)).unwrap(),
+        job: load_document(&k8s(job)).expect("our own files are as we wrote them"),
         run: None,
         storage,
         environment: BTreeMap::new(),
@@ -102,7 +108,7 @@ fn deployment(form: Form, storage: Storage, job: &str) -> Deployment {
 
 /// What is rendered, the ConfigMaps apart.
 fn rendered(deployment: &Deployment) -> (BTreeMap<String, Value>, BTreeMap<String, Value>) {
-    let text = yaml::stream(&deployment.documents().unwrap());
+    let text = yaml::stream(&deployment.documents().expect("our own files are as we wrote them"));
     by_name(documents(&text)).into_iter().partition(|(name, _)| !name.starts_with("\"ConfigMap"))
 }
 

@@ -17,8 +17,10 @@ fn utf8(path: &Path) -> &str {
 
 /// A job file in the workplace, whose calibration text is cut to so many bytes.
 fn write_job(workplace: &Workplace, text_bytes: usize) {
-    let text = fs::read(golden().join("text/wikitext2-valid-head.txt")).unwrap();
-    fs::write(workplace.path().join("text.txt"), &text[..text_bytes.min(text.len())]).unwrap();
+    let text = fs::read(golden().join("text/wikitext2-valid-head.txt"))
+        .expect("a folder of our own takes what we write, and programs start");
+    fs::write(workplace.path().join("text.txt"), &text[..text_bytes.min(text.len())])
+        .expect("a folder of our own takes what we write, and programs start");
     let (model, folder) = (tiny("llama-tiny"), workplace.path());
     let job = format!(
         "[model]\nsource = \"{}\"\n[calibration]\nsource = \"{}\"\nsamples = 32\nsequence_length = 128\n[output]\nuri = \"{}\"\n",
@@ -26,7 +28,7 @@ fn write_job(workplace: &Workplace, text_bytes: usize) {
         utf8(&folder.join("text.txt")),
         utf8(&folder.join("out")),
     );
-    fs::write(folder.join("job.toml"), job).unwrap();
+    fs::write(folder.join("job.toml"), job).expect("a folder of our own takes what we write, and programs start");
 }
 
 fn coordinator(workplace: &Workplace, listen: &str, workers: &str) -> Result<(Running, String)> {
@@ -37,13 +39,19 @@ fn coordinator(workplace: &Workplace, listen: &str, workers: &str) -> Result<(Ru
 }
 
 fn worker(workplace: &Workplace, url: &str) -> Running {
-    workplace.start_program("espalier-worker", ["serve", "--coordinator", url, "--threads", "1"]).unwrap()
+    workplace
+        .start_program("espalier-worker", ["serve", "--coordinator", url, "--threads", "1"])
+        .expect("a folder of our own takes what we write, and programs start")
 }
 
 fn reference() -> Workplace {
     let workplace = Workplace::new();
     write_job(&workplace, usize::MAX);
-    workplace.run(["prune", "--job", "job.toml", "--run", "run"]).unwrap().success().unwrap();
+    workplace
+        .run(["prune", "--job", "job.toml", "--run", "run"])
+        .expect("a folder of our own takes what we write, and programs start")
+        .success()
+        .expect("a folder of our own takes what we write, and programs start");
     workplace
 }
 

@@ -29,8 +29,9 @@ impl Allocation {
         let workplace = Workplace::new();
         let folder = workplace.path();
         for (name, text) in [("srun", SRUN), ("scontrol", SCONTROL)] {
-            fs::write(folder.join(name), text).unwrap();
-            fs::set_permissions(folder.join(name), Permissions::from_mode(0o755)).unwrap();
+            fs::write(folder.join(name), text).expect("a folder of our own takes what we write, and programs start");
+            fs::set_permissions(folder.join(name), Permissions::from_mode(0o755))
+                .expect("a folder of our own takes what we write, and programs start");
         }
         let utf8 = |path: PathBuf| path.to_str().expect("the repository's path is UTF-8").to_owned();
         let job = format!(
@@ -39,7 +40,7 @@ impl Allocation {
             utf8(golden().join("text/wikitext2-valid-head.txt")),
             utf8(folder.join("out")),
         );
-        fs::write(folder.join("job.toml"), job).unwrap();
+        fs::write(folder.join("job.toml"), job).expect("a folder of our own takes what we write, and programs start");
         Self { workplace }
     }
 
@@ -49,7 +50,11 @@ impl Allocation {
 
     fn start(&self, restarts: &str) -> Child {
         let programs = binary("espalier").parent().expect("it is in a folder").to_owned();
-        let path = format!("{}:{}", self.folder().display(), std::env::var("PATH").unwrap());
+        let path = format!(
+            "{}:{}",
+            self.folder().display(),
+            std::env::var("PATH").expect("a folder of our own takes what we write, and programs start")
+        );
         // Ports come from the number of the job: one that no other test has.
         let number = (std::process::id() % 10_000).to_string();
         Command::new("bash")
@@ -61,10 +66,16 @@ impl Allocation {
             .env("SLURM_JOB_ID", number)
             .env("ESPALIER_BIN", programs)
             .stdin(Stdio::null())
-            .stdout(fs::File::create(self.folder().join("stdout")).unwrap())
-            .stderr(fs::File::create(self.folder().join("stderr")).unwrap())
+            .stdout(
+                fs::File::create(self.folder().join("stdout"))
+                    .expect("a folder of our own takes what we write, and programs start"),
+            )
+            .stderr(
+                fs::File::create(self.folder().join("stderr"))
+                    .expect("a folder of our own takes what we write, and programs start"),
+            )
             .spawn()
-            .unwrap()
+            .expect("a folder of our own takes what we write, and programs start")
     }
 
     fn wait_until<T>(&self, what: &str, mut seen: impl FnMut() -> Option<T>) -> T {
@@ -80,7 +91,9 @@ impl Allocation {
     }
 
     fn finish(&self, mut script: Child) -> ExitStatus {
-        self.wait_until("end", || script.try_wait().unwrap())
+        self.wait_until("end", || {
+            script.try_wait().expect("a folder of our own takes what we write, and programs start")
+        })
     }
 
     fn errors(&self) -> String {
@@ -93,7 +106,10 @@ impl Allocation {
 }
 
 fn terminate(script: &Child) {
-    let sent = Command::new("sh").args(["-c", &format!("kill -TERM {}", script.id())]).status().unwrap();
+    let sent = Command::new("sh")
+        .args(["-c", &format!("kill -TERM {}", script.id())])
+        .status()
+        .expect("a folder of our own takes what we write, and programs start");
     assert!(sent.success());
 }
 
