@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::CliError;
 use super::args::LocalArgs;
-use super::screen::Screen;
+use super::screen::{self, Screen};
 use crate::config::CoordinatorConfig;
 use crate::error::RunError;
 use crate::events::{EventLog, RunEvent};
@@ -95,6 +95,7 @@ pub(crate) async fn with_workers<T>(
         coordinator: service.address,
     };
     let workers = LocalWorkers::start(&launch, &roster).await?;
+    workers.told().into_iter().for_each(screen::note);
     let result = work.await;
     workers.stop().await;
     service.stop().await;

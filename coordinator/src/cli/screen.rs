@@ -16,6 +16,12 @@ pub(crate) fn error_line(message: &str) {
     eprintln!("error: {message}");
 }
 
+/// Prints what somebody should know who asked for nothing else.
+#[allow(clippy::print_stderr, reason = "this is the place")]
+pub(crate) fn note(message: &str) {
+    eprintln!("{message}");
+}
+
 /// Prints a result. A reader that went away (`| head`) is no error.
 pub(crate) fn out(text: &str) {
     let _ = writeln!(std::io::stdout().lock(), "{text}");
