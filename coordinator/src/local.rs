@@ -46,6 +46,8 @@ pub struct LocalWorkers {
     watches: TaskGroup,
     /// Open as long as the workers shall live.
     leashes: Vec<ChildStdin>,
+    /// What was chosen for them to compute on, and why, if anything was.
+    told: Option<String>,
 }
 
 impl LocalWorkers {
@@ -79,7 +81,12 @@ impl LocalWorkers {
                 }
             });
         }
-        Ok(Self { watches, leashes })
+        Ok(Self { watches, leashes, told: picked.told() })
+    }
+
+    /// What people should know of what the workers compute on: there were two builds, and one was chosen.
+    pub fn told(&self) -> Option<&str> {
+        self.told.as_deref()
     }
 
     /// Ends all workers and waits until they are gone.

@@ -12,9 +12,9 @@ use espalier_gate::web::Readiness;
 use espalier_gate::{Entrance, Web};
 use tokio_util::sync::CancellationToken;
 
+use super::CliError;
 use super::args::LocalArgs;
-use super::screen::Screen;
-use super::{CliError, screen};
+use super::screen::{self, Screen};
 use crate::config::CoordinatorConfig;
 use crate::error::RunError;
 use crate::events::{EventLog, RunEvent};
@@ -101,6 +101,7 @@ pub(crate) async fn with_workers<T>(
         coordinator: service.address,
     };
     let workers = LocalWorkers::start(&launch, &roster).await?;
+    workers.told().into_iter().for_each(screen::note);
     let result = work.await;
     workers.stop().await;
     service.stop().await;

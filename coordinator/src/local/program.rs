@@ -28,9 +28,17 @@ pub(super) struct Picked {
     pub(super) devices: Vec<DeviceChoice>,
     /// Why.
     pub(super) reason: String,
+    /// Whether there were two builds to choose from, and nobody had chosen.
+    pub(super) was_chosen: bool,
 }
 
 impl Picked {
+    /// What people are told of a choice between the two builds; nothing where there is but one, or the choice was theirs.
+    pub(super) fn told(&self) -> Option<String> {
+        let devices = self.devices.iter().map(DeviceChoice::to_string).collect::<Vec<_>>().join(", ");
+        self.was_chosen.then(|| format!("computing on {devices}: {}", self.reason))
+    }
+
     /// What worker `index` computes on.
     pub(super) fn device(&self, index: usize) -> DeviceChoice {
         self.devices[index % self.devices.len()]
@@ -45,13 +53,14 @@ impl Picked {
 pub(super) async fn pick(choice: DeviceChoice, configured: &Path, folder: Option<&Path>) -> Result<Picked, RunError> {
     if !configured.as_os_str().is_empty() {
         let reason = "this worker program was configured".to_owned();
-        return Ok(Picked { program: configured.to_owned(), devices: vec![choice], reason });
+        return Ok(Picked { program: configured.to_owned(), devices: vec![choice], reason, was_chosen: false });
     }
     let beside = |name: &str| folder.map(|folder| folder.join(name)).filter(|path| path.exists());
     let cuda = beside(CUDA_BUILD);
+    let was_chosen = choice == DeviceChoice::Auto && cuda.is_some();
     let cpu = |reason: String| {
         let program = beside(CPU_BUILD).unwrap_or_else(|| PathBuf::from(CPU_BUILD));
-        Picked { program, devices: vec![DeviceChoice::Cpu], reason }
+        Picked { program, devices: vec![DeviceChoice::Cpu], reason, was_chosen }
     };
     let found = match (choice, &cuda) {
         (DeviceChoice::Cpu, _) => return Ok(cpu("the CPU was asked for".to_owned())),
@@ -64,12 +73,12 @@ pub(super) async fn pick(choice: DeviceChoice, configured: &Path, folder: Option
             Err(RunError::Device { device: choice, reason })
         }
         (DeviceChoice::Cuda(_), Ok((_, program))) => {
-            Ok(Picked { program, devices: vec![choice], reason: "this GPU was asked for".to_owned() })
+            Ok(Picked { program, devices: vec![choice], reason: "this GPU was asked for".to_owned(), was_chosen })
         }
         (DeviceChoice::Cuda(_), Err(reason)) => Err(RunError::Device { device: choice, reason }),
         (_, Ok((gpus, program))) => {
             let devices = (0..gpus).map(DeviceChoice::Cuda).collect();
-            Ok(Picked { program, devices, reason: format!("{CUDA_BUILD} can use {gpus} GPUs") })
+            Ok(Picked { program, devices, reason: format!("{CUDA_BUILD} can use {gpus} GPUs"), was_chosen })
         }
         (_, Err(reason)) => Ok(cpu(reason)),
     }
@@ -134,7 +143,8 @@ echo '{"gpus":[{"name":"a","memory_bytes":1,"architecture":"sm_80"},{"name":"b",
         let (program, devices, reason) = picked(DeviceChoice::Auto, Some(TWO)).await.unwrap();
         assert_eq!((program.as_str(), &devices[..]), (CUDA_BUILD, &[DeviceChoice::Cuda(0), DeviceChoice::Cuda(1)][..]));
         assert!(reason.contains("2 GPUs"), "{reason}");
-        let picked = Picked { program: PathBuf::new(), devices, reason };
+        let picked = Picked { program: PathBuf::new(), devices, reason, was_chosen: true };
+        assert!(picked.told().unwrap().starts_with("computing on cuda:0, cuda:1: "));
         assert_eq!([0, 1, 2].map(|index| picked.device(index).to_string()), ["cuda:0", "cuda:1", "cuda:0"]);
     }
 
@@ -172,6 +182,7 @@ echo '{"gpus":[{"name":"a","memory_bytes":1,"architecture":"sm_80"},{"name":"b",
         assert_eq!((program.as_str(), &devices[..]), (CPU_BUILD, &[DeviceChoice::Cpu][..]));
         let folder = installed(Some(TWO));
         let picked = pick(DeviceChoice::Auto, Path::new("/opt/mine"), Some(folder.path())).await.unwrap();
+        assert_eq!(picked.told(), None);
         assert_eq!((picked.program, picked.devices), (PathBuf::from("/opt/mine"), vec![DeviceChoice::Auto]));
     }
 }
