@@ -19,12 +19,12 @@ fn masked(model: &str, method: &str) -> Workplace {
     let mut arguments = vec!["prune", utf8(&model), "--output", "masked", "--calibration", utf8(&text)];
     arguments.extend(["--samples", "8", "--seq-len", "64", "--method", method, "--sparsity", "0.4"]);
     arguments.extend(["--layout", "masked"]);
-    workplace.run(arguments).unwrap().success().unwrap();
+    workplace.run(arguments).and_then(Finished::success).expect("the model can be pruned");
     workplace
 }
 
 fn export(workplace: &Workplace, from: &str, more: &[&str]) -> Finished {
-    workplace.run([&["export", from, "--output", "out"], more].concat()).unwrap()
+    workplace.run([&["export", from, "--output", "out"], more].concat()).expect("the program starts and ends")
 }
 
 fn refused(workplace: &Workplace, from: &str, more: &[&str], expected: &[&str]) {
