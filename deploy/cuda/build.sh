@@ -36,7 +36,7 @@ if [ ! -e "$home/lib/stubs/libcuda.so" ]; then
     ln -sf libcuda.so "$home/lib/stubs/libcuda.so.1"
 fi
 
-export CUDA_HOME=$home CUDA_PATH=$home CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-80} PATH="$home/bin:$PATH"
+export CUDA_HOME="$home" CUDA_PATH="$home" CUDA_COMPUTE_CAP="${CUDA_COMPUTE_CAP:-80}" PATH="$home/bin:$PATH"
 export LIBRARY_PATH="$home/lib:$home/lib/stubs${LIBRARY_PATH:+:$LIBRARY_PATH}"
 "$cargo" build --release -p espalier-worker --bin espalier-worker --features cuda --target-dir "$target/cuda-kit/target"
 mkdir -p "$target/release"

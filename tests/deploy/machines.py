@@ -6,6 +6,7 @@ Tools that come from PyPI are beside this Python; others are used if they are in
 """
 
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -34,8 +35,9 @@ def tool(name):
 
 def scripts():
     program = tool("shellcheck")
-    for script in [*DEPLOY.rglob("*.sh"), *DEPLOY.rglob("*.sbatch"), REPOSITORY / ".ci/run"] if program else []:
-        fine, said = done(program, "--shell", "bash" if script.suffix != ".sh" else "sh", script)
+    is_script = lambda file: file.is_file() and re.match(rb"#!.*sh\n", file.read_bytes()[:64])
+    for script in [*filter(is_script, sorted(DEPLOY.rglob("*"))), REPOSITORY / ".ci/run"] if program else []:
+        fine, said = done(program, script)
         yield f"shellcheck {script.relative_to(REPOSITORY)}", None if fine else said
 
 
