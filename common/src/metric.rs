@@ -31,6 +31,34 @@ pub enum Kind {
     Histogram(&'static [f64]),
 }
 
+impl Family {
+    /// A counter.
+    pub const fn counter(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Self {
+        Self { name, help, kind: Kind::Counter, labels }
+    }
+
+    /// A gauge.
+    pub const fn gauge(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Self {
+        Self { name, help, kind: Kind::Gauge, labels }
+    }
+}
+
+/// Bounds, in seconds, for what takes from a tenth of a second to an hour.
+pub const SECONDS: &[f64] = &[0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0];
+/// Bounds, in seconds, for what takes milliseconds.
+pub const MILLISECONDS: &[f64] = &[0.000_1, 0.000_5, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0];
+
+/// A program's table: a constant for each family, and `FAMILIES` with all of them.
+#[macro_export]
+macro_rules! families {
+    ($($name:ident = $family:expr;)*) => {
+        $(const $name: $crate::metric::Family = $family;)*
+
+        /// All of them.
+        pub const FAMILIES: &[$crate::metric::Family] = &[$($name),*];
+    };
+}
+
 enum Collector {
     Counter(CounterVec),
     Gauge(GaugeVec),

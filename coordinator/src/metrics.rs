@@ -4,67 +4,48 @@
 use std::sync::Arc;
 
 use espalier_common::clock::Stopwatch;
+use espalier_common::families;
 use espalier_common::fault::FaultClass;
 use espalier_common::ids::Unit;
 use espalier_common::memory;
-use espalier_common::metric::{Family, Kind, Metrics};
+use espalier_common::metric::{Family, Kind, MILLISECONDS, Metrics, SECONDS};
 use espalier_common::report::PhaseSeconds;
 
 use crate::events::RunEvent;
 use crate::view::{State, kind};
 
-const SECONDS: &[f64] = &[0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0];
-const MILLISECONDS: &[f64] = &[0.000_1, 0.000_5, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0];
-
-const fn counter(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Family {
-    Family { name, help, kind: Kind::Counter, labels }
-}
-
-const fn gauge(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Family {
-    Family { name, help, kind: Kind::Gauge, labels }
-}
-
-macro_rules! families {
-    ($($(#[$attribute:meta])* $name:ident = $family:expr;)*) => {
-        $($(#[$attribute])* const $name: Family = $family;)*
-
-        /// All of them.
-        pub const FAMILIES: &[Family] = &[$($name),*];
-    };
-}
-
 families! {
-    BUILD = gauge("espalier_build_info", &["version"], "1, labelled with the version of the program.");
-    UPTIME = gauge("espalier_uptime_seconds", &[], "Seconds since the program started.");
-    RESIDENT = gauge("espalier_resident_memory_bytes", &[], "Resident memory of the coordinator now.");
-    PEAK = gauge("espalier_peak_memory_bytes", &[], "Highest resident memory of the coordinator so far.");
-    READY = gauge("espalier_ready", &[], "1 while jobs are taken, 0 otherwise; as /readyz.");
-    BUSY = gauge("espalier_event_loop_busy_seconds", &[], "Seconds for which the loop of a run has been at one event; 0 while it waits for the next.");
-    WORKERS = gauge("espalier_workers", &["state"], "Workers that are registered, by state: busy with a unit or helping, or idle.");
-    WORKERS_LOST = counter("espalier_workers_lost_total", &[], "Workers that were lost while a run went on.");
-    RUNS = gauge("espalier_runs", &["state"], "Runs that the coordinator knows, by state: queued, running, done, failed.");
-    RUNS_ENDED = counter("espalier_runs_ended_total", &["outcome"], "Runs that ended, by outcome: done, interrupted (exit code 75), rejected (65), failed (any other).");
-    RUN_LAYERS = gauge("espalier_run_layers", &["run"], "Layers of the run that is going on.");
-    RUN_COMMITTED = gauge("espalier_run_layers_committed", &["run"], "Layers of the run that is going on that are committed.");
-    RUN_ETA = gauge("espalier_run_eta_seconds", &["run"], "Seconds until the last layer of the run that is going on is expected to be pruned.");
-    LAYERS = counter("espalier_layers_committed_total", &[], "Layers committed.");
-    IN_FLIGHT = gauge("espalier_units_in_flight", &["unit"], "Units that are leased, by kind: prune, forward, evaluate.");
-    STARTED = counter("espalier_units_started_total", &["unit"], "Leases given, by kind of unit.");
-    ENDED = counter("espalier_units_ended_total", &["unit", "outcome"], "Leases whose end was reported, by kind of unit and outcome: committed, failed.");
-    RETRIES = counter("espalier_retries_total", &[], "Leases that came to nothing: their unit was leased again, or failed its run.");
-    FAULTS = counter("espalier_faults_total", &["class"], "Faults of units by class: retry_here, retry_elsewhere, reject, bug.");
-    ASSISTANTS = counter("espalier_assistants_lost_total", &[], "Assistants that were given up on in the middle of a layer.");
+    BUILD = Family::gauge("espalier_build_info", &["version"], "1, labelled with the version of the program.");
+    UPTIME = Family::gauge("espalier_uptime_seconds", &[], "Seconds since the program started.");
+    RESIDENT = Family::gauge("espalier_resident_memory_bytes", &[], "Resident memory of the coordinator now.");
+    PEAK = Family::gauge("espalier_peak_memory_bytes", &[], "Highest resident memory of the coordinator so far.");
+    READY = Family::gauge("espalier_ready", &[], "1 while jobs are taken, 0 otherwise; as /readyz.");
+    BUSY = Family::gauge("espalier_event_loop_busy_seconds", &[], "Seconds for which the loop of a run has been at one event; 0 while it waits for the next.");
+    WORKERS = Family::gauge("espalier_workers", &["state"], "Workers that are registered, by state: busy with a unit or helping, or idle.");
+    WORKERS_LOST = Family::counter("espalier_workers_lost_total", &[], "Workers that were lost while a run went on.");
+    RUNS = Family::gauge("espalier_runs", &["state"], "Runs that the coordinator knows, by state: queued, running, done, failed.");
+    RUNS_ENDED = Family::counter("espalier_runs_ended_total", &["outcome"], "Runs that ended, by outcome: done, interrupted (exit code 75), rejected (65), failed (any other).");
+    RUN_LAYERS = Family::gauge("espalier_run_layers", &["run"], "Layers of the run that is going on.");
+    RUN_COMMITTED = Family::gauge("espalier_run_layers_committed", &["run"], "Layers of the run that is going on that are committed.");
+    RUN_ETA = Family::gauge("espalier_run_eta_seconds", &["run"], "Seconds until the last layer of the run that is going on is expected to be pruned.");
+    LAYERS = Family::counter("espalier_layers_committed_total", &[], "Layers committed.");
+    IN_FLIGHT = Family::gauge("espalier_units_in_flight", &["unit"], "Units that are leased, by kind: prune, forward, evaluate.");
+    STARTED = Family::counter("espalier_units_started_total", &["unit"], "Leases given, by kind of unit.");
+    ENDED = Family::counter("espalier_units_ended_total", &["unit", "outcome"], "Leases whose end was reported, by kind of unit and outcome: committed, failed.");
+    RETRIES = Family::counter("espalier_retries_total", &[], "Leases that came to nothing: their unit was leased again, or failed its run.");
+    FAULTS = Family::counter("espalier_faults_total", &["class"], "Faults of units by class: retry_here, retry_elsewhere, reject, bug.");
+    ASSISTANTS = Family::counter("espalier_assistants_lost_total", &[], "Assistants that were given up on in the middle of a layer.");
     APPENDS = Family {
         name: "espalier_journal_append_duration_seconds",
         help: "Seconds until a record of a journal was durable; its count is the number of records.",
         kind: Kind::Histogram(MILLISECONDS),
         labels: &[],
     };
-    APPENDS_FAILED = counter("espalier_journal_append_failures_total", &[], "Records of journals that could not be made durable; each ends its run.");
-    MOVED = counter("espalier_activation_received_bytes_total", &[], "Bytes of hidden states that workers received from one another.");
-    PHASES = counter("espalier_phase_seconds_total", &["phase"], "Seconds of work by phase, summed over workers: load, fetch, forward, gram, solve, reconstruct, verify, store, wait, evaluate, survey.");
-    FLOPS = counter("espalier_phase_operations_total", &["phase"], "Floating-point operations of matrix products by phase.");
-    ERROR = gauge("espalier_sublayer_relative_error_ratio", &["sublayer"], "Relative error of the kind of sublayer in the layer that was committed last.");
+    APPENDS_FAILED = Family::counter("espalier_journal_append_failures_total", &[], "Records of journals that could not be made durable; each ends its run.");
+    MOVED = Family::counter("espalier_activation_received_bytes_total", &[], "Bytes of hidden states that workers received from one another.");
+    PHASES = Family::counter("espalier_phase_seconds_total", &["phase"], "Seconds of work by phase, summed over workers: load, fetch, forward, gram, solve, reconstruct, verify, store, wait, evaluate, survey.");
+    FLOPS = Family::counter("espalier_phase_operations_total", &["phase"], "Floating-point operations of matrix products by phase.");
+    ERROR = Family::gauge("espalier_sublayer_relative_error_ratio", &["sublayer"], "Relative error of the kind of sublayer in the layer that was committed last.");
     UNIT_SECONDS = Family {
         name: "espalier_unit_work_seconds",
         help: "Seconds of work in a committed unit, by kind.",
@@ -77,7 +58,7 @@ families! {
         kind: Kind::Histogram(MILLISECONDS),
         labels: &["method"],
     };
-    FOLLOWERS = gauge("espalier_http_followers", &[], "Browsers that follow /api/events now.");
+    FOLLOWERS = Family::gauge("espalier_http_followers", &[], "Browsers that follow /api/events now.");
 }
 
 /// The numbers of one coordinator. Clones share them.

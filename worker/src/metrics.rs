@@ -4,60 +4,41 @@
 use std::sync::Arc;
 
 use espalier_common::clock::Stopwatch;
+use espalier_common::families;
 use espalier_common::fault::{Fault, FaultClass};
 use espalier_common::ids::Unit;
 use espalier_common::memory;
-use espalier_common::metric::{Family, Kind, Metrics};
+use espalier_common::metric::{Family, Kind, MILLISECONDS, Metrics, SECONDS};
 use espalier_common::report::Outcome;
 
 use crate::session::Session;
 
-const SECONDS: &[f64] = &[0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0];
-const MILLISECONDS: &[f64] = &[0.000_1, 0.000_5, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0];
-
-const fn counter(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Family {
-    Family { name, help, kind: Kind::Counter, labels }
-}
-
-const fn gauge(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Family {
-    Family { name, help, kind: Kind::Gauge, labels }
-}
-
-macro_rules! families {
-    ($($name:ident = $family:expr;)*) => {
-        $(const $name: Family = $family;)*
-
-        /// All of them.
-        pub const FAMILIES: &[Family] = &[$($name),*];
-    };
-}
-
 families! {
-    BUILD = gauge("espalier_worker_build_info", &["version", "instruction_set"], "1, labelled with the version of the program and the instruction set that its results depend on.");
-    UPTIME = gauge("espalier_worker_uptime_seconds", &[], "Seconds since the program started.");
-    RESIDENT = gauge("espalier_worker_resident_memory_bytes", &[], "Resident memory of the worker now.");
-    PEAK = gauge("espalier_worker_peak_memory_bytes", &[], "Highest resident memory of the worker so far.");
-    REGISTERED = gauge("espalier_worker_registered", &[], "1 while the coordinator knows this worker and answers, 0 otherwise; as /readyz.");
-    MISSED = counter("espalier_worker_heartbeats_missed_total", &[], "Heartbeats that the coordinator did not answer.");
-    UNITS = gauge("espalier_worker_units", &[], "Units that run or wait.");
-    ASSISTING = gauge("espalier_worker_assisting", &[], "1 while the worker helps another with its layer, 0 otherwise.");
-    ENDED = counter("espalier_worker_units_ended_total", &["unit", "outcome"], "Units that ended, by kind (prune, forward, evaluate) and outcome (done, failed, abandoned).");
+    BUILD = Family::gauge("espalier_worker_build_info", &["version", "instruction_set"], "1, labelled with the version of the program and the instruction set that its results depend on.");
+    UPTIME = Family::gauge("espalier_worker_uptime_seconds", &[], "Seconds since the program started.");
+    RESIDENT = Family::gauge("espalier_worker_resident_memory_bytes", &[], "Resident memory of the worker now.");
+    PEAK = Family::gauge("espalier_worker_peak_memory_bytes", &[], "Highest resident memory of the worker so far.");
+    REGISTERED = Family::gauge("espalier_worker_registered", &[], "1 while the coordinator knows this worker and answers, 0 otherwise; as /readyz.");
+    MISSED = Family::counter("espalier_worker_heartbeats_missed_total", &[], "Heartbeats that the coordinator did not answer.");
+    UNITS = Family::gauge("espalier_worker_units", &[], "Units that run or wait.");
+    ASSISTING = Family::gauge("espalier_worker_assisting", &[], "1 while the worker helps another with its layer, 0 otherwise.");
+    ENDED = Family::counter("espalier_worker_units_ended_total", &["unit", "outcome"], "Units that ended, by kind (prune, forward, evaluate) and outcome (done, failed, abandoned).");
     UNIT_SECONDS = Family {
         name: "espalier_worker_unit_duration_seconds",
         help: "Seconds from a unit's start to its end, by kind.",
         kind: Kind::Histogram(SECONDS),
         labels: &["unit"],
     };
-    FAULTS = counter("espalier_worker_faults_total", &["class"], "Faults of units by class: retry_here, retry_elsewhere, reject, bug.");
-    PHASES = counter("espalier_worker_phase_seconds_total", &["phase"], "Seconds of units that were done, by phase: load, fetch, forward, gram, solve, reconstruct, verify, store, wait, evaluate.");
-    OPERATIONS = counter("espalier_worker_phase_operations_total", &["phase"], "Floating-point operations of matrix products of units that were done, by phase.");
-    ASSISTANTS = counter("espalier_worker_assistants_lost_total", &[], "Assistants that this worker gave up on in the middle of a layer.");
-    ERROR = gauge("espalier_worker_sublayer_relative_error_ratio", &["sublayer"], "Relative error of the kind of sublayer in the layer that this worker pruned last.");
-    RECEIVED = counter("espalier_worker_received_bytes_total", &[], "Bytes of hidden states received from other workers.");
-    CACHE = gauge("espalier_worker_cache_bytes", &["place"], "Bytes of hidden states that are kept, by place: memory, disk.");
-    BUDGET = gauge("espalier_worker_cache_budget_bytes", &[], "Bytes of hidden states that may be kept in memory.");
-    GFLOPS = gauge("espalier_worker_gemm_gflops", &[], "Speed of f32 matrix products that the worker offers, in 10^9 operations a second.");
-    THREADS = gauge("espalier_worker_threads", &[], "Compute threads.");
+    FAULTS = Family::counter("espalier_worker_faults_total", &["class"], "Faults of units by class: retry_here, retry_elsewhere, reject, bug.");
+    PHASES = Family::counter("espalier_worker_phase_seconds_total", &["phase"], "Seconds of units that were done, by phase: load, fetch, forward, gram, solve, reconstruct, verify, store, wait, evaluate.");
+    OPERATIONS = Family::counter("espalier_worker_phase_operations_total", &["phase"], "Floating-point operations of matrix products of units that were done, by phase.");
+    ASSISTANTS = Family::counter("espalier_worker_assistants_lost_total", &[], "Assistants that this worker gave up on in the middle of a layer.");
+    ERROR = Family::gauge("espalier_worker_sublayer_relative_error_ratio", &["sublayer"], "Relative error of the kind of sublayer in the layer that this worker pruned last.");
+    RECEIVED = Family::counter("espalier_worker_received_bytes_total", &[], "Bytes of hidden states received from other workers.");
+    CACHE = Family::gauge("espalier_worker_cache_bytes", &["place"], "Bytes of hidden states that are kept, by place: memory, disk.");
+    BUDGET = Family::gauge("espalier_worker_cache_budget_bytes", &[], "Bytes of hidden states that may be kept in memory.");
+    GFLOPS = Family::gauge("espalier_worker_gemm_gflops", &[], "Speed of f32 matrix products that the worker offers, in 10^9 operations a second.");
+    THREADS = Family::gauge("espalier_worker_threads", &[], "Compute threads.");
     CALLS = Family {
         name: "espalier_worker_rpc_duration_seconds",
         help: "Seconds until a call was answered, by method; for streams, until they began.",

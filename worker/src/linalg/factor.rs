@@ -230,18 +230,10 @@ mod tests {
     use super::*;
     use crate::linalg::oracle;
 
-    fn spd(seed: u64, n: usize) -> Vec<f32> {
-        let x = oracle::inputs(seed, 2 * n, n);
-        let mut gram: Vec<f32> = oracle::gram(&x, &x, n).iter().map(|&v| v as f32).collect();
-        let mean = (0..n).map(|j| gram[j * n + j]).sum::<f32>() / n as f32;
-        (0..n).for_each(|j| gram[j * n + j] += 0.01 * mean);
-        gram
-    }
-
     #[test]
     fn inverse_times_matrix_is_the_identity() {
         for n in [1, 2, 7, 65, 73, 130, 200] {
-            let matrix = spd(n as u64, n);
+            let matrix = oracle::spd(n as u64, n);
             let inv = inverse(matrix.clone(), n).unwrap();
             let identity = oracle::product(&oracle::wide(&inv), &oracle::wide(&matrix), n, n);
             for (index, value) in identity.iter().enumerate() {
@@ -259,7 +251,7 @@ mod tests {
     }
 
     fn upper_factor_multiplies_back(n: usize) {
-        let matrix = spd(3, n);
+        let matrix = oracle::spd(3, n);
         let upper = oracle::wide(&upper_of_inverse(&matrix, n).unwrap());
         let back = oracle::product(&oracle::transpose(&upper, n), &upper, n, n);
         let expected = oracle::inverse(&oracle::wide(&matrix), n);
@@ -286,7 +278,7 @@ mod tests {
     #[test]
     fn bits_do_not_depend_on_the_number_of_threads() {
         let n = 700;
-        let matrix = spd(5, n);
+        let matrix = oracle::spd(5, n);
         let results: Vec<_> = [1, 2, 3, 5]
             .map(|threads| oracle::with_threads(threads, || (inverse(matrix.clone(), n), upper_of_inverse(&matrix, n))))
             .into();

@@ -50,6 +50,15 @@ pub(crate) fn gram(x: &[f32], y: &[f32], columns: usize) -> Vec<f64> {
     out
 }
 
+/// A gram of correlated inputs, damped by a hundredth of its mean diagonal: positive definite.
+pub(crate) fn spd(seed: u64, n: usize) -> Vec<f32> {
+    let x = inputs(seed, 2 * n, n);
+    let mut gram: Vec<f32> = gram(&x, &x, n).iter().map(|&v| v as f32).collect();
+    let mean = (0..n).map(|j| gram[j * n + j]).sum::<f32>() / n as f32;
+    (0..n).for_each(|j| gram[j * n + j] += 0.01 * mean);
+    gram
+}
+
 /// Row-major `a [_, inner] · b [inner, columns]`.
 pub(crate) fn product(a: &[f64], b: &[f64], inner: usize, columns: usize) -> Vec<f64> {
     let rows = a.len() / inner;

@@ -159,14 +159,6 @@ mod tests {
     use crate::linalg::ops::host;
     use crate::linalg::{matrix, oracle, values as numbers};
 
-    fn spd(seed: u64, n: usize) -> Vec<f32> {
-        let x = oracle::inputs(seed, 2 * n, n);
-        let mut gram: Vec<f32> = oracle::gram(&x, &x, n).iter().map(|&v| v as f32).collect();
-        let mean = (0..n).map(|j| gram[j * n + j]).sum::<f32>() / n as f32;
-        (0..n).for_each(|j| gram[j * n + j] += 0.01 * mean);
-        gram
-    }
-
     fn largest(values: &[f64]) -> f64 {
         values.iter().fold(0.0, |largest, x| x.abs().max(largest))
     }
@@ -175,7 +167,7 @@ mod tests {
     fn inverses_equal_those_in_f64() {
         for device in host::devices() {
             for n in [1, 7, 73, 130] {
-                let spd = spd(n as u64, n);
+                let spd = oracle::spd(n as u64, n);
                 let tensor = matrix(spd.clone(), n, &device).unwrap();
                 let expected = oracle::inverse(&oracle::wide(&spd), n);
                 // Condition times rounding, with the condition bounded by the norms of both.
