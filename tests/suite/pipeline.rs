@@ -412,3 +412,20 @@ fn interrupt_leaves_neither_output_nor_workers() {
     let left: Vec<_> = fs::read_dir(workplace.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(left.iter().all(|name| name == "run"), "left behind: {left:?}");
 }
+
+/// Each keeps hidden states in its part of a quarter of the machine's memory, so that together they never take more.
+#[test]
+fn workers_of_one_machine_share_its_memory() {
+    let budgets = |workers: &str| -> Vec<u64> {
+        let workplace = pruned("llama-tiny", &["--workers", workers]).unwrap();
+        let logs = fs::read_dir(workplace.path().join("run/logs")).unwrap();
+        let told = |log: std::io::Result<fs::DirEntry>| {
+            let text = fs::read_to_string(log.unwrap().path()).unwrap();
+            let (_, rest) = text.split_once("memory_bytes=").expect("a worker tells its budget");
+            rest.split_whitespace().next().and_then(|number| number.parse().ok()).expect("it is a number")
+        };
+        logs.map(told).collect()
+    };
+    let (one, two) = (budgets("1"), budgets("2"));
+    assert_eq!((one.len(), two), (1, vec![one[0] / 2; 2]));
+}

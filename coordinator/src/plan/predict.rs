@@ -385,6 +385,27 @@ mod tests {
     }
 
     #[test]
+    fn every_phase_takes_as_long_as_its_products_do_at_the_speed_they_reach() {
+        let (outline, job) = (outline(1), job("pruned"));
+        let (mut cluster, workers) = cluster(&[1.0], u64::MAX);
+        let cost = cost::count(&outline, &job, cluster.solver);
+        let layer = cost.layers[0];
+        cluster.products.efficiency = 0.5;
+        let layer_bytes = [outline.layers[0].bytes];
+        let plan = predict(&cost, job.propagation.mode, &layer_bytes, &cluster, &workers).unwrap();
+        for (phase, seconds) in [
+            ("forward", layer.forward_flops / 0.5e9),
+            ("gram", layer.gram_flops / 0.5e9),
+            ("verify", layer.verify_flops / 0.5e9),
+            ("solve", layer.solve_flops / (cluster.solver.efficiency * 1e9)),
+            ("store", layer.store_bytes as f64 / (cluster.storage.gigabytes_per_second * 1e9)),
+        ] {
+            let found = plan.seconds_by_phase[phase];
+            assert!((found / seconds - 1.0).abs() < 1e-9, "{phase}: {found} {seconds}");
+        }
+    }
+
+    #[test]
     fn what_does_not_fit_is_named() {
         let error = plan_of("pruned", 2, &[1.0], 100_000).unwrap_err();
         assert!(matches!(error, PlanError::Memory { layer: 0, .. }));
