@@ -9,6 +9,7 @@ use espalier_coordinator::config::CoordinatorConfig;
 use espalier_coordinator::manifest::{Deployment, Form, Sizes, Storage, yaml};
 use espalier_worker::config::WorkerConfig;
 use espalier_worker::prune;
+use harness::process::{Workplace, binary};
 use serde_json::Value;
 use yaml_rust2::{Yaml, YamlLoader};
 
@@ -169,6 +170,43 @@ fn the_configuration_in_the_manifests_is_what_is_rendered() {
         .map(|(name, value)| format!("{name}={}", value.as_str().unwrap()))
         .collect();
     assert_eq!(pairs, literals);
+}
+
+/// The same documents, in the form that every command has.
+#[test]
+fn manifests_are_one_document_of_json_too() {
+    let workplace = Workplace::new();
+    let job = k8s("base/job.toml");
+    let asked = ["render", "k8s", job.to_str().unwrap(), "--worker-memory", "4GiB", "--claim", "models"];
+    let run = |more: &[&str]| workplace.run([&asked[..], more].concat()).unwrap().success().unwrap();
+    let list = run(&["--json"]).json().unwrap();
+    assert_eq!((&list["apiVersion"], &list["kind"]), (&Value::from("v1"), &Value::from("List")));
+    let documents = YamlLoader::load_from_str(&run(&[]).stdout).unwrap();
+    let items = list["items"].as_array().unwrap();
+    assert!(items.len() > 5 && !list.to_string().contains("null"), "{list}");
+    let names = |kind: &str, name: &str| format!("{kind} {name}");
+    let told: Vec<_> = items
+        .iter()
+        .map(|item| names(item["kind"].as_str().unwrap(), item["metadata"]["name"].as_str().unwrap()))
+        .collect();
+    let written: Vec<_> = documents
+        .iter()
+        .map(|one| names(one["kind"].as_str().unwrap(), one["metadata"]["name"].as_str().unwrap()))
+        .collect();
+    assert_eq!(told, written);
+}
+
+/// `espalier-worker methods | head` is no error.
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    for listing in [&["methods"][..], &["devices", "--json"], &["config", "show"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output =
+            std::process::Command::new(binary("espalier-worker")).args(listing).stdout(writer).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{listing:?}");
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{listing:?}");
+    }
 }
 
 #[test]

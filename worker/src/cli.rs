@@ -128,7 +128,9 @@ struct ServeArgs {
 /// Parses the arguments of this process and does what they say.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let done = match cli.command.unwrap_or(Command::Serve(cli.serve)) {
+    let command = cli.command.unwrap_or(Command::Serve(cli.serve));
+    let lists = matches!(command, Command::Methods { .. } | Command::Devices { .. } | Command::Config { .. });
+    let done = match command {
         Command::Serve(args) => run_worker(args),
         Command::Methods { json } => list_methods(json),
         Command::Config { what: ConfigCommand::Show { flags, json } } => show_config(&flags, json),
@@ -137,9 +139,17 @@ pub fn main() -> ExitCode {
         Command::Check { job } => check_job(&job),
     };
     let Err(error) = done else { return ExitCode::SUCCESS };
+    // A reader of what is listed that went away (`| head`) is no error.
+    if lists && error.root_cause().downcast_ref::<std::io::Error>().is_some_and(is_broken_pipe) {
+        return ExitCode::SUCCESS;
+    }
     // Nowhere is left to complain if standard error is gone.
     let _ = writeln!(std::io::stderr(), "error: {}", format!("{error:#}").replace('\n', " "));
     ExitCode::from(exit_code(&error))
+}
+
+fn is_broken_pipe(error: &std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::BrokenPipe
 }
 
 /// 65: the input is wrong; 70: a bug; 75: interrupted, or the cluster is lost.

@@ -111,7 +111,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
                 configuration::keys(cli.json);
                 Ok(())
             }
-            Command::Render { what: RenderCommand::K8s(args) } => render::kubernetes(*args).await,
+            Command::Render { what: RenderCommand::K8s(args) } => render::kubernetes(*args, cli.json).await,
             Command::Coordinator(args) => {
                 let config = served.expect("it was loaded for this very command");
                 cluster::serve(args, config, cli.json).await

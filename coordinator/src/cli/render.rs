@@ -21,7 +21,7 @@ const UNPLANNED_CACHE_GIB: u64 = 32;
 const BESIDE_LAYERS: u64 = 2;
 
 /// Prints the manifests of a job.
-pub(crate) async fn kubernetes(args: K8sArgs) -> Result<(), CliError> {
+pub(crate) async fn kubernetes(args: K8sArgs, json: bool) -> Result<(), CliError> {
     let job = job::of_file(&args.job)?;
     job.validate().map_err(|error| CliError::rejected(&error))?;
     let cluster =
@@ -55,7 +55,13 @@ pub(crate) async fn kubernetes(args: K8sArgs) -> Result<(), CliError> {
         cert_manager: args.cert_manager,
     };
     let documents = deployment.documents().map_err(|error| CliError::rejected(&error))?;
-    screen::out(yaml::stream(&documents).trim_end());
+    if json {
+        // What kubectl makes of several documents.
+        let list = serde_json::json!({ "apiVersion": "v1", "kind": "List", "items": yaml::values(&documents) });
+        screen::out(&list.to_string());
+    } else {
+        screen::out(yaml::stream(&documents).trim_end());
+    }
     Ok(())
 }
 

@@ -1,15 +1,30 @@
-//! Documents as YAML: keys in the order of their types, texts of several lines as blocks.
+//! Documents as plain data and as YAML: keys in the order of their types, texts of several lines as blocks.
 
 use serde::Serialize;
 use serde_json::Value;
 use yaml_rust2::yaml::Hash;
 use yaml_rust2::{Yaml, YamlEmitter, YamlLoader};
 
+/// Documents as plain data, without keys that say nothing.
+pub fn values<T: Serialize>(documents: &[T]) -> Vec<Value> {
+    let value = |document| said(serde_json::to_value(document).expect("a manifest is plain data"));
+    documents.iter().map(value).collect()
+}
+
+fn said(value: Value) -> Value {
+    match value {
+        Value::Array(values) => values.into_iter().map(said).collect(),
+        Value::Object(keys) => {
+            keys.into_iter().filter(|(_, value)| !value.is_null()).map(|(key, value)| (key, said(value))).collect()
+        }
+        other => other,
+    }
+}
+
 /// Writes documents one after another.
 pub fn stream<T: Serialize>(documents: &[T]) -> String {
     let mut text = String::new();
-    for document in documents {
-        let value = serde_json::to_value(document).expect("a manifest is plain data");
+    for value in values(documents) {
         let mut emitter = YamlEmitter::new(&mut text);
         emitter.multiline_strings(true);
         emitter.dump(&yaml(value)).expect("a string takes all that is written to it");
@@ -35,7 +50,6 @@ pub(super) fn parse(text: &str) -> Value {
     YamlLoader::load_from_str(text).ok().and_then(|documents| documents.first().map(value)).unwrap_or_default()
 }
 
-/// The same value, without keys that say nothing.
 fn yaml(value: Value) -> Yaml {
     match value {
         Value::Null => Yaml::Null,
@@ -44,8 +58,7 @@ fn yaml(value: Value) -> Yaml {
         Value::String(text) => Yaml::String(text),
         Value::Array(values) => Yaml::Array(values.into_iter().map(yaml).collect()),
         Value::Object(keys) => {
-            let said = keys.into_iter().filter(|(_, value)| !value.is_null());
-            Yaml::Hash(said.map(|(key, value)| (Yaml::String(key), yaml(value))).collect::<Hash>())
+            Yaml::Hash(keys.into_iter().map(|(key, value)| (Yaml::String(key), yaml(value))).collect::<Hash>())
         }
     }
 }
