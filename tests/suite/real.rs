@@ -66,6 +66,10 @@ impl Run {
         Self { method, pattern, options, bound }
     }
 
+    fn reconstructs(&self) -> bool {
+        self.options.iter().any(|option| option.starts_with("method.reconstruct="))
+    }
+
     fn name(&self) -> String {
         let options = self.options.iter().filter(|option| !option.starts_with("--"));
         let options = options.map(|option| option.rsplit('.').next().unwrap_or(option));
@@ -122,9 +126,11 @@ impl Inputs {
     }
 }
 
-/// Prunes with two workers, on the reference's tokens or on windows that a seed draws; returns the report.
+/// Prunes on the reference's tokens or on windows that a seed draws; returns the report.
 fn prune(workplace: &Workplace, inputs: &Inputs, run: &Run, seed: Option<u64>) -> Result<Value> {
-    let mut arguments = vec!["prune", &inputs.model, "--output", "out", "--run", "run", "--workers", "2"];
+    // Reconstruction is the owner's alone, which has all threads only if it is the only worker.
+    let workers = if run.reconstructs() { "1" } else { "2" };
+    let mut arguments = vec!["prune", &inputs.model, "--output", "out", "--run", "run", "--workers", workers];
     arguments.extend(["--method", run.method]);
     arguments.extend(run.pattern.iter().chain(run.options));
     let seeded = seed.map(|seed| seed.to_string());
