@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use super::share::{Share, sampling};
 use super::{LayerSizes, statistics};
 use crate::linalg::{matrix, on_host, values};
-use crate::prune::{GroupSolver, Problem, RowBlock, Solution};
+use crate::prune::{Groundwork, GroupSolver, Problem, RowBlock, Solution};
 use crate::run::Run;
 use crate::source::Workplace;
 use crate::transport::parcel::{Body, numbers};
@@ -119,6 +119,8 @@ impl<'a> Assistant<'a> {
             match matter {
                 Matter::Gather(group) => self.gather(group as usize)?,
                 Matter::Statistics(group) => self.prepare(group as usize, &body)?,
+                Matter::Make(make) => self.make(&make)?,
+                Matter::Part(part) => self.take(part, &body)?,
                 Matter::Solve(order) => self.solve(&order)?,
                 Matter::Apply(group) => self.apply(group as usize, &body)?,
                 Matter::Finish(pb::Finish {}) => return self.finish(),
@@ -148,10 +150,42 @@ impl<'a> Assistant<'a> {
         Ok(())
     }
 
+    /// The solver of a group whose statistics came last.
+    fn prepared(&self, group: u32, what: &'static str) -> Result<&dyn GroupSolver, TaskError> {
+        let prepared = self.solver.as_ref().filter(|(prepared, _)| *prepared == group as usize);
+        prepared.map(|(_, solver)| &**solver).ok_or(TaskError::OutOfTurn { what })
+    }
+
+    fn groundwork(&self, group: u32) -> Result<&dyn Groundwork, TaskError> {
+        let what = "groundwork";
+        self.prepared(group, what)?.groundwork().ok_or(TaskError::OutOfTurn { what })
+    }
+
+    /// Makes parts of a group's groundwork; each is sent as soon as it is there.
+    fn make(&self, order: &pb::Make) -> Result<(), TaskError> {
+        let (groundwork, control) = (self.groundwork(order.group)?, self.place.control);
+        let sublayer = &self.outline.groups[order.group as usize][0];
+        order.parts.par_iter().try_for_each(|&part| {
+            control.check_cancelled()?;
+            let made = groundwork.make(part as usize);
+            let made = made.map_err(|source| TaskError::Solve { tensor: sublayer.tensor.clone(), source })?;
+            let matter = Matter::Part(pb::Part { group: order.group, part });
+            self.answer(Outgoing::with_values(matter, statistics::triangle(&made)))
+        })
+    }
+
+    fn take(&self, part: pb::Part, body: &[u8]) -> Result<(), TaskError> {
+        let matrix = statistics::from_triangle(&numbers::<f32>(body), self.columns(part.group));
+        let is_taken = self.groundwork(part.group)?.take(part.part as usize, matrix);
+        if is_taken { Ok(()) } else { Err(TaskError::OutOfTurn { what: "a part of groundwork" }) }
+    }
+
+    fn columns(&self, group: u32) -> usize {
+        sampling(self.place.run, self.outline.groups[group as usize][0].columns).columns
+    }
+
     fn solve(&self, order: &pb::Solve) -> Result<(), TaskError> {
-        let group = order.group as usize;
-        let prepared = self.solver.as_ref().filter(|(prepared, _)| *prepared == group);
-        let (_, solver) = prepared.ok_or(TaskError::OutOfTurn { what: "an order to solve" })?;
+        let (group, solver) = (order.group as usize, self.prepared(order.group, "an order to solve")?);
         let pattern = Run::layer_pattern(&order.pattern_json)?;
         let (place, ctx, layer) = (self.place, self.place.control.solve_ctx(), self.share.layer());
         let solve = |block: &pb::Block| -> Result<(pb::SolvedBlock, Vec<f32>), TaskError> {

@@ -7,6 +7,7 @@
 
 pub mod assistant;
 mod board;
+mod groundwork;
 mod order;
 pub mod owner;
 mod share;

@@ -26,10 +26,10 @@ use crate::calibrate::tree::{Branch, Forest, LEAVES, Sums, sequences_of};
 use crate::device::in_order;
 use crate::holdings::HiddenStates;
 use crate::model::DecoderLayer;
-use crate::prune::{GroupSolver, InputStats, Problem, Solution, SolveCtx, SolveError, Statistics};
+use crate::prune::{GroupSolver, InputStats, MOST_PARTS, Problem, Solution, SolveCtx, SolveError, Statistics};
 use crate::source::Workplace;
 use crate::transport::grpc::Line;
-use crate::transport::parcel::{Body, numbers};
+use crate::transport::parcel::{Body, bytes_of, numbers};
 use crate::transport::{LinkError, Outgoing, Received};
 use crate::unit::{Phases, TaskError};
 
@@ -46,7 +46,7 @@ const ORDERS: usize = 2;
 /// Letters that wait to be read: more than all assistants send before they are read.
 const ANSWERS: usize = 64;
 /// Letters to an assistant besides those with its share: what one group takes.
-const LETTERS: usize = 16;
+const LETTERS: usize = 16 + MOST_PARTS;
 
 /// Who an owner may ask for help, and in whose name.
 #[derive(Debug, Clone)]
@@ -59,13 +59,13 @@ pub struct Help {
 
 /// A layer's sequences, with whoever has them.
 pub(crate) struct Crew<'a> {
-    place: &'a Workplace<'a>,
+    pub(super) place: &'a Workplace<'a>,
     outline: &'a LayerOutline,
     pattern: Pattern,
     input: HiddenStates,
     /// The owner's own shares: one, and those of assistants that were given up on.
     shares: Vec<Share>,
-    assistants: Vec<Assistant>,
+    pub(super) assistants: Vec<Assistant>,
     answers: Option<mpsc::Receiver<Received>>,
     lines: TaskGroup,
     lost: u32,
@@ -73,7 +73,7 @@ pub(crate) struct Crew<'a> {
 }
 
 /// An assistant, as long as it is one.
-struct Assistant {
+pub(super) struct Assistant {
     endpoint: String,
     leaves: Range<usize>,
     letters: mpsc::Sender<Outgoing>,
@@ -169,18 +169,18 @@ impl<'a> Crew<'a> {
     }
 
     /// Sends a letter, unless the assistant is given up on. The queue holds all letters that can be due.
-    fn send(&mut self, number: usize, letter: Outgoing) {
+    pub(super) fn send(&mut self, number: usize, letter: Outgoing) {
         let assistant = &self.assistants[number];
         if assistant.is_there && assistant.letters.try_send(letter).is_err() {
             self.lose(number, "it does not take what it is sent");
         }
     }
 
-    fn send_all(&mut self, letter: impl Fn() -> Outgoing) {
+    pub(super) fn send_all(&mut self, letter: impl Fn() -> Outgoing) {
         (0..self.assistants.len()).for_each(|number| self.send(number, letter()));
     }
 
-    fn is_there(&self, number: usize) -> bool {
+    pub(super) fn is_there(&self, number: usize) -> bool {
         self.assistants.get(number).is_some_and(|assistant| assistant.is_there)
     }
 
@@ -223,7 +223,7 @@ impl<'a> Crew<'a> {
     /// Waits for as many letters of each assistant as are `missing`, as long as they may take by what the owner took for the
     /// leaves and in the seconds of `own`. An assistant whose letter `take` does not want is given up on; one that has sent all
     /// of its `last` letters may hang up.
-    fn collect(
+    pub(super) fn collect(
         &mut self,
         own: (usize, f64),
         (mut missing, last): (Vec<usize>, bool),
@@ -313,7 +313,7 @@ impl<'a> Crew<'a> {
         }
     }
 
-    fn own_leaves(&self) -> usize {
+    pub(super) fn own_leaves(&self) -> usize {
         self.shares.iter().map(|share| share.leaves().len()).sum()
     }
 
@@ -374,10 +374,13 @@ impl<'a> Crew<'a> {
         };
         let backend = |error: candle_core::Error| (0, SolveError::from(error));
         if is_shared {
-            let packed = Bytes::from_owner(Packed(statistics::pack(stats).map_err(backend)?));
+            let packed = bytes_of(statistics::pack(stats).map_err(backend)?);
             let matter = || Matter::Statistics(group as u32);
             self.send_all(|| Outgoing { matter: matter(), body: Body::Bytes(packed.clone()) });
         }
+        let groundwork = solver.groundwork().filter(|_| is_shared);
+        let common = groundwork.map(|groundwork| self.lay(group, stats, groundwork)).transpose();
+        let common = common.map_err(|error| (0, error))?.unwrap_or_default();
         if device.is_some() {
             board.work(solve);
         }
@@ -390,7 +393,9 @@ impl<'a> Crew<'a> {
             })
             .map_err(|TaskCancelled| (0, SolveError::Cancelled))?;
         }
-        board.finish(problems.len())
+        let mut solved = board.finish(problems.len())?;
+        solved.iter_mut().take(1).for_each(|(first, _)| first.flops += common);
+        Ok(solved)
     }
 
     /// Gives out blocks to assistants until none waits, and takes what they make of them.
@@ -552,15 +557,6 @@ impl Drop for Crew<'_> {
 
 /// The unit was cancelled while its blocks were lent out.
 struct TaskCancelled;
-
-/// Owns packed statistics while letters point into them.
-struct Packed(Vec<f32>);
-
-impl AsRef<[u8]> for Packed {
-    fn as_ref(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.0)
-    }
-}
 
 /// The sequences of some leaves before the layer, each stream with its copy of it.
 fn share(

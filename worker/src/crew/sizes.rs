@@ -5,12 +5,13 @@ use std::ops::Range;
 
 use espalier_common::ids::LayerIndex;
 use espalier_proto::v1::head::Matter;
-use espalier_proto::v1::{Block, Hidden};
+use espalier_proto::v1::{Block, Hidden, Part};
 
 use super::share::sampling;
 use super::statistics;
 use crate::calibrate::tree::{Branch, LEAVES, Sampling, sequences_of};
 use crate::cut_task::header_of;
+use crate::prune::MOST_PARTS;
 use crate::run::Run;
 use crate::unit::TaskError;
 
@@ -78,6 +79,10 @@ impl LayerSizes {
             Matter::Solve(solve) => self.of_blocks(solve.group, solve.blocks.iter().copied()).map(|_| 0),
             Matter::Statistics(group) => self.group(*group).map(|group| statistics::bytes(&group.sampling)),
             Matter::Apply(group) => self.group(*group).map(|group| group.stored_bytes),
+            Matter::Make(make) => {
+                (make.parts.len() <= MOST_PARTS).then_some(self.group(make.group)).flatten().map(|_| 0)
+            }
+            Matter::Part(part) => self.of_part(*part),
             Matter::Finish(_) => Some(0),
             _ => None,
         }
@@ -96,6 +101,7 @@ impl LayerSizes {
                 let blocks: Option<Vec<Block>> = solved.blocks.iter().map(|solved| solved.block).collect();
                 self.of_blocks(solved.group, blocks?.into_iter())
             }
+            Matter::Part(part) => self.of_part(*part),
             Matter::Output(hidden) => self.of_states(*hidden),
             _ => None,
         }
@@ -103,6 +109,11 @@ impl LayerSizes {
 
     fn group(&self, group: u32) -> Option<&Group> {
         self.groups.get(group as usize)
+    }
+
+    fn of_part(&self, part: Part) -> Option<u64> {
+        let group = self.group(part.group).filter(|_| (part.part as usize) < MOST_PARTS);
+        group.map(|group| statistics::triangle_bytes(&group.sampling))
     }
 
     fn of_states(&self, hidden: Hidden) -> Option<u64> {

@@ -11,9 +11,21 @@ use crate::transport::parcel::numbers;
 
 /// Bytes of [`pack`].
 pub(super) fn bytes(sampling: &Sampling) -> u64 {
+    let (n, triangle) = (sampling.columns as u64, triangle_bytes(sampling));
+    if sampling.with_dense { 2 * triangle + 4 * n * n } else { triangle }
+}
+
+/// Bytes of the upper triangle of a symmetric matrix of the group's width.
+pub(super) fn triangle_bytes(sampling: &Sampling) -> u64 {
     let n = sampling.columns as u64;
-    let triangle = n * (n + 1) / 2;
-    4 * if sampling.with_dense { 2 * triangle + n * n } else { triangle }
+    2 * n * (n + 1)
+}
+
+/// The upper triangle of a symmetric matrix, row by row.
+pub(super) fn triangle(matrix: &[f32]) -> Vec<f32> {
+    let mut packed = Vec::new();
+    push_triangle(&mut packed, matrix);
+    packed
 }
 
 /// The numbers of the statistics over calibration sequences, in order.
@@ -50,7 +62,8 @@ pub(super) fn unpack(sampling: &Sampling, body: &[u8], device: &Device) -> candl
     Ok(InputStats { gram, dense, tokens: sampling.calibrating * sampling.tokens, held_out: None })
 }
 
-fn from_triangle(triangle: &[f32], n: usize) -> Vec<f32> {
+/// The symmetric matrix of an upper triangle.
+pub(super) fn from_triangle(triangle: &[f32], n: usize) -> Vec<f32> {
     let mut matrix = vec![0.0; n * n];
     let mut rest = triangle;
     for row in 0..n {
@@ -73,19 +86,7 @@ mod tests {
         let symmetric = |seed| {
             let x = oracle::random(seed, 30 * n);
             let gram: Vec<f32> = oracle::gram(&x, &x, n).iter().map(|&value| value as f32).collect();
-            matrix(
-                from_triangle(
-                    &{
-                        let mut t = Vec::new();
-                        push_triangle(&mut t, &gram);
-                        t
-                    },
-                    n,
-                ),
-                n,
-                &Device::Cpu,
-            )
-            .unwrap()
+            matrix(from_triangle(&triangle(&gram), n), n, &Device::Cpu).unwrap()
         };
         let cross = matrix(oracle::random(3, n * n), n, &Device::Cpu).unwrap();
         for with_dense in [false, true] {

@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use super::SolveError;
 use super::condition::Conditioned;
 use crate::linalg::factor::{self, NotPositiveDefinite};
-use crate::linalg::gemm::{View, gemm, row_tile};
+use crate::linalg::gemm::{View, gemm, product, row_tile};
 use crate::linalg::select::{self, Census, Cut, Window};
 
 /// Inverses are remembered for the other blocks of a group up to this many bytes; beyond it they are made anew.
@@ -106,6 +106,25 @@ impl Inverses {
         }
     }
 
+    /// Remembers an inverse that another worker made, if it is one: what it makes of a vector must come back.
+    pub(crate) fn take(&self, rho: f32, inverse: Vec<f32>) -> bool {
+        /// Share of the vector that may be missing: far more than f32 loses, far less than a wrong ρ does.
+        const TOLERANCE: f64 = 1e-3;
+        let n = self.conditioned.n;
+        if inverse.len() != n * n || !Self::remembers(n, self.known().len() + 1) {
+            return false;
+        }
+        let probe: Vec<f32> = (0..n).map(|j| if j % 3 == 0 { -1.0 } else { 1.0 }).collect();
+        let through = product(&probe, &inverse, n, n);
+        let back = product(&through, &self.conditioned.gram, n, n);
+        let missing = probe.iter().zip(&through).zip(back).map(|((x, y), z)| f64::from(z + rho * y - x).powi(2));
+        let is_inverse = missing.sum::<f64>().sqrt() <= TOLERANCE * (n as f64).sqrt();
+        if is_inverse {
+            self.known().insert(rho.to_bits(), Slot::Ready(Arc::new(inverse)));
+        }
+        is_inverse
+    }
+
     fn known(&self) -> MutexGuard<'_, BTreeMap<u32, Slot>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -117,7 +136,8 @@ impl Inverses {
         matrix
     }
 
-    fn flops(&self) -> f64 {
+    /// Operations that one takes.
+    pub(crate) fn flops(&self) -> f64 {
         (self.conditioned.n as f64).powi(3)
     }
 
@@ -350,6 +370,26 @@ mod tests {
         let inverses = Inverses::new(Arc::new(conditioned));
         assert!(inverses.at(0.1, []).unwrap().1 > 0.0);
         assert!(inverses.at(0.1, []).unwrap().1 <= 0.0);
+    }
+
+    #[test]
+    fn an_inverse_from_elsewhere_is_taken_if_it_is_one() {
+        let problem = fixture::random(1, 2, 40, 90);
+        let (conditioned, ()) = Conditioned::factored(&problem.stats.gram, 0.01, |_| Ok(())).unwrap();
+        let conditioned = Arc::new(conditioned);
+        let [here, there] = [(); 2].map(|()| Inverses::new(Arc::clone(&conditioned)));
+        let made = there.at(0.1, []).unwrap().0;
+        assert!(!here.take(0.125, made.to_vec()), "the inverse of another step");
+        for (index, value) in [(7, f32::NAN), (41, 2.0 * made[41])] {
+            let mut wrong = made.to_vec();
+            wrong[index] = value;
+            assert!(!here.take(0.1, wrong));
+        }
+        assert!(!here.take(0.1, made[1..].to_vec()));
+        assert!(here.take(0.1, made.to_vec()));
+        let (found, flops) = here.at(0.1, []).unwrap();
+        assert_eq!(found, made);
+        assert!(flops <= 0.0, "it was made again");
     }
 
     #[test]

@@ -17,8 +17,8 @@ use super::condition::{Conditioned, admit, supports_valid};
 use super::on_device::OnDevice;
 use super::on_device::espalier::DeviceGroup;
 use super::{
-    Built, GroupSolver, InputStats, Method, ParamsError, Problem, RowBlock, Solution, SolveCtx, SolveError, Solver,
-    Statistics, read_params,
+    Built, Groundwork, GroupSolver, InputStats, MOST_PARTS, Method, ParamsError, Problem, RowBlock, Solution, SolveCtx,
+    SolveError, Solver, Statistics, read_params,
 };
 use crate::linalg::gemm::product;
 use crate::linalg::pcg::{self, Limits, Quadratic};
@@ -38,6 +38,9 @@ const FIRST_RHO: f64 = 0.1;
 const LARGEST_RHO: f64 = 1e6;
 /// Steps of the ramp that a search takes at most, but for the best of profiles.
 const RAMP_STEPS: usize = 16;
+/// From this width on an inverse takes longer to make than to send: n³ operations at 100 GFLOP/s against 2n² bytes at 1 GB/s,
+/// and as much again for what sending costs the processors.
+const WORTH_SENDING: usize = 400;
 /// Steps of the ramp whose inverses a block makes rather than wait for another's.
 const LOOK_AHEAD: usize = 3;
 pub(super) const MOST_ITERATIONS: u32 = 300;
@@ -63,6 +66,15 @@ impl Profile {
             Self::Fast => (1.5, 1.5),
             Self::Balanced => (1.25, 1.0),
             Self::Best => (1.12, 1.0),
+        }
+    }
+
+    /// Steps of the ramp that a search takes at least, as seen on SmolLM2-135M; a step that is not taken costs time alone.
+    fn least_steps(self) -> usize {
+        match self {
+            Self::Fast => 6,
+            Self::Balanced => 10,
+            Self::Best => MOST_PARTS,
         }
     }
 }
@@ -132,6 +144,12 @@ impl Ramp {
     /// Goes a step up.
     pub(super) fn advance(&mut self) {
         self.rho = (self.rho * self.growth).min(LARGEST_RHO);
+    }
+
+    /// ρ so many steps further up.
+    fn rho_of(mut self, steps: usize) -> f32 {
+        (0..steps).for_each(|_| self.advance());
+        self.rho()
     }
 
     /// The steps after this one.
@@ -338,7 +356,31 @@ fn shifted(alpha: f64, mut shift: Vec<f32>) -> Vec<f32> {
     shift
 }
 
+/// The inverses of the ramp's first steps.
+impl Groundwork for Group {
+    fn parts(&self) -> usize {
+        self.params.profile.least_steps()
+    }
+
+    fn flops(&self) -> f64 {
+        self.inverses.flops()
+    }
+
+    fn make(&self, part: usize) -> Result<Arc<Vec<f32>>, SolveError> {
+        Ok(self.inverses.at(self.ramp().rho_of(part), [])?.0)
+    }
+
+    fn take(&self, part: usize, matrix: Vec<f32>) -> bool {
+        part < self.parts() && self.inverses.take(self.ramp().rho_of(part), matrix)
+    }
+}
+
 impl GroupSolver for Group {
+    fn groundwork(&self) -> Option<&dyn Groundwork> {
+        let n = self.conditioned.n;
+        (n >= WORTH_SENDING && Inverses::remembers(n, RAMP_STEPS)).then_some(self)
+    }
+
     /// The zeros are dealt out beforehand: a block gets as many as it has among the smallest values of the whole V̂°, which is
     /// what the search begins with.
     fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {

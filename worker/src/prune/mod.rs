@@ -75,6 +75,10 @@ pub trait GroupSolver: Send + Sync {
     fn device(&self) -> Option<&Device> {
         None
     }
+    /// What every block needs and workers can make for each other, if there is something that takes longer to make than to send.
+    fn groundwork(&self) -> Option<&dyn Groundwork> {
+        None
+    }
     /// Cuts a sublayer into blocks of rows that can be solved apart, with the zeros that each must get. Fixed by the problem
     /// alone, never by who is there to solve it. One block, unless the method can do with less than the whole matrix.
     ///
@@ -100,6 +104,25 @@ pub trait GroupSolver: Send + Sync {
         Solution::joined(in_order(self.device().unwrap_or(&Device::Cpu), blocks, solve)?)
     }
 }
+
+/// What every block of a group needs and takes long to make: symmetric matrices `[in, in]`, the same bits whoever makes them. A
+/// part that is not there when a block needs it is made on the spot, so it can be lost.
+pub trait Groundwork: Send + Sync {
+    /// How many parts are worth making before the first block; at most [`MOST_PARTS`].
+    fn parts(&self) -> usize;
+    /// Operations that a part takes.
+    fn flops(&self) -> f64;
+    /// Makes a part, unless it is there, and remembers it.
+    ///
+    /// # Errors
+    /// See [`SolveError`].
+    fn make(&self, part: usize) -> Result<Arc<Vec<f32>>, SolveError>;
+    /// Remembers a part that another worker made; false if it is not what it should be.
+    fn take(&self, part: usize, matrix: Vec<f32>) -> bool;
+}
+
+/// The most parts that a [`Groundwork`] has.
+pub const MOST_PARTS: usize = 16;
 
 /// Every method there is: those that place zeros, from the plainest to the best, then those that remove whole structures.
 pub const METHODS: &[Method] = &[

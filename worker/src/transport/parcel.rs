@@ -42,7 +42,7 @@ impl Outgoing {
 
     /// A letter with these values.
     pub fn with_values<T: bytemuck::NoUninit + Send + 'static>(matter: Matter, values: Vec<T>) -> Self {
-        Self { matter, body: Body::Bytes(Bytes::from_owner(Values(values))) }
+        Self { matter, body: Body::Bytes(bytes_of(values)) }
     }
 }
 
@@ -54,9 +54,14 @@ impl Body {
     pub fn into_bytes(self) -> Result<Bytes, CacheError> {
         match self {
             Self::Bytes(bytes) => Ok(bytes),
-            Self::States(entry) => Ok(Bytes::from_owner(Values(entry.take()?.flatten_all()?.to_vec1::<f32>()?))),
+            Self::States(entry) => Ok(bytes_of(entry.take()?.flatten_all()?.to_vec1::<f32>()?)),
         }
     }
+}
+
+/// The bytes of numbers, which are not copied.
+pub fn bytes_of<T: bytemuck::NoUninit + Send + 'static>(values: Vec<T>) -> Bytes {
+    Bytes::from_owner(Values(values))
 }
 
 /// The numbers of a body, whose length is a multiple of theirs.
