@@ -97,6 +97,44 @@ pub struct LayerSurvey {
     pub curves: Vec<ErrorCurve>,
 }
 
+/// What moves tensors between two workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LinkKind {
+    /// Nothing: they are in one process.
+    Loopback,
+    /// The stream on which they talk.
+    Grpc,
+    /// NVIDIA's library, from GPU to GPU.
+    Nccl,
+}
+
+impl LinkKind {
+    /// Its name, on the wire and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Loopback => "loopback",
+            Self::Grpc => "grpc",
+            Self::Nccl => "nccl",
+        }
+    }
+
+    /// The kind of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::Loopback, Self::Grpc, Self::Nccl].into_iter().find(|kind| kind.name() == name)
+    }
+}
+
+/// What joined a layer's owner with an assistant.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct LinkUse {
+    /// What it was.
+    pub kind: LinkKind,
+    /// Why nothing faster was used that the owner has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub declined: Option<String>,
+}
+
 fn is_zero(count: &u32) -> bool {
     *count == 0
 }
@@ -122,6 +160,9 @@ pub enum Outcome {
         /// Assistants that were given up on; the worker did their part itself.
         #[serde(default, skip_serializing_if = "is_zero")]
         assistants_lost: u32,
+        /// What joined the worker with each assistant.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        links: Vec<LinkUse>,
     },
     /// A dense layer was run.
     Forwarded {

@@ -6,7 +6,9 @@ use crate::digest::Digest;
 use crate::fault::{Fault, FaultClass};
 use crate::ids::{Attempt, Boundary, LayerIndex, Lease, RunId, Unit, WorkerId};
 use crate::outline::{LayerOutline, ModelOutline, SublayerOutline};
-use crate::report::{Artifact, ErrorCurve, LayerSurvey, Outcome, PhaseSeconds, Reconstruction, SublayerReport};
+use crate::report::{
+    Artifact, ErrorCurve, LayerSurvey, LinkKind, LinkUse, Outcome, PhaseSeconds, Reconstruction, SublayerReport,
+};
 use crate::structure::Kept;
 
 /// A message that breaks the protocol.
@@ -246,7 +248,7 @@ fn phases_from_wire(phases: Vec<pb::PhaseSeconds>) -> Vec<PhaseSeconds> {
 impl From<Outcome> for pb::report_request::Outcome {
     fn from(outcome: Outcome) -> Self {
         match outcome {
-            Outcome::Pruned { artifact, sublayers, kept, phases, boundary, assistants_lost } => {
+            Outcome::Pruned { artifact, sublayers, kept, phases, boundary, assistants_lost, links } => {
                 Self::Pruned(pb::Pruned {
                     kept: kept.map(|kept| pb::Kept {
                         cuts_attention: kept.attention.is_some(),
@@ -258,6 +260,10 @@ impl From<Outcome> for pb::report_request::Outcome {
                     phases: phases_to_wire(phases),
                     boundary: boundary.map(Into::into),
                     assistants_lost,
+                    links: links
+                        .into_iter()
+                        .map(|LinkUse { kind, declined }| pb::LinkUse { kind: kind.name().to_owned(), declined })
+                        .collect(),
                 })
             }
             Outcome::Forwarded { phases } => Self::Forwarded(pb::Forwarded { phases: phases_to_wire(phases) }),
@@ -271,6 +277,11 @@ impl From<Outcome> for pb::report_request::Outcome {
             }
         }
     }
+}
+
+fn link_from_wire(pb::LinkUse { kind, declined }: pb::LinkUse) -> Result<LinkUse, WireError> {
+    let kind = LinkKind::named(&kind).ok_or_else(|| invalid("pruned.links.kind", &kind))?;
+    Ok(LinkUse { kind, declined })
 }
 
 /// The end of a unit, from the wire: an outcome or a fault.
@@ -288,6 +299,7 @@ pub fn outcome_from_wire(outcome: pb::report_request::Outcome) -> Result<Result<
             phases: phases_from_wire(pruned.phases),
             boundary: pruned.boundary.map(TryInto::try_into).transpose()?,
             assistants_lost: pruned.assistants_lost,
+            links: pruned.links.into_iter().map(link_from_wire).collect::<Result<_, _>>()?,
         }),
         pb::report_request::Outcome::Forwarded(forwarded) => {
             Ok(Outcome::Forwarded { phases: phases_from_wire(forwarded.phases) })

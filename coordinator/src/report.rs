@@ -9,7 +9,7 @@ use espalier_common::ids::{RunId, Unit, WorkerId};
 use espalier_common::job::{JobError, JobSpec, Propagation};
 use espalier_common::outline::ModelOutline;
 use espalier_common::pattern::Pattern;
-use espalier_common::report::{LayerSurvey, Outcome, PhaseSeconds, Reconstruction, SublayerReport};
+use espalier_common::report::{LayerSurvey, LinkUse, Outcome, PhaseSeconds, Reconstruction, SublayerReport};
 use espalier_common::structure::{Kept, Structure};
 use serde::{Deserialize, Serialize};
 
@@ -180,6 +180,19 @@ pub struct Totals {
     /// Assistants that were given up on in the middle of a layer; its owner did their part itself.
     #[serde(default)]
     pub assistants_lost: u64,
+    /// What joined the owners of layers with their assistants, and how often.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub links: Vec<LinkTotal>,
+}
+
+/// How often something joined the owner of a layer with an assistant.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LinkTotal {
+    /// What it was, and why nothing faster.
+    #[serde(flatten)]
+    pub link: LinkUse,
+    /// How often: once a layer and assistant.
+    pub times: u64,
 }
 
 /// Perplexity before and after.
@@ -304,8 +317,12 @@ impl<'a> Facts<'a> {
     fn take_pruning(&mut self, record: &'a Record) {
         self.count_lease(record);
         match record {
-            Record::Committed { lease, outcome: Outcome::Pruned { sublayers, kept, phases, assistants_lost, .. } } => {
+            Record::Committed {
+                lease,
+                outcome: Outcome::Pruned { sublayers, kept, phases, assistants_lost, links, .. },
+            } => {
                 self.totals.assistants_lost += u64::from(*assistants_lost);
+                links.iter().for_each(|link| self.count_link(link));
                 self.add_phases(phases);
                 if let Unit::Prune(layer) = lease.unit {
                     self.kept.extend(kept.as_ref().map(|kept| (layer.0, kept)));
@@ -315,6 +332,13 @@ impl<'a> Facts<'a> {
             }
             Record::Committed { outcome: Outcome::Forwarded { phases }, .. } => self.add_phases(phases),
             Record::Committed { .. } | Record::Leased { .. } | Record::Failed { .. } => {}
+        }
+    }
+
+    fn count_link(&mut self, link: &LinkUse) {
+        match self.totals.links.iter_mut().find(|total| total.link == *link) {
+            Some(total) => total.times += 1,
+            None => self.totals.links.push(LinkTotal { link: link.clone(), times: 1 }),
         }
     }
 

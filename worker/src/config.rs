@@ -46,6 +46,10 @@ pub struct WorkerSection {
     /// Lets matrix products on a GPU round their factors to 10 bits of mantissa (TF32), which is faster and less exact. Workers
     /// that differ in it are not let into one cluster.
     pub tf32: bool,
+    /// How far NCCL may carry what GPU workers send each other: `off`, `host` for GPUs of one machine, or `cluster`; where it does
+    /// not reach, gRPC does. NCCL does not encrypt, and listens on the machine's network: if none is given it is `off` with
+    /// `[tls]`, and else `host`.
+    pub nccl: Option<NcclReach>,
     /// Bytes of hidden states kept on the GPU, the rest goes to memory; half of what is free there if none is given.
     pub device_budget: Option<u64>,
     /// Bytes of hidden states kept in memory, the rest goes to `scratch`; a quarter of the machine's memory, shared by
@@ -63,6 +67,25 @@ pub struct WorkerSection {
     pub coordinator_silence_seconds: Option<NonZeroU32>,
 }
 
+impl WorkerSection {
+    /// How far NCCL may carry tensors, where everything else is encrypted or nothing is.
+    pub fn nccl_reach(&self, is_encrypted: bool) -> NcclReach {
+        self.nccl.unwrap_or(if is_encrypted { NcclReach::Off } else { NcclReach::Host })
+    }
+}
+
+/// How far NCCL may carry tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum NcclReach {
+    /// Nowhere.
+    Off,
+    /// To workers on this machine.
+    Host,
+    /// To any worker that may too.
+    Cluster,
+}
+
 impl Default for WorkerSection {
     fn default() -> Self {
         Self {
@@ -73,6 +96,7 @@ impl Default for WorkerSection {
             threads: None,
             device: DeviceChoice::Auto,
             tf32: false,
+            nccl: None,
             device_budget: None,
             memory_budget: None,
             workers_here: NonZeroU32::MIN,

@@ -56,7 +56,7 @@ pub fn prune_layer(
     let loaded = phases.time("load", || run.model.decoder.load_layer(layer))?;
     let is_last = layer.0 as usize + 1 == run.model.decoder.layers();
     let is_run = place.is_chain() && !is_last;
-    let mut assistants_lost = 0;
+    let (mut assistants_lost, mut links) = (0, Vec::new());
     let (artifact, reports, kept, output);
     if let Some((solver, structure)) = run.method.solver.structured().zip(run.structure.as_ref()) {
         let pairs = structure.layers.get(layer.0 as usize).ok_or(TaskError::NoStructure { layer })?;
@@ -80,7 +80,7 @@ pub fn prune_layer(
             crew.send_off();
         }
         artifact = phases.time("store", || artifact::write_layer(&*run.store, layer, &stored))?;
-        assistants_lost = crew.lost();
+        (assistants_lost, links) = (crew.lost(), crew.links());
         output = if is_run {
             let (finished, lost) = crew.finish(&mut phases)?;
             assistants_lost = lost;
@@ -102,7 +102,8 @@ pub fn prune_layer(
     if now > shortages {
         phases.add("make-room", seconds - seconds_making_room, 0.0);
     }
-    Ok(Outcome::Pruned { artifact, sublayers: reports, kept, phases: phases.finish(), boundary, assistants_lost })
+    let phases = phases.finish();
+    Ok(Outcome::Pruned { artifact, sublayers: reports, kept, phases, boundary, assistants_lost, links })
 }
 
 /// Prunes group after group; with a reconstruction, tunes each sub-module once its groups are pruned.

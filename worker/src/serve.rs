@@ -20,6 +20,7 @@ use crate::device::{self, Chosen, DeviceError, DeviceThread, memory};
 use crate::fleet::{CallError, CoordinatorClient, Membership};
 use crate::server::{Listener, ServerError};
 use crate::session::Session;
+use crate::transport::Joining;
 
 /// Threads that answer RPCs and move hidden states; compute has its own.
 const RUNTIME_THREADS: usize = 2;
@@ -109,6 +110,7 @@ async fn live(
         None => None,
     };
     let credentials = entrance.credentials;
+    let is_encrypted = credentials.is_some();
     let url = config.coordinator.as_deref().ok_or(ServeError::NoCoordinator)?;
     let dialer = Dialer::new(credentials.clone());
     let client = CoordinatorClient::new(url, &dialer)?;
@@ -120,6 +122,7 @@ async fn live(
     // The other half of what is free is for weights, statistics and what layers give.
     let device_bytes = memory::free_bytes(&chosen.device).map(|free| config.device_budget.unwrap_or(free / 2));
     let cache = ActivationCache::on(chosen.device.clone(), device_bytes.unwrap_or(0), memory_bytes, scratch);
+    let carrier = device::carrier(&chosen, config.nccl_reach(is_encrypted))?;
     let (reporter, reports) = mpsc::channel(REPORTS);
     let instruction_set = memory::instruction_set();
     let instruction_set = match &chosen.arithmetic {
@@ -131,7 +134,7 @@ async fn live(
         cache,
         reporter,
         runtime.handle().clone(),
-        dialer,
+        (dialer, carrier.map(Joining::by)),
     );
     let offer = pb::RegisterRequest {
         name: config.name.clone().unwrap_or_else(default_name),

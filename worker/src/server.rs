@@ -33,7 +33,8 @@ use crate::crew::assistant::OwnerLine;
 use crate::evaluation::Evaluation;
 use crate::run::{self, Run, RunError};
 use crate::session::{Session, SessionError, Work};
-use crate::transport::grpc::{ActivationService, HTTP2_WINDOW_BYTES, Line, MESSAGE_LIMIT_BYTES};
+use crate::transport::grpc::{ActivationService, HTTP2_WINDOW_BYTES, MESSAGE_LIMIT_BYTES};
+use crate::transport::{Joining, Line};
 
 /// An owner that says nothing for so long after its call has gone.
 const INACTIVITY: Duration = Duration::from_secs(30);
@@ -179,7 +180,7 @@ impl Assistance for AssistanceService {
         let begun = blocking(move || {
             let mut answered = None;
             let control = session.assist(&run, (lease, leaves), |sizes| {
-                let (line, owner) = owner_line(lease, sizes);
+                let (line, owner) = owner_line(lease, sizes, session.joining().cloned());
                 answered = Some(line);
                 owner
             })?;
@@ -190,7 +191,7 @@ impl Assistance for AssistanceService {
         let token = self.tasks.token();
         self.tasks.spawn(async move {
             tokio::select! {
-                () = line.answer(parcels, out) => {}
+                () = line.answer(begin.link, parcels, out) => {}
                 () = control.token().cancelled() => {}
                 () = token.cancelled() => {}
             }
@@ -201,12 +202,17 @@ impl Assistance for AssistanceService {
 }
 
 /// A line to an owner: the network's end, and the session's.
-fn owner_line(lease: Lease, sizes: LayerSizes) -> (Line<impl Fn(&Matter) -> Option<u64>>, OwnerLine) {
+fn owner_line(
+    lease: Lease,
+    sizes: LayerSizes,
+    joining: Option<Arc<Joining>>,
+) -> (Line<impl Fn(&Matter) -> Option<u64>>, OwnerLine) {
     let (answers, letters) = mpsc::channel(ANSWERS);
     let (received, orders) = mpsc::channel(ORDERS);
     let endpoint = format!("the owner of {lease}");
     let size_of = move |matter: &Matter| sizes.of_order(matter);
-    (Line { endpoint, number: 0, size_of, letters, received }, OwnerLine { orders, answers })
+    let line = Line { endpoint, number: 0, size_of, letters, received, joining, joined_by: Arc::default() };
+    (line, OwnerLine { orders, answers })
 }
 
 /// What the coordinator calls.

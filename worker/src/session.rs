@@ -31,6 +31,7 @@ use crate::metrics::WorkerMetrics;
 use crate::run::{Run, RunError};
 use crate::source::Workplace;
 use crate::survey_task::survey_layer;
+use crate::transport::Joining;
 use crate::trial_task::try_patterns;
 use crate::unit::{Progress, TaskError, UnitControl};
 
@@ -152,6 +153,7 @@ pub struct Session {
     reports: mpsc::Sender<UnitReport>,
     runtime: Handle,
     peers: Dialer,
+    joining: Option<Arc<Joining>>,
     bytes_received: AtomicU64,
     metrics: WorkerMetrics,
     /// Whether the coordinator knows this worker, as far as it is known here.
@@ -173,17 +175,17 @@ impl Session {
         reports: mpsc::Sender<UnitReport>,
         runtime: Handle,
     ) -> Arc<Self> {
-        Self::with_peers(device, cache, reports, runtime, Dialer::default())
+        Self::with_peers(device, cache, reports, runtime, (Dialer::default(), None))
     }
 
     /// A session that is attached to nothing. Ends of units go to `reports`; `runtime` fetches from peers, which are called
-    /// through `peers`.
+    /// through the dialer, and joined where that is agreed on.
     pub fn with_peers(
         device: DeviceThread,
         cache: ActivationCache,
         reports: mpsc::Sender<UnitReport>,
         runtime: Handle,
-        peers: Dialer,
+        (peers, joining): (Dialer, Option<Arc<Joining>>),
     ) -> Arc<Self> {
         let state = State { attachment: Attachment::Nothing, assistance: None, units: BTreeMap::new() };
         Arc::new(Self {
@@ -193,6 +195,7 @@ impl Session {
             reports,
             runtime,
             peers,
+            joining,
             bytes_received: AtomicU64::new(0),
             metrics: WorkerMetrics::default(),
             readiness: Readiness::not_yet("it is not registered yet"),
@@ -218,6 +221,11 @@ impl Session {
     /// Bytes of hidden states that are kept, in memory and on disk.
     pub fn cached_bytes(&self) -> (u64, u64) {
         self.cache.held_bytes()
+    }
+
+    /// What moves tensors between this device and another worker's.
+    pub fn joining(&self) -> Option<&Arc<Joining>> {
+        self.joining.as_ref()
     }
 
     /// Whether the coordinator knows this worker.
@@ -373,6 +381,7 @@ impl Session {
             holdings: &self.holdings,
             runtime: &self.runtime,
             peers: &self.peers,
+            joining: self.joining.as_ref(),
             bytes_received: &self.bytes_received,
             is_survey,
         }

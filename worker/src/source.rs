@@ -22,7 +22,7 @@ use crate::cut_task::cut_tensors;
 use crate::holdings::{HiddenStates, Holdings};
 use crate::prune::{GroupSolver, InputStats, SolveError, Statistics};
 use crate::run::Run;
-use crate::transport::{Expected, Remote, fetch};
+use crate::transport::{Expected, Joining, Remote, fetch};
 use crate::unit::{Phases, TaskError, UnitControl};
 
 /// What a unit works with.
@@ -39,6 +39,8 @@ pub struct Workplace<'a> {
     pub runtime: &'a Handle,
     /// How other workers are called.
     pub peers: &'a Dialer,
+    /// What moves tensors between this device and another worker's, if anything does.
+    pub joining: Option<&'a Arc<Joining>>,
     /// Bytes received from peers so far.
     pub bytes_received: &'a AtomicU64,
     /// Whether the unit looks at the dense model before anything is pruned: on fewer sequences, and on dense inputs whatever

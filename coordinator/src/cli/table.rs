@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
+use espalier_common::report::LinkUse;
 
-use crate::report::{Report, SublayerEntry};
+use crate::report::{LinkTotal, Report, SublayerEntry};
 use crate::view::kind;
 
 /// A table in the house's look, right-aligned from the second column on.
@@ -92,6 +93,11 @@ pub(crate) fn summary(report: &Report, run_folder: &str) -> String {
     if report.totals.assistants_lost > 0 {
         let lost = report.totals.assistants_lost;
         text.push_str(&format!("{lost} times a worker that helped with a layer was given up on\n"));
+    }
+    for LinkTotal { link: LinkUse { kind, declined }, times } in &report.totals.links {
+        if let Some(reason) = declined {
+            text.push_str(&format!("{times} times workers were joined by {} because {reason}\n", kind.name()));
+        }
     }
     if let Some(perplexity) = &report.perplexity {
         text.push_str(&format!(

@@ -208,6 +208,7 @@ impl<'a> Rehearsal<'a> {
                     phases: Vec::new(),
                     boundary: None,
                     assistants_lost: 0,
+                    links: Vec::new(),
                 }
             }
             _ => Outcome::Forwarded { phases: Vec::new() },

@@ -41,6 +41,7 @@ fn outcome(unit: Unit) -> Outcome {
             phases: Vec::new(),
             boundary: None,
             assistants_lost: 0,
+            links: Vec::new(),
         },
         Unit::Forward(_) => Outcome::Forwarded { phases: Vec::new() },
         Unit::Evaluate(_) => Outcome::Evaluated { window_nll: vec![1.0], phases: Vec::new() },

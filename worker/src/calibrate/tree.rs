@@ -150,13 +150,21 @@ impl Forest {
         self.branches.into_values()
     }
 
+    /// The sums over all sequences, once every leaf is there.
+    ///
+    /// # Errors
+    /// `Incomplete`.
+    pub fn into_sum(mut self) -> Result<Sums, GramError> {
+        let whole = self.branches.remove(&0).filter(|(branch, _)| branch.leaves == LEAVES);
+        whole.map(|(_, sums)| sums).ok_or(GramError::Incomplete)
+    }
+
     /// The means over all sequences, in f32 on `device`, once every leaf is there.
     ///
     /// # Errors
     /// `Incomplete`, and those of [`GramAccumulator::finish`].
-    pub fn finish(mut self, device: &Device) -> Result<InputStats, GramError> {
-        let whole = self.branches.remove(&0).filter(|(branch, _)| branch.leaves == LEAVES);
-        let (_, Sums { calibrating, held_out }) = whole.ok_or(GramError::Incomplete)?;
+    pub fn finish(self, device: &Device) -> Result<InputStats, GramError> {
+        let Sums { calibrating, held_out } = self.into_sum()?;
         let mut stats = calibrating.ok_or(GramError::Empty)?.finish(device)?;
         stats.held_out = held_out.map(|held_out| held_out.finish(device)).transpose()?.map(Arc::new);
         Ok(stats)

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,6 +11,7 @@ use espalier_common::clock::Stopwatch;
 use espalier_common::ids::{LayerIndex, Lease};
 use espalier_common::outline::LayerOutline;
 use espalier_common::pattern::Pattern;
+use espalier_common::report::LinkUse;
 use espalier_common::tasks::TaskGroup;
 use espalier_common::wire::lease_to_wire;
 use espalier_proto::v1 as pb;
@@ -28,9 +29,8 @@ use crate::holdings::HiddenStates;
 use crate::model::DecoderLayer;
 use crate::prune::{GroupSolver, InputStats, MOST_PARTS, Problem, Solution, SolveCtx, SolveError, Statistics};
 use crate::source::Workplace;
-use crate::transport::grpc::Line;
 use crate::transport::parcel::{Body, bytes_of, numbers};
-use crate::transport::{LinkError, Outgoing, Received};
+use crate::transport::{Line, LinkError, Outgoing, Received};
 use crate::unit::{Phases, TaskError};
 
 /// An assistant may take so many times as long as the owner itself would.
@@ -77,6 +77,8 @@ pub(super) struct Assistant {
     endpoint: String,
     leaves: Range<usize>,
     letters: mpsc::Sender<Outgoing>,
+    /// What joins it with the owner, once that is agreed on.
+    joined_by: Arc<OnceLock<LinkUse>>,
     /// Blocks that it solves at a time; 1 until it says more.
     threads: usize,
     is_there: bool,
@@ -120,17 +122,21 @@ impl<'a> Crew<'a> {
             let sizes = Arc::new(LayerSizes::new(place.run, index, leaves.clone())?);
             let share = sizes.sequences();
             let (letters, queue) = mpsc::channel(share.len() * crew.input.streams.len() + LETTERS);
+            let joined_by = Arc::new(OnceLock::new());
             let line = Line {
                 endpoint: endpoint.clone(),
                 number,
                 size_of: move |matter: &Matter| sizes.of_answer(matter),
                 letters: queue,
                 received: heard.clone(),
+                joining: place.joining.cloned(),
+                joined_by: Arc::clone(&joined_by),
             };
             let begin = pb::Begin {
                 lease: Some(lease_to_wire(&place.run.id, help.lease)),
                 first_leaf: leaves.start as u32,
                 end_leaf: leaves.end as u32,
+                link: None,
             };
             let (token, peers) = (crew.lines.token(), place.peers.clone());
             let _runtime = place.runtime.enter();
@@ -144,6 +150,7 @@ impl<'a> Crew<'a> {
                 endpoint: endpoint.clone(),
                 leaves,
                 letters,
+                joined_by,
                 threads: 1,
                 is_there: true,
                 is_through: false,
@@ -166,6 +173,11 @@ impl<'a> Crew<'a> {
     /// Assistants that were given up on.
     pub(crate) fn lost(&self) -> u32 {
         self.lost
+    }
+
+    /// What joined the owner with its assistants.
+    pub(crate) fn links(&self) -> Vec<LinkUse> {
+        self.assistants.iter().filter_map(|assistant| assistant.joined_by.get().cloned()).collect()
     }
 
     /// Sends a letter, unless the assistant is given up on. The queue holds all letters that can be due.

@@ -1,10 +1,13 @@
 //! What stands in for CUDA in the build for the CPU: there are no GPUs, and so nobody can have one of their tensors.
 
+use std::sync::Arc;
+
 use candle_core::{CudaStorage, Device, Error, Layout, Result, Tensor};
 use espalier_common::device::Gpu;
 
 use super::kernels::{Arg, Launch};
 use crate::linalg::factor::NotPositiveDefinite;
+use crate::transport::Carrier;
 
 /// The GPUs there are, or why none can be used.
 pub(super) fn gpus() -> std::result::Result<Vec<Gpu>, String> {
@@ -13,6 +16,11 @@ pub(super) fn gpus() -> std::result::Result<Vec<Gpu>, String> {
 
 pub(super) fn open(_: usize, _: bool) -> Result<Device> {
     Err(Error::NotCompiledWithCudaSupport)
+}
+
+/// What joins a GPU with another worker's, or why nothing does.
+pub(super) fn carrier(_: &Device, _: bool) -> std::result::Result<Arc<dyn Carrier>, String> {
+    Err("this is the build for the CPU, without CUDA".to_owned())
 }
 
 pub(super) fn free_bytes(_: &Device) -> Option<u64> {

@@ -75,6 +75,12 @@ pub fn measure_gflops(device: &Device) -> f64 {
     measure().unwrap_or(0.0)
 }
 
+/// Names this machine, as it was booted; a name of this process alone if the system does not say.
+pub fn host_name() -> String {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    if boot.trim().is_empty() { format!("process-{}", std::process::id()) } else { boot.trim().to_owned() }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

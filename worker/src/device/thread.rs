@@ -49,6 +49,12 @@ pub enum DeviceError {
         /// Why it does.
         reason: String,
     },
+    /// Other machines shall be reached by NCCL, and this worker has none.
+    #[error("worker.nccl is for GPUs, and this worker cannot use it: {reason}")]
+    Nccl {
+        /// Why it cannot.
+        reason: String,
+    },
     /// The GPU is there, and cannot be opened.
     #[error("cuda:{number} cannot be opened")]
     Open {
@@ -70,7 +76,7 @@ impl DeviceError {
     /// What may be done about it.
     pub fn class(&self) -> FaultClass {
         match self {
-            Self::Absent { .. } | Self::NoSuchGpu { .. } | Self::Tf32 { .. } => FaultClass::Reject,
+            Self::Absent { .. } | Self::NoSuchGpu { .. } | Self::Tf32 { .. } | Self::Nccl { .. } => FaultClass::Reject,
             Self::Busy => FaultClass::RetryHere,
             Self::Start(_) | Self::Pool { .. } | Self::Open { .. } | Self::Ended => FaultClass::RetryElsewhere,
         }

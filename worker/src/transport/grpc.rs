@@ -1,6 +1,7 @@
 //! The Activations service and its client.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use espalier_common::fault::FaultClass;
@@ -12,8 +13,9 @@ use espalier_proto::v1::activations_client::ActivationsClient;
 use espalier_proto::v1::activations_server::Activations;
 use espalier_proto::v1::assistance_client::AssistanceClient;
 use espalier_proto::v1::head::Matter;
-use espalier_proto::v1::{Begin, Chunk, FetchRequest, Open, Parcel, fetch_request, parcel};
-use tokio::sync::{Semaphore, mpsc};
+use espalier_proto::v1::{Begin, Chunk, FetchRequest, LinkOffer, Open, Parcel, fetch_request, parcel};
+use futures::TryStreamExt as _;
+use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -22,7 +24,9 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::chunk::{Assembler, Expected, cut};
 use super::credit::{Credit, Grants};
-use super::parcel::{Letter, LetterBox, Outgoing, ParcelError, head, pieces};
+use super::line::{Line, Offer};
+use super::link::BodyError;
+use super::negotiation::NegotiationError;
 use super::{CHUNK_BYTES, ChunkError, WINDOW_BYTES};
 use crate::calibrate::cache::{ActivationCache, CacheError};
 use crate::holdings::{HiddenStates, Holdings};
@@ -200,14 +204,23 @@ pub enum LinkError {
         #[source]
         source: Box<tonic::Status>,
     },
-    /// What it says breaks the protocol.
-    #[error("letter from {endpoint}")]
-    Parcel {
+    /// A letter did not go over, or breaks the protocol.
+    #[error("letters to and from {endpoint}")]
+    Body {
         /// The other worker.
         endpoint: String,
-        /// What is wrong with it.
+        /// What is wrong.
         #[source]
-        source: ParcelError,
+        source: BodyError,
+    },
+    /// Nothing was agreed on to join the two with.
+    #[error("agreeing on a link with {endpoint}")]
+    Negotiation {
+        /// The other worker.
+        endpoint: String,
+        /// What is wrong.
+        #[source]
+        source: NegotiationError,
     },
     /// What was to be sent to it cannot be read.
     #[error("letter to {endpoint}")]
@@ -231,7 +244,10 @@ impl LinkError {
             Self::Gate(_) | Self::NotHeld { .. } | Self::Silent { .. } | Self::Unreadable { .. } | Self::Cancelled => {
                 FaultClass::RetryElsewhere
             }
-            Self::Call { .. } | Self::Chunk { .. } | Self::Shared { .. } | Self::Parcel { .. } => FaultClass::RetryHere,
+            Self::Body { source, .. } => source.class(),
+            Self::Call { .. } | Self::Chunk { .. } | Self::Shared { .. } | Self::Negotiation { .. } => {
+                FaultClass::RetryHere
+            }
         }
     }
 }
@@ -303,32 +319,23 @@ async fn receive(
     Ok(HiddenStates { streams })
 }
 
-/// What came from a worker that shares a layer with this one.
-#[derive(Debug)]
-pub struct Received {
-    /// Which one, as the receiver numbers them.
-    pub from: usize,
-    /// A letter, or why there will be none any more.
-    pub letter: Result<Letter, LinkError>,
-}
-
-/// One worker that shares a layer with this one, and what is sent to it and received from it.
-pub struct Line<S> {
-    /// Its endpoint, or a word for it.
-    pub endpoint: String,
-    /// Its number.
-    pub number: usize,
-    /// How large the body of a letter must be, if it may come at all.
-    pub size_of: S,
-    /// What to send.
-    pub letters: mpsc::Receiver<Outgoing>,
-    /// Where to put what comes. The end of the line is the last of it.
-    pub received: mpsc::Sender<Received>,
-}
-
 impl<S: Fn(&Matter) -> Option<u64>> Line<S> {
     /// Calls an assistant through `peers`, and carries letters until either side has no more to say.
-    pub async fn call(mut self, peers: &Dialer, begin: Begin) {
+    pub async fn call(mut self, peers: &Dialer, mut begin: Begin) {
+        let mut offer = Offer::None;
+        if let Some(joining) = self.joining.clone() {
+            // A library may have to open a socket to make a name.
+            let (asking, endpoint) = (Arc::clone(&joining), self.endpoint.clone());
+            let named = tokio::task::spawn_blocking(move || asking.offer_to(&endpoint)).await;
+            offer = match named.unwrap_or_else(|_| Err("making a name panicked".to_owned())) {
+                Ok(id) => {
+                    let facts = Some(joining.carrier().facts().into());
+                    begin.link = Some(LinkOffer { facts, id: id.clone().into() });
+                    Offer::Made(id)
+                }
+                Err(reason) => Offer::Failed(reason),
+            };
+        }
         let (out, queue) = mpsc::channel(QUEUE);
         let opening = Parcel { content: Some(parcel::Content::Begin(begin)) };
         out.try_send(opening).expect("the queue is empty and its receiver alive");
@@ -338,15 +345,16 @@ impl<S: Fn(&Matter) -> Option<u64>> Line<S> {
             client.assist(ReceiverStream::new(queue)).await.map_err(|source| self.shared(source))
         };
         let ended = match called.await {
-            Ok(response) => self.carry(response.into_inner(), &out).await,
+            Ok(response) => self.carry_on(offer, response.into_inner(), &out).await,
             Err(error) => Err(error),
         };
         self.tell_end(ended).await;
     }
 
-    /// Answers an owner whose call was taken, until either side has no more to say.
-    pub async fn answer(mut self, parcels: Streaming<Parcel>, out: mpsc::Sender<Parcel>) {
-        let ended = self.carry(parcels, &out).await;
+    /// Answers an owner whose call was taken, and who may have offered a link, until either side has no more to say.
+    pub async fn answer(mut self, offer: Option<LinkOffer>, parcels: Streaming<Parcel>, out: mpsc::Sender<Parcel>) {
+        let offer = offer.map_or(Offer::None, Offer::Heard);
+        let ended = self.carry_on(offer, parcels, &out).await;
         self.tell_end(ended).await;
     }
 
@@ -354,90 +362,16 @@ impl<S: Fn(&Matter) -> Option<u64>> Line<S> {
         LinkError::Shared { endpoint: self.endpoint.clone(), source: Box::new(source) }
     }
 
-    async fn tell_end(&self, ended: Result<(), LinkError>) {
-        if let Err(error) = ended {
-            // Whoever listened may be through with it.
-            let _ = self.received.send(Received { from: self.number, letter: Err(error) }).await;
-        }
+    async fn carry_on(
+        &mut self,
+        offer: Offer,
+        parcels: Streaming<Parcel>,
+        out: &mpsc::Sender<Parcel>,
+    ) -> Result<(), LinkError> {
+        let endpoint = self.endpoint.clone();
+        let shared = move |source| LinkError::Shared { endpoint: endpoint.clone(), source: Box::new(source) };
+        self.carry(offer, parcels.map_err(shared), out, INACTIVITY).await
     }
-
-    async fn carry(&mut self, parcels: Streaming<Parcel>, out: &mpsc::Sender<Parcel>) -> Result<(), LinkError> {
-        let Self { endpoint, number, size_of, letters, received } = self;
-        // A window each way, granted from the start.
-        let purse = Semaphore::new(WINDOW_BYTES as usize);
-        tokio::select! {
-            written = write(letters, endpoint, out, &purse) => written,
-            read = read(parcels, (endpoint, *number), size_of, received, out, &purse) => read,
-        }
-    }
-}
-
-/// Sends letters, never beyond what the receiver granted.
-async fn write(
-    letters: &mut mpsc::Receiver<Outgoing>,
-    endpoint: &str,
-    out: &mpsc::Sender<Parcel>,
-    purse: &Semaphore,
-) -> Result<(), LinkError> {
-    while let Some(Outgoing { matter, body }) = letters.recv().await {
-        let unreadable = |source| LinkError::Unreadable { endpoint: endpoint.to_owned(), source };
-        let body = tokio::task::spawn_blocking(move || body.into_bytes()).await.map_err(|_| LinkError::Cancelled)?;
-        let body = body.map_err(unreadable)?;
-        let opening = parcel::Content::Head(head(matter, &body));
-        if out.send(Parcel { content: Some(opening) }).await.is_err() {
-            return Ok(()); // the other side went away, as reading tells
-        }
-        for piece in pieces(body) {
-            let paid = purse.acquire_many(piece.data.len() as u32).await;
-            paid.expect("nobody closes the purse").forget();
-            if out.send(Parcel { content: Some(parcel::Content::Piece(piece)) }).await.is_err() {
-                return Ok(());
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Receives letters, and grants again what was taken of them.
-async fn read(
-    mut parcels: Streaming<Parcel>,
-    (endpoint, number): (&str, usize),
-    size_of: &impl Fn(&Matter) -> Option<u64>,
-    received: &mpsc::Sender<Received>,
-    out: &mpsc::Sender<Parcel>,
-    purse: &Semaphore,
-) -> Result<(), LinkError> {
-    let shared = |source| LinkError::Shared { endpoint: endpoint.to_owned(), source: Box::new(source) };
-    let wrong = |source| LinkError::Parcel { endpoint: endpoint.to_owned(), source };
-    let (mut letters, mut ledger) = (LetterBox::default(), Grants::new(WINDOW_BYTES));
-    while let Some(parcel) = parcels.message().await.map_err(shared)? {
-        let letter = match parcel.content {
-            Some(parcel::Content::Head(head)) => letters.open(head, size_of).map_err(wrong)?,
-            Some(parcel::Content::Piece(piece)) => {
-                let letter = letters.add(&piece).map_err(wrong)?;
-                if let Some(bytes) = ledger.consume(piece.data.len() as u64) {
-                    // A sender that is done no longer listens.
-                    let _ = out.send(Parcel { content: Some(parcel::Content::CreditBytes(bytes)) }).await;
-                }
-                letter
-            }
-            Some(parcel::Content::CreditBytes(bytes)) => {
-                let more = usize::try_from(bytes).unwrap_or(usize::MAX);
-                if purse.available_permits().saturating_add(more) > WINDOW_BYTES as usize {
-                    return Err(shared(Status::invalid_argument("more was granted than a window")));
-                }
-                purse.add_permits(more);
-                None
-            }
-            Some(parcel::Content::Begin(_)) | None => return Err(wrong(ParcelError::OutOfTurn)),
-        };
-        if let Some(letter) = letter
-            && received.send(Received { from: number, letter: Ok(letter) }).await.is_err()
-        {
-            return Ok(());
-        }
-    }
-    Err(shared(Status::unavailable("it has hung up")))
 }
 
 /// How a worker calls another.
@@ -455,12 +389,68 @@ fn channel(endpoint: &str, peers: &Dialer) -> Result<Channel, LinkError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use candle_core::{Device, Tensor};
     use espalier_proto::v1::activations_server::ActivationsServer;
-    use tonic::transport::server::TcpIncoming;
+    use espalier_proto::v1::assistance_server::{Assistance, AssistanceServer};
+    use tonic::transport::Server;
+    use tonic::transport::server::{Router, TcpIncoming};
 
+    use super::super::line::bare;
+    use super::super::stream::StreamLink;
     use super::*;
+
+    /// Takes calls, and hands out their streams.
+    struct Answering(mpsc::Sender<Call>);
+
+    /// What the caller says, and where to answer.
+    type Call = (Streaming<Parcel>, mpsc::Sender<Result<Parcel, Status>>);
+
+    #[tonic::async_trait]
+    impl Assistance for Answering {
+        type AssistStream = ReceiverStream<Result<Parcel, Status>>;
+
+        async fn assist(&self, call: Request<Streaming<Parcel>>) -> Result<Response<Self::AssistStream>, Status> {
+            let (out, queue) = mpsc::channel(QUEUE);
+            self.0.send((call.into_inner(), out)).await.unwrap();
+            Ok(Response::new(ReceiverStream::new(queue)))
+        }
+    }
+
+    /// Both ends of a link over a call that is really made.
+    pub(in crate::transport) async fn stream_pair(tasks: &TaskGroup) -> (StreamLink, StreamLink) {
+        let (calls, mut called) = mpsc::channel(1);
+        let endpoint = listen(tasks, |server| server.add_service(AssistanceServer::new(Answering(calls))));
+        let (out, queue) = mpsc::channel(QUEUE);
+        let mut client = AssistanceClient::connect(endpoint).await.unwrap();
+        let answers = client.assist(ReceiverStream::new(queue)).await.unwrap().into_inner();
+        let (parcels, answer) = called.recv().await.unwrap();
+        let failed = |source| LinkError::Shared { endpoint: String::new(), source: Box::new(source) };
+        let (answered, mut unwrapped) = mpsc::channel(QUEUE);
+        let token = tasks.token();
+        tasks.spawn(async move {
+            while let Some(Some(parcel)) = token.run_until_cancelled(unwrapped.recv()).await {
+                if answer.send(Ok(parcel)).await.is_err() {
+                    return;
+                }
+            }
+        });
+        (bare(answers.map_err(failed), out, tasks), bare(parcels.map_err(failed), answered, tasks))
+    }
+
+    /// Serves on a free port of loopback; returns the endpoint.
+    fn listen(tasks: &TaskGroup, add: impl FnOnce(&mut Server) -> Router) -> String {
+        let incoming = TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap().with_nodelay(Some(true));
+        let endpoint = format!("http://{}", incoming.local_addr().unwrap());
+        let mut server = Server::builder()
+            .initial_stream_window_size(HTTP2_WINDOW_BYTES)
+            .initial_connection_window_size(HTTP2_WINDOW_BYTES);
+        let (router, token) = (add(&mut server), tasks.token());
+        tasks.spawn(async move {
+            router.serve_with_incoming_shutdown(incoming, token.cancelled_owned()).await.unwrap();
+        });
+        endpoint
+    }
 
     const EXPECTED: Expected = Expected { streams: 2, sequences: 8, tokens: 2048, hidden: 1024 };
 
@@ -484,19 +474,8 @@ mod tests {
         let (run, boundary) = (RunId("r".to_owned()), Boundary(3));
         let holdings = Holdings::default();
         holdings.hold(&run, boundary, states);
-        let incoming = TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap().with_nodelay(Some(true));
-        let endpoint = format!("http://{}", incoming.local_addr().unwrap());
         let service = ActivationsServer::new(ActivationService::new(holdings, tasks.clone()));
-        let token = tasks.token();
-        tasks.spawn(async move {
-            tonic::transport::Server::builder()
-                .initial_stream_window_size(HTTP2_WINDOW_BYTES)
-                .initial_connection_window_size(HTTP2_WINDOW_BYTES)
-                .add_service(service)
-                .serve_with_incoming_shutdown(incoming, token.cancelled_owned())
-                .await
-                .unwrap();
-        });
+        let endpoint = listen(tasks, |server| server.add_service(service));
         Remote { endpoint, run, boundary }
     }
 

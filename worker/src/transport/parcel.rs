@@ -97,8 +97,8 @@ pub enum ParcelError {
         /// As the matter says.
         expected: u64,
     },
-    /// A head where a piece must come, or the other way round.
-    #[error("a letter came in the middle of another, or a piece of none")]
+    /// Something that may only be said at the beginning, or nothing.
+    #[error("a parcel came that may not come now")]
     OutOfTurn,
     /// Not the next piece, or not of a size that it may have.
     #[error("a piece of {bytes} bytes is at {found}, but 1 to {limit} may stand at {expected}")]
@@ -133,64 +133,64 @@ pub fn pieces(body: Bytes) -> impl Iterator<Item = Piece> {
     })
 }
 
-/// Puts letters together. No more than one is ever under way, and none is allocated before its size is known to be right.
-#[derive(Debug, Default)]
-pub struct LetterBox {
-    under_way: Option<(Letter, usize)>,
+/// What a head announces, if it is a letter that may come now: what it is about, and the bytes of its body. `size_of` says how
+/// large the body must be, if the matter is one that may come; nothing is allocated before.
+///
+/// # Errors
+/// `NoMatter`, `Foreign`, `Size`.
+pub fn announced(head: Head, size_of: impl FnOnce(&Matter) -> Option<u64>) -> Result<(Matter, usize), ParcelError> {
+    let matter = head.matter.ok_or(ParcelError::NoMatter)?;
+    let expected = size_of(&matter).ok_or_else(|| ParcelError::Foreign(format!("{matter:?}")))?;
+    if head.body_bytes != expected {
+        return Err(ParcelError::Size { found: head.body_bytes, expected });
+    }
+    let bytes = usize::try_from(expected).map_err(|_| ParcelError::Size { found: expected, expected: 0 })?;
+    Ok((matter, bytes))
 }
 
-impl LetterBox {
-    /// Takes the head of the next letter; returns it at once if it has no body. `size_of` says how large the body must be, if
-    /// the matter is one that may come.
-    ///
-    /// # Errors
-    /// See [`ParcelError`].
-    pub fn open(
-        &mut self,
-        head: Head,
-        size_of: impl FnOnce(&Matter) -> Option<u64>,
-    ) -> Result<Option<Letter>, ParcelError> {
-        if self.under_way.is_some() {
-            return Err(ParcelError::OutOfTurn);
-        }
-        let matter = head.matter.ok_or(ParcelError::NoMatter)?;
-        let expected = size_of(&matter).ok_or_else(|| ParcelError::Foreign(format!("{matter:?}")))?;
-        if head.body_bytes != expected {
-            return Err(ParcelError::Size { found: head.body_bytes, expected });
-        }
-        let size = usize::try_from(expected).map_err(|_| ParcelError::Size { found: expected, expected: 0 })?;
-        let letter = Letter { matter, body: Vec::with_capacity(size) };
-        if size == 0 {
-            return Ok(Some(letter));
-        }
-        self.under_way = Some((letter, size));
-        Ok(None)
+/// Puts a body together from its pieces.
+#[derive(Debug)]
+pub struct PieceBox {
+    body: Vec<u8>,
+    bytes: usize,
+}
+
+impl PieceBox {
+    /// Room for a body whose size is known to be right.
+    pub fn new(bytes: usize) -> Self {
+        Self { body: Vec::with_capacity(bytes), bytes }
     }
 
-    /// Takes the next piece; returns the letter that it completes.
+    /// Whether all of it is there.
+    pub fn is_whole(&self) -> bool {
+        self.body.len() == self.bytes
+    }
+
+    /// Takes the next piece.
     ///
     /// # Errors
-    /// See [`ParcelError`].
-    pub fn add(&mut self, piece: &Piece) -> Result<Option<Letter>, ParcelError> {
-        let (letter, size) = self.under_way.as_mut().ok_or(ParcelError::OutOfTurn)?;
-        let expected = letter.body.len() as u64;
-        let (bytes, limit) = (piece.data.len(), (*size - letter.body.len()).min(CHUNK_BYTES));
+    /// `Piece`, `Checksum`.
+    pub fn add(&mut self, piece: &Piece) -> Result<(), ParcelError> {
+        let expected = self.body.len() as u64;
+        let (bytes, limit) = (piece.data.len(), (self.bytes - self.body.len()).min(CHUNK_BYTES));
         if piece.offset != expected || bytes == 0 || bytes > limit {
             return Err(ParcelError::Piece { bytes, found: piece.offset, expected, limit });
         }
         if crc32fast::hash(&piece.data) != piece.crc32 {
             return Err(ParcelError::Checksum { offset: piece.offset });
         }
-        letter.body.extend_from_slice(&piece.data);
-        let is_whole = letter.body.len() == *size;
-        Ok(self.under_way.take_if(|_| is_whole).map(|(letter, _)| letter))
+        self.body.extend_from_slice(&piece.data);
+        Ok(())
+    }
+
+    /// The body.
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.body
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use espalier_proto::v1::Finish;
-
     use super::*;
 
     const BYTES: usize = 2 * CHUNK_BYTES + 12;
@@ -199,51 +199,46 @@ mod tests {
         Bytes::from((0..BYTES).map(|at| (at * 7) as u8).collect::<Vec<u8>>())
     }
 
-    fn opened() -> LetterBox {
-        let mut letters = LetterBox::default();
-        let size = |_: &Matter| Some(BYTES as u64);
-        assert_eq!(letters.open(head(Matter::Gather(3), &body()), size), Ok(None));
-        letters
-    }
-
     #[test]
-    fn a_letter_comes_back_byte_for_byte() {
-        let mut letters = opened();
-        let whole: Vec<Letter> = pieces(body()).filter_map(|piece| letters.add(&piece).unwrap()).collect();
-        assert_eq!(whole, [Letter { matter: Matter::Gather(3), body: body().to_vec() }]);
-        let empty = letters.open(head(Matter::Finish(Finish {}), &Bytes::new()), |_| Some(0)).unwrap();
-        assert_eq!(empty.map(|letter| letter.matter), Some(Matter::Finish(Finish {})));
+    fn a_body_comes_back_byte_for_byte() {
+        let mut into = PieceBox::new(BYTES);
+        for piece in pieces(body()) {
+            assert!(!into.is_whole());
+            into.add(&piece).unwrap();
+        }
+        assert!(into.is_whole());
+        assert_eq!(into.into_bytes(), body());
+        let read = announced(head(Matter::Gather(3), &body()), |_| Some(BYTES as u64));
+        assert_eq!(read, Ok((Matter::Gather(3), BYTES)));
     }
 
     #[test]
     fn bodies_of_another_size_are_refused_before_they_are_allocated() {
         let open = |bytes: u64, expected: Option<u64>| {
             let head = Head { body_bytes: bytes, matter: Some(Matter::Gather(0)) };
-            LetterBox::default().open(head, |_| expected)
+            announced(head, |_| expected)
         };
         assert_eq!(open(u64::MAX, Some(4)), Err(ParcelError::Size { found: u64::MAX, expected: 4 }));
         assert!(matches!(open(0, None), Err(ParcelError::Foreign(_))));
         let nothing = Head { body_bytes: 0, matter: None };
-        assert_eq!(LetterBox::default().open(nothing, |_| Some(0)), Err(ParcelError::NoMatter));
+        assert_eq!(announced(nothing, |_| Some(0)), Err(ParcelError::NoMatter));
     }
 
     #[test]
     fn every_kind_of_foreign_piece_is_refused() {
         let all: Vec<Piece> = pieces(body()).collect();
         let spoiled = |spoil: fn(&mut Piece)| {
-            let mut letters = opened();
-            letters.add(&all[0]).unwrap();
+            let mut into = PieceBox::new(BYTES);
+            into.add(&all[0]).unwrap();
             let mut piece = all[1].clone();
             spoil(&mut piece);
-            letters.add(&piece).unwrap_err()
+            into.add(&piece).unwrap_err()
         };
         assert!(matches!(spoiled(|piece| piece.crc32 ^= 1), ParcelError::Checksum { .. }));
         assert!(matches!(spoiled(|piece| piece.offset += 1), ParcelError::Piece { .. }));
         assert!(matches!(spoiled(|piece| piece.data = Bytes::new()), ParcelError::Piece { bytes: 0, .. }));
         let too_long = |piece: &mut Piece| piece.data = Bytes::from(vec![0; CHUNK_BYTES + 1]);
         assert!(matches!(spoiled(too_long), ParcelError::Piece { .. }));
-        assert_eq!(LetterBox::default().add(&all[0]), Err(ParcelError::OutOfTurn));
-        let again = opened().open(head(Matter::Gather(3), &body()), |_| Some(BYTES as u64));
-        assert_eq!(again, Err(ParcelError::OutOfTurn));
+        assert!(matches!(PieceBox::new(0).add(&all[0]), Err(ParcelError::Piece { limit: 0, .. })));
     }
 }

@@ -151,6 +151,7 @@ impl World {
                 phases: Vec::new(),
                 boundary: kept,
                 assistants_lost: 0,
+                links: Vec::new(),
             },
             None if self.kind == Kind::Survey => {
                 let survey = LayerSurvey { outliers: Some(input.len() as f64), curves: Vec::new() };

@@ -5,6 +5,11 @@
 
 mod factor;
 mod launch;
+#[cfg(feature = "nccl")]
+mod nccl;
+#[cfg(not(feature = "nccl"))]
+#[path = "without_nccl.rs"]
+mod nccl;
 mod pinned;
 
 use candle_core::cuda_backend::cudarc::cublas::result::CublasError;
@@ -17,6 +22,7 @@ use espalier_common::device::Gpu;
 
 pub(super) use self::factor::inverse_of_cholesky;
 pub(super) use self::launch::{counts_like, counts_of, f32_like, launch, u8_like};
+pub(super) use self::nccl::carrier;
 pub use self::pinned::Pinned;
 
 /// The GPUs there are, or why none can be used.
