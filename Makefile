@@ -72,7 +72,7 @@ lint: ## Check formatting, clippy, documentation, licences and sources; any warn
 
 cuda-check: ## Check every line of the CUDA build, with a stand-in for nvcc: no GPU, no download, nothing is linked
 	PATH="$(CURDIR)/deploy/cuda:$$PATH" CUDA_COMPUTE_CAP=80 $(CARGO) clippy --release -p espalier-worker --all-targets \
-		--features cuda --target-dir "$(TARGET)/cuda" -- -D warnings
+		--features cuda,nccl --target-dir "$(TARGET)/cuda" -- -D warnings
 
 cuda-kernels: ## Compile the kernels' CUDA C with NVIDIA's compiler, which this gets from PyPI once
 	@test -d "$(TARGET)/nvrtc/wheels" || { rm -rf "$(TARGET)/nvrtc" && mkdir -p "$(TARGET)/nvrtc" \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds espalier-worker-cuda with the parts of CUDA that PyPI has: its compiler, headers and libraries. No GPU and no driver are
-# needed to build; where it runs, the driver's libcuda and the libraries beside it must be found by the loader.
+# Builds espalier-worker-cuda with the parts of CUDA that PyPI has: its compiler, headers and libraries, and NCCL. No GPU and no
+# driver are needed to build; where it runs, the driver's libcuda and the libraries beside it must be found by the loader.
 # Usage: build.sh TARGET CARGO. Downloads 1 GB, once; half an hour or more, nearly all of it in the tensor library's kernels.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -9,16 +9,25 @@ cargo=$2
 mkdir -p "$target/cuda-kit"
 kit=$(cd "$target/cuda-kit" && pwd)
 
-if [ ! -d "$kit/wheels" ]; then
+# Gets some packages into a folder of the kit, whole or not at all, unless they are there.
+fetch() {
+    local folder=$kit/$1
+    shift
+    [ ! -d "$folder" ] || return 0
     rm -rf "$kit/partial"
-    python3 -m pip install --quiet --root-user-action=ignore --no-deps --target "$kit/partial" \
-        nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96 \
-        nvidia-cuda-cccl==13.0.85 nvidia-cuda-nvrtc==13.0.88 nvidia-curand==10.4.0.35 nvidia-cublas==13.1.0.3 \
-        nvidia-cusolver==12.4.1.2 nvidia-cusparse==12.9.4.2
-    mv "$kit/partial" "$kit/wheels"
-fi
+    python3 -m pip install --quiet --root-user-action=ignore --no-deps --target "$kit/partial" "$@"
+    mv "$kit/partial" "$folder"
+}
+fetch wheels nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96 \
+    nvidia-cuda-cccl==13.0.85 nvidia-cuda-nvrtc==13.0.88 nvidia-curand==10.4.0.35 nvidia-cublas==13.1.0.3 \
+    nvidia-cusolver==12.4.1.2 nvidia-cusparse==12.9.4.2
+fetch nccl nvidia-nccl-cu13==2.32.3
 home=$kit/wheels/nvidia/cu13
 [ -e "$home/lib64" ] || ln -s lib "$home/lib64"
+# One folder for the linker and the loader, whatever the package calls its own.
+nccl=$(find "$kit/nccl" -name 'libnccl.so.*' -print -quit)
+[ -n "$nccl" ] || { echo "the package of NCCL has no libnccl.so" >&2; exit 1; }
+ln -sf "$nccl" "$home/lib/$(basename "$nccl")"
 # The linker wants names without versions.
 for library in "$home/lib"/*.so.*; do
     plain=${library%%.so.*}.so
@@ -38,7 +47,7 @@ fi
 
 export CUDA_HOME="$home" CUDA_PATH="$home" CUDA_COMPUTE_CAP="${CUDA_COMPUTE_CAP:-80}" PATH="$home/bin:$PATH"
 export LIBRARY_PATH="$home/lib:$home/lib/stubs${LIBRARY_PATH:+:$LIBRARY_PATH}"
-"$cargo" build --release -p espalier-worker --bin espalier-worker --features cuda --target-dir "$target/cuda-kit/target"
+"$cargo" build --release -p espalier-worker --bin espalier-worker --features cuda,nccl --target-dir "$target/cuda-kit/target"
 mkdir -p "$target/release"
 cp "$kit/target/release/espalier-worker" "$target/release/espalier-worker-cuda"
 echo "$target/release/espalier-worker-cuda needs on its LD_LIBRARY_PATH: $home/lib"

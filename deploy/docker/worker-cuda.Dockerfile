@@ -23,7 +23,7 @@ COPY . .
 # What was compiled stays in the cache; only the program is taken out of it.
 RUN --mount=type=cache,target=/root/.cargo/registry,sharing=locked \
     --mount=type=cache,target=/source/target,sharing=locked,id=espalier-worker-cuda \
-    CUDA_COMPUTE_CAP="${CUDA_COMPUTE_CAP}" cargo build --release --locked -p espalier-worker --bin espalier-worker --features cuda \
+    CUDA_COMPUTE_CAP="${CUDA_COMPUTE_CAP}" cargo build --release --locked -p espalier-worker --bin espalier-worker --features cuda,nccl \
     && install -D --strip --mode=0755 target/release/espalier-worker /out/usr/local/bin/espalier-worker \
     && install -D --mode=0644 LICENSE /out/usr/share/doc/espalier/LICENSE
 
