@@ -152,6 +152,15 @@ def bounded(pod):
         yield f"has {room / 2**30:.0f} GiB of emptyDir, but {limit / 2**30:.0f} GiB of ephemeral-storage"
 
 
+def uses_its_gpu(pod):
+    """A GPU is paid for if it is limited to, and used if the worker is told so: neither without the other."""
+    container = pod.container()
+    limited = {kind: container.get("resources", {}).get(kind, {}).get("nvidia.com/gpu") for kind in ("requests", "limits")}
+    asked = [argument for argument in container.get("args", []) if argument.startswith("--device=cuda")]
+    if set(limited.values()) != {"1" if asked else None}:
+        yield f"computes on {asked or 'the CPU'} with GPUs {limited}"
+
+
 def keeps_secrets_in_files(pod):
     for container in pod.spec["containers"]:
         for source in container.get("envFrom", []):
@@ -340,7 +349,7 @@ def problems(documents, binaries):
         # The rules take manifests to be what the schemas say.
         return found
     for pod in pods(documents):
-        for rule in (hardened, bounded, keeps_secrets_in_files, mounts, fails_well):
+        for rule in (hardened, bounded, uses_its_gpu, keeps_secrets_in_files, mounts, fails_well):
             found.extend(f"{pod.name}: {problem}" for problem in rule(pod))
     for rule in (selectors, references, measured):
         found.extend(rule(documents))
@@ -389,6 +398,9 @@ def faults():
     def no_limit(documents):
         del container(documents, "worker")["resources"]["limits"]["memory"]
 
+    def idle_gpu(documents):
+        container(documents, "worker")["resources"]["limits"]["nvidia.com/gpu"] = "1"
+
     def selector(documents):
         labels = find(documents, "NetworkPolicy", "espalier-worker")["spec"]["podSelector"]["matchLabels"]
         labels["app.kubernetes.io/component"] = "workers"
@@ -434,6 +446,7 @@ def faults():
         (root, "not root"),
         (writable_root, "can write its root"),
         (no_limit, "no limit of memory"),
+        (idle_gpu, "computes on the CPU with GPUs"),
         (selector, "selects no pod"),
         (port, "nobody listens on port 7435"),
         (other_port, "listens on 0.0.0.0:7443"),
@@ -478,6 +491,7 @@ def sets(binaries):
     for more in (
         ["--monitoring", "--cert-manager"],
         ["--as", "jobs"],
+        ["--gpu", "--cert-manager"],
         ["--name", "seven", "--namespace", "research", "--queue", "night", "--monitoring", "--cert-manager"],
         ["--claim", "models", "--as", "jobs", "--name", "other", "--cert-manager"],
     ):

@@ -97,6 +97,7 @@ fn deployment(form: Form, storage: Storage, job: &str) -> Deployment {
         worker_image: "espalier-worker:0.1.0".to_owned(),
         workers: 3,
         sizes: Sizes { cpus: 8, memory_gib: 32, memory_budget_bytes: 8 << 30, scratch_gib: 100, cache_gib: 32 },
+        gpu: false,
         job: load_document(&k8s(job)).expect("our own files are as we wrote them"),
         run: None,
         storage,
@@ -145,6 +146,48 @@ fn the_manifests_and_what_is_rendered_are_the_same() {
     assert_eq!(in_queue.get("\"LocalQueue\" \"espalier\""), queue.values().next());
     let label = &in_queue["\"JobSet\" \"espalier\""]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"];
     assert_eq!(label, "espalier");
+}
+
+/// A document as a patch of a component leaves it: the operations that ours are made of.
+fn patched(mut document: Value, operations: &str) -> Value {
+    for operation in documents(operations)[0].as_array().unwrap() {
+        let (op, value) = (operation["op"].as_str().unwrap(), &operation["value"]);
+        let path = operation["path"].as_str().unwrap();
+        let (above, last) = path.rsplit_once('/').unwrap();
+        let key = last.replace("~1", "/");
+        let parent = document.pointer_mut(above).unwrap_or_else(|| panic!("nothing is at {above}"));
+        match (op, parent) {
+            ("test", parent) => assert_eq!(&parent[&key], value, "{path}"),
+            ("add", Value::Array(values)) if key == "-" => values.push(value.clone()),
+            ("add" | "replace", Value::Object(values)) => {
+                let before = values.insert(key, value.clone());
+                assert_eq!(before.is_some(), op == "replace", "{op} {path}");
+            }
+            (op, parent) => panic!("{op} at {path} of {parent}"),
+        }
+    }
+    document
+}
+
+#[test]
+fn workers_with_gpus_are_rendered_as_the_component_makes_them() {
+    let component = &manifests(&["components/gpu/kustomization.yaml"])[0]["patches"];
+    let patch_of = |kind: &str| {
+        let patches = component.as_array().unwrap();
+        let patch = patches.iter().find(|patch| patch["target"]["kind"] == kind).unwrap();
+        patch["patch"].as_str().unwrap().to_owned()
+    };
+    for (form, kind, name, file) in [
+        (Form::JobSet, "JobSet", "espalier", "jobset/jobset.yaml"),
+        (Form::Jobs, "Job", "espalier-worker", "jobs/worker.yaml"),
+    ] {
+        let plain = deployment(form, Storage::Nothing, "base/job.toml");
+        let with_gpu = Deployment { gpu: true, worker_image: "espalier-worker:0.1.0-cuda".to_owned(), ..plain };
+        let (found, _) = rendered(&with_gpu);
+        let of_file = by_name(manifests(&[file]));
+        let key = format!("\"{kind}\" \"{name}\"");
+        assert_eq!(found[&key], patched(of_file[&key].clone(), &patch_of(kind)), "{file}");
+    }
 }
 
 #[test]

@@ -374,10 +374,13 @@ pub(crate) struct K8sArgs {
     /// Processors of a worker.
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) worker_cpus: u32,
+    /// Give each worker an NVIDIA GPU of its own.
+    #[arg(long)]
+    pub(crate) gpu: bool,
     /// Image of the coordinator [default: espalier-coordinator of this version].
     #[arg(long, value_name = "IMAGE")]
     pub(crate) coordinator_image: Option<String>,
-    /// Image of the workers [default: espalier-worker of this version].
+    /// Image of the workers [default: espalier-worker of this version; with --gpu, the one for GPUs].
     #[arg(long, value_name = "IMAGE")]
     pub(crate) worker_image: Option<String>,
     /// A PersistentVolumeClaim, ReadWriteMany, that all pods mount at /data.

@@ -32,12 +32,12 @@ pub(crate) async fn kubernetes(args: K8sArgs, json: bool) -> Result<(), CliError
     };
     let storage = args.claim.clone().map_or(Storage::Bucket, Storage::Claim);
     let environment = environment(&job, &args)?;
-    let image = |given: &Option<String>, role: &str| {
-        given.clone().unwrap_or_else(|| format!("espalier-{role}:{}", env!("CARGO_PKG_VERSION")))
+    let image = |given: &Option<String>, role: &str, build: &str| {
+        given.clone().unwrap_or_else(|| format!("espalier-{role}:{}{build}", env!("CARGO_PKG_VERSION")))
     };
     let deployment = Deployment {
-        coordinator_image: image(&args.coordinator_image, "coordinator"),
-        worker_image: image(&args.worker_image, "worker"),
+        coordinator_image: image(&args.coordinator_image, "coordinator", ""),
+        worker_image: image(&args.worker_image, "worker", if args.gpu { "-cuda" } else { "" }),
         name: args.name,
         namespace: args.namespace,
         form: match args.form {
@@ -46,6 +46,7 @@ pub(crate) async fn kubernetes(args: K8sArgs, json: bool) -> Result<(), CliError
         },
         workers,
         sizes,
+        gpu: args.gpu,
         job,
         run: args.run,
         storage,

@@ -109,6 +109,8 @@ pub struct Deployment {
     pub workers: u32,
     /// What each gets.
     pub sizes: Sizes,
+    /// Whether each also gets a GPU of its own, which its image must be made for.
+    pub gpu: bool,
     /// The job.
     pub job: JobSpec,
     /// Where the run is, if not beside the output.
@@ -320,6 +322,7 @@ mod tests {
             worker_image: "w:1".to_owned(),
             workers: 3,
             sizes: Sizes { cpus: 8, memory_gib: 32, memory_budget_bytes: 8 << 30, scratch_gib: 100, cache_gib: 32 },
+            gpu: false,
             job: serde_json::from_value(job).unwrap(),
             run: None,
             storage: Storage::Bucket,

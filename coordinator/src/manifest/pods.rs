@@ -3,7 +3,8 @@
 use super::resource::{
     Capabilities, Container, ContainerPort, ContainerSecurity, ExitCodes, FieldRef, HttpGet, JobSpec, Metadata, Mount,
     Named, Pairs, PodCondition, PodFailurePolicy, PodFailureRule, PodSecurity, PodSpec, PodTemplate, Probe,
-    ProjectedSource, Quantities, Resources, Seccomp, Variable, VariableSource, VariablesFrom, Volume, VolumeSource,
+    ProjectedSource, Quantities, Resources, Seccomp, Toleration, Variable, VariableSource, VariablesFrom, Volume,
+    VolumeSource,
 };
 use super::{Deployment, Form, Role, Storage};
 use crate::error::exit;
@@ -14,6 +15,8 @@ const USER: u32 = 65_532;
 const SECRET_MODE: u32 = 0o440;
 /// Tries of a coordinator, or of one worker, that ended by itself with a code that may be tried again.
 const TRIES: u32 = 10;
+/// A GPU, and the taint of machines that have some.
+const GPU: &str = "nvidia.com/gpu";
 /// For logs, beside what emptyDirs hold.
 const LOGS_GIB: u64 = 3;
 const TMP_GIB: u64 = 4;
@@ -52,6 +55,10 @@ impl Deployment {
         }
     }
 
+    fn has_gpu(&self, role: Role) -> bool {
+        self.gpu && role == Role::Worker
+    }
+
     fn count(&self, role: Role) -> u32 {
         if role == Role::Worker { self.workers } else { 1 }
     }
@@ -79,6 +86,10 @@ impl Deployment {
                 fs_group_change_policy: "OnRootMismatch",
                 seccomp_profile: Seccomp { kind: "RuntimeDefault" },
             },
+            // Machines with GPUs are kept free of what needs none.
+            tolerations: self
+                .has_gpu(role)
+                .then(|| vec![Toleration { key: GPU, operator: "Exists", effect: "NoSchedule" }]),
             containers: vec![self.container(role)],
             volumes,
         }
@@ -129,7 +140,11 @@ impl Deployment {
                 format!("--coordinator=https://{}:{}", self.host(Role::Coordinator, "0"), Role::Coordinator.port()),
                 format!("--advertise={}", self.host(Role::Worker, "$(JOB_COMPLETION_INDEX)")),
                 "--name=worker-$(JOB_COMPLETION_INDEX)".to_owned(),
-            ],
+            ]
+            .into_iter()
+            // A pod that was given a GPU and cannot use it ends, rather than computing on the CPU at its price.
+            .chain(self.gpu.then(|| "--device=cuda:0".to_owned()))
+            .collect(),
         }
     }
 
@@ -139,8 +154,12 @@ impl Deployment {
             Role::Worker => (self.sizes.cpus, self.sizes.cpus, self.sizes.memory_gib),
         };
         let storage = LOGS_GIB + self.empty_gib(role).into_iter().map(|(_, gib)| gib).sum::<u64>();
-        let quantities =
-            |cpu: u32| Quantities { cpu: cpu.to_string(), memory: gib(memory), ephemeral_storage: gib(storage) };
+        let quantities = |cpu: u32| Quantities {
+            cpu: cpu.to_string(),
+            memory: gib(memory),
+            ephemeral_storage: gib(storage),
+            gpus: self.has_gpu(role).then(|| "1".to_owned()),
+        };
         Resources { requests: quantities(cpu), limits: quantities(most_cpu) }
     }
 

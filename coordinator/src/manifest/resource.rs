@@ -175,8 +175,16 @@ pub(super) struct PodSpec {
     pub(super) subdomain: Option<String>,
     pub(super) termination_grace_period_seconds: u32,
     pub(super) security_context: PodSecurity,
+    pub(super) tolerations: Option<Vec<Toleration>>,
     pub(super) containers: Vec<Container>,
     pub(super) volumes: Vec<Volume>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Toleration {
+    pub(super) key: &'static str,
+    pub(super) operator: &'static str,
+    pub(super) effect: &'static str,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -280,6 +288,8 @@ pub(super) struct Quantities {
     pub(super) cpu: String,
     pub(super) memory: String,
     pub(super) ephemeral_storage: String,
+    #[serde(rename = "nvidia.com/gpu")]
+    pub(super) gpus: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize)]
