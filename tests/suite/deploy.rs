@@ -150,10 +150,10 @@ fn the_manifests_and_what_is_rendered_are_the_same() {
 
 /// A document as a patch of a component leaves it: the operations that ours are made of.
 fn patched(mut document: Value, operations: &str) -> Value {
-    for operation in documents(operations)[0].as_array().unwrap() {
-        let (op, value) = (operation["op"].as_str().unwrap(), &operation["value"]);
-        let path = operation["path"].as_str().unwrap();
-        let (above, last) = path.rsplit_once('/').unwrap();
+    for operation in documents(operations)[0].as_array().expect("a patch is a list of operations") {
+        let text = |key: &str| operation[key].as_str().expect("an operation says what it does, and where");
+        let (op, path, value) = (text("op"), text("path"), &operation["value"]);
+        let (above, last) = path.rsplit_once('/').expect("a path begins at the root");
         let key = last.replace("~1", "/");
         let parent = document.pointer_mut(above).unwrap_or_else(|| panic!("nothing is at {above}"));
         match (op, parent) {

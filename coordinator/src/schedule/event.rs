@@ -85,6 +85,7 @@ impl Origin {
 }
 
 /// What the scheduler wants done. Actions are carried out in order; a `Record` is durable before the next one starts.
+#[allow(clippy::large_enum_variant, reason = "actions are few and each is moved once, to the driver")]
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
     /// Append to the journal.
@@ -139,6 +140,7 @@ pub enum Failure {
 }
 
 /// What the journal keeps of scheduling: enough to know what is done, and who was trusted with what.
+#[allow(clippy::large_enum_variant, reason = "most records of a run are the large ones: of layers that are done")]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Record {
