@@ -3,7 +3,7 @@
 //! Hidden states are pulled by their receiver, in bounded chunks, paid for with credits: [`chunk`] is the format (cutting,
 //! checking, assembling), [`credit`] the sender's purse. [`grpc`] serves and calls.
 //!
-//! What a layer's owner and its assistants say to each other goes both ways, in letters ([`parcel`], [`line`]). Their bodies go
+//! What a layer's owner and its assistants say to each other goes both ways, in letters ([`parcel`], [`mod@line`]). Their bodies go
 //! over a [`Link`]: in pieces on the stream of the call ([`stream`]), from device to device where both sides agree on it
 //! ([`negotiation`], [`paired`]), or by hand in one process ([`loopback`]). What several workers do together is made of links,
 //! one a pair, in a star ([`collective`]): so nobody's death is felt beyond its own link.
