@@ -2,6 +2,10 @@
 
 use crate::digest::Digest;
 
+/// Sums over calibration sequences are made by leaves, so many in all, and the leaves' sums are merged as a tree: as many workers
+/// can share them.
+pub const LEAVES: usize = 8;
+
 /// Sequences of equal length, row-major.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenBlock {

@@ -65,6 +65,10 @@ pub struct ModelOutline {
     /// Whether the method keeps the zeros of another checkpoint, so that the job asks for none.
     #[serde(default)]
     pub imports_zeros: bool,
+    /// Whether the method needs all sequences of a layer in one place, because it cuts heads and channels by them or tunes on
+    /// them what it left: such layers are not shared.
+    #[serde(default)]
+    pub needs_whole: bool,
     /// What the job's method may cut, if it is one that removes heads and channels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub structure: Option<Structure>,

@@ -1,7 +1,10 @@
 //! Between messages and domain types: the one file that sees both.
 
+use std::ops::Range;
+
 use espalier_proto::v1 as pb;
 
+use crate::calibration::LEAVES;
 use crate::digest::Digest;
 use crate::fault::{Fault, FaultClass};
 use crate::ids::{Attempt, Boundary, LayerIndex, Lease, RunId, Unit, WorkerId};
@@ -147,6 +150,7 @@ impl From<ModelOutline> for pb::ModelOutline {
             method_params_json: outline.method_params.to_string(),
             needs_dense: outline.needs_dense,
             imports_zeros: outline.imports_zeros,
+            needs_whole: outline.needs_whole,
             structure_json: outline.structure.map_or_else(String::new, |structure| {
                 serde_json::to_string(&structure).expect("a structure is plain data")
             }),
@@ -187,6 +191,7 @@ impl TryFrom<pb::ModelOutline> for ModelOutline {
                 .map_err(|error| invalid("outline.method_params_json", error))?,
             needs_dense: outline.needs_dense,
             imports_zeros: outline.imports_zeros,
+            needs_whole: outline.needs_whole,
             structure: match outline.structure_json.as_str() {
                 "" => None,
                 json => Some(serde_json::from_str(json).map_err(|error| invalid("outline.structure_json", error))?),
@@ -396,6 +401,51 @@ impl TryFrom<pb::Source> for Source {
     }
 }
 
+/// With the strategy `data`, what each worker that shares a layer keeps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shares {
+    /// Leaves of each assistant, in their order; the owner has the rest.
+    pub leaves: Vec<Range<usize>>,
+    /// What the layer before became, if there is one: a share that came of anything else is not used.
+    pub predecessor: Option<Artifact>,
+}
+
+impl From<Shares> for pb::Shares {
+    fn from(Shares { leaves, predecessor }: Shares) -> Self {
+        let leaves = leaves.into_iter().map(|leaves| pb::Leaves { first: leaves.start as u32, end: leaves.end as u32 });
+        Self { leaves: leaves.collect(), predecessor: predecessor.map(Into::into) }
+    }
+}
+
+impl TryFrom<pb::Shares> for Shares {
+    type Error = WireError;
+
+    fn try_from(shares: pb::Shares) -> Result<Self, WireError> {
+        let mut is_taken = [false; LEAVES];
+        let mut leaves = Vec::with_capacity(shares.leaves.len());
+        for pb::Leaves { first, end } in shares.leaves {
+            let range = leaves_from_wire(first, end)?;
+            if is_taken[range.clone()].iter_mut().any(|taken| std::mem::replace(taken, true)) {
+                return Err(invalid("shares.leaves", format!("some of {range:?} are another's already")));
+            }
+            leaves.push(range);
+        }
+        Ok(Self { leaves, predecessor: shares.predecessor.map(TryInto::try_into).transpose()? })
+    }
+}
+
+/// Leaves `first` to before `end`.
+///
+/// # Errors
+/// `Invalid` if there are no such leaves.
+pub fn leaves_from_wire(first: u32, end: u32) -> Result<Range<usize>, WireError> {
+    let range = first as usize..end as usize;
+    if range.start > range.end || range.end > LEAVES {
+        return Err(invalid("leaves", format!("there are no leaves {range:?}")));
+    }
+    Ok(range)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -412,6 +462,18 @@ mod tests {
         for bad in ["", "../x", "a/b", &"x".repeat(65)] {
             assert!(run_from_wire(bad.to_owned()).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn shares_round_trip_and_nothing_is_given_twice() {
+        let artifact = Artifact { name: "layers/0".into(), sha256: Digest::of(b"x"), bytes: 1 };
+        let shares = Shares { leaves: vec![3..6, 8..8, 6..8], predecessor: Some(artifact) };
+        assert_eq!(Shares::try_from(pb::Shares::from(shares.clone())), Ok(shares));
+        for leaves in [vec![0..3, 2..4], vec![7..9, 0..1]] {
+            let shares = Shares { leaves, predecessor: None };
+            assert!(Shares::try_from(pb::Shares::from(shares)).is_err());
+        }
+        assert!(leaves_from_wire(4, 3).is_err());
     }
 
     #[test]

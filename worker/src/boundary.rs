@@ -34,6 +34,15 @@ fn blob(boundary: Boundary, sha256: Digest) -> String {
 /// # Errors
 /// What the store or the cache says; `Cancelled`.
 pub fn store(place: &Workplace<'_>, boundary: Boundary, states: &HiddenStates) -> Result<Artifact, TaskError> {
+    let streams: Vec<&[Entry]> = states.streams.iter().map(Vec::as_slice).collect();
+    list(place, boundary, put(place, boundary, &streams)?)
+}
+
+/// Stores the hidden states of some sequences, stream by stream; returns what they are named by.
+///
+/// # Errors
+/// As [`store`].
+pub fn put(place: &Workplace<'_>, boundary: Boundary, streams: &[&[Entry]]) -> Result<Vec<Vec<Digest>>, TaskError> {
     let put = |entry: &Entry| {
         let values = entry.load()?.flatten_all()?.to_vec1::<f32>()?;
         let bytes = cast::bytes_from_f32(Dtype::F32, &values);
@@ -42,8 +51,16 @@ pub fn store(place: &Workplace<'_>, boundary: Boundary, states: &HiddenStates) -
         Ok(sha256)
     };
     let stream =
-        |entries: &Vec<Entry>| map_batches(entries.iter().collect(), place.cache.device(), place.control, "keep", put);
-    let manifest = Manifest { streams: states.streams.iter().map(stream).collect::<Result<_, _>>()? };
+        |entries: &&[Entry]| map_batches(entries.iter().collect(), place.cache.device(), place.control, "keep", put);
+    streams.iter().map(stream).collect()
+}
+
+/// Makes a boundary of hidden states that are all stored: the digests of each stream's sequences.
+///
+/// # Errors
+/// What the store says.
+pub fn list(place: &Workplace<'_>, boundary: Boundary, streams: Vec<Vec<Digest>>) -> Result<Artifact, TaskError> {
+    let manifest = Manifest { streams };
     let bytes = serde_json::to_vec(&manifest).expect("a manifest is plain data");
     let sha256 = Digest::of(&bytes);
     let name = format!("activations/{:05}/{sha256}.json", boundary.0);
@@ -51,15 +68,15 @@ pub fn store(place: &Workplace<'_>, boundary: Boundary, states: &HiddenStates) -
     Ok(Artifact { name, sha256, bytes: bytes.len() as u64 })
 }
 
-/// Reads a boundary's hidden states back, if they are the ones that were stored.
+/// Reads the hidden states of some sequences at a boundary back, if they are the ones that were stored.
 ///
 /// # Errors
 /// What the store or the cache says; `Artifact` if the bytes are others, or not of this run's shape; `Cancelled`.
 pub fn read(
     place: &Workplace<'_>,
-    boundary: Boundary,
-    stored: &Artifact,
+    (boundary, stored): (Boundary, &Artifact),
     expected: Expected,
+    sequences: &[usize],
 ) -> Result<HiddenStates, TaskError> {
     let wrong = |name: &str, reason: String| ArtifactError::Boundary { name: name.to_owned(), reason };
     let manifest: Manifest = serde_json::from_slice(&artifact::read(&*place.run.store, stored)?)
@@ -85,6 +102,9 @@ pub fn read(
         )?;
         Ok(place.cache.put(tensor)?)
     };
-    let stream = |digests: Vec<Digest>| map_batches(digests, place.cache.device(), place.control, "load", get);
+    let stream = |digests: Vec<Digest>| {
+        let wanted = sequences.iter().map(|&sequence| digests[sequence]).collect();
+        map_batches(wanted, place.cache.device(), place.control, "load", get)
+    };
     Ok(HiddenStates { streams: manifest.streams.into_iter().map(stream).collect::<Result<_, _>>()? })
 }

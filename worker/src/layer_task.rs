@@ -10,7 +10,7 @@ use espalier_common::ids::{Boundary, LayerIndex};
 use espalier_common::outline::{LayerOutline, SublayerOutline};
 use espalier_common::pattern::Pattern;
 use espalier_common::report::{Outcome, SublayerReport};
-use espalier_common::wire::Source;
+use espalier_common::wire::{Shares, Source};
 use rayon::prelude::*;
 
 use crate::apply::as_loaded;
@@ -19,9 +19,10 @@ use crate::boundary;
 use crate::calibrate::capture::{Lane, finish_layer, forward_layer};
 use crate::calibrate::tree::LEAVES;
 use crate::crew::owner::Help;
-use crate::crew::{Crew, gather_leaves};
+use crate::crew::{Crew, Input, gather_leaves};
 use crate::cut_task::cut_layer;
 use crate::holdings::HiddenStates;
+use crate::keeping::Keeping;
 use crate::linalg::on_host;
 use crate::mask::MaskError;
 use crate::model::DecoderLayer;
@@ -39,11 +40,16 @@ use crate::unit::{Phases, TaskError};
 pub fn prune_layer(
     place: &Workplace<'_>,
     layer: LayerIndex,
-    source: &Source,
+    (source, shares): (&Source, Option<&Shares>),
     pattern: Pattern,
     keeps_output: bool,
-    help: &Help,
+    help: Help,
 ) -> Result<Outcome, TaskError> {
+    if let Some(shares) = shares {
+        let keeping = Keeping { source: source.clone(), predecessor: shares.predecessor.clone() };
+        let help = Help { leaves: Some(shares.leaves.clone()), ..help };
+        return prune_kept(place, layer, keeping, pattern, keeps_output, &help);
+    }
     let mut phases = Phases::default();
     let run = place.run;
     let (shortages, seconds_making_room) = place.cache.shortages();
@@ -67,11 +73,11 @@ pub fn prune_layer(
         let finished = || finish_layer(lanes, place.cache, place.control);
         output = is_run.then(|| phases.time("forward", finished)).transpose()?.map(|streams| HiddenStates { streams });
     } else {
-        let alone = Help { lease: help.lease, assistants: Vec::new() };
         // A reconstruction tunes on all sequences at once.
-        let help = if place.is_chain() && run.method.reconstruct.is_none() { help } else { &alone };
-        let input = with_dense(place, input);
-        let mut crew = Crew::assemble(place, (layer, &outline, loaded), pattern, input, help)?;
+        let is_shared = place.is_chain() && run.method.reconstruct.is_none();
+        let help = if is_shared { help } else { Help::none(help.lease) };
+        let input = Input::Lent(with_dense(place, input));
+        let mut crew = Crew::assemble(place, (layer, &outline, loaded), pattern, input, &help, &mut phases)?;
         let done = prune_groups(place, &mut crew, &outline, pattern, &mut phases)?;
         let stored: Vec<StoredTensor>;
         (stored, reports) = done.into_iter().map(|done| (done.stored, done.report)).unzip();
@@ -98,12 +104,57 @@ pub fn prune_layer(
             boundary = Some(phases.time("store", kept)?);
         }
     }
-    let (now, seconds) = place.cache.shortages();
-    if now > shortages {
-        phases.add("make-room", seconds - seconds_making_room, 0.0);
-    }
+    note_shortages(place, (shortages, seconds_making_room), &mut phases);
     let phases = phases.finish();
     Ok(Outcome::Pruned { artifact, sublayers: reports, kept, phases, boundary, assistants_lost, links })
+}
+
+/// The same with the strategy `data`: each worker has its share of the layer's input, and keeps its share of the output.
+fn prune_kept(
+    place: &Workplace<'_>,
+    layer: LayerIndex,
+    keeping: Keeping,
+    pattern: Pattern,
+    keeps_output: bool,
+    help: &Help,
+) -> Result<Outcome, TaskError> {
+    let run = place.run;
+    if !place.is_chain() || run.method.reconstruct.is_some() || run.structure.is_some() {
+        return Err(TaskError::NotShared);
+    }
+    let mut phases = Phases::default();
+    let shortages = place.cache.shortages();
+    place.holdings.release(&run.id, |boundary| boundary.0 + 1 < layer.0);
+    let outline = run.model.decoder.outline(layer)?;
+    let loaded = phases.time("load", || run.model.decoder.load_layer(layer))?;
+    let input = Input::Kept(keeping, place.streams());
+    let mut crew = Crew::assemble(place, (layer, &outline, loaded), pattern, input, help, &mut phases)?;
+    let done = prune_groups(place, &mut crew, &outline, pattern, &mut phases)?;
+    let (stored, sublayers): (Vec<StoredTensor>, _) = done.into_iter().map(|done| (done.stored, done.report)).unzip();
+    let is_last = layer.0 as usize + 1 == run.model.decoder.layers();
+    if !is_last {
+        crew.send_off();
+    }
+    let artifact = phases.time("store", || artifact::write_layer(&*run.store, layer, &stored))?;
+    let links = crew.links();
+    let (boundary, assistants_lost) = match is_last {
+        true => (None, crew.lost()),
+        false => {
+            phases.add("forward", 0.0, place.forward_flops(&outline) * place.streams() as f64);
+            crew.keep(&artifact, keeps_output, &mut phases)?
+        }
+    };
+    note_shortages(place, shortages, &mut phases);
+    let phases = phases.finish();
+    Ok(Outcome::Pruned { artifact, sublayers, kept: None, phases, boundary, assistants_lost, links })
+}
+
+/// Books the time that went into making room on a device, by what the cache said before.
+fn note_shortages(place: &Workplace<'_>, (before, seconds_before): (u32, f64), phases: &mut Phases) {
+    let (now, seconds) = place.cache.shortages();
+    if now > before {
+        phases.add("make-room", seconds - seconds_before, 0.0);
+    }
 }
 
 /// Prunes group after group; with a reconstruction, tunes each sub-module once its groups are pruned.

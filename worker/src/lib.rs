@@ -18,6 +18,7 @@ pub mod evaluation;
 pub mod fleet;
 pub mod holdings;
 pub mod http;
+pub mod keeping;
 pub mod layer_task;
 pub mod linalg;
 pub mod mask;

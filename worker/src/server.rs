@@ -9,7 +9,7 @@ use espalier_common::fault::Fault;
 use espalier_common::ids::{Boundary, Lease, Unit};
 use espalier_common::pattern::Pattern;
 use espalier_common::tasks::TaskGroup;
-use espalier_common::wire::{WireError, lease_from_wire, run_from_wire};
+use espalier_common::wire::{WireError, lease_from_wire, leaves_from_wire, run_from_wire};
 use espalier_gate::settings::advertised;
 use espalier_gate::web::Readiness;
 use espalier_gate::{Entrance, GateError, Guard};
@@ -27,10 +27,10 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 use tonic_health::server::{HealthReporter, health_reporter};
 
-use crate::calibrate::tree::LEAVES;
 use crate::crew::LayerSizes;
-use crate::crew::assistant::OwnerLine;
+use crate::crew::assistant::{OwnerLine, Part};
 use crate::evaluation::Evaluation;
+use crate::keeping::Keeping;
 use crate::run::{self, Run, RunError};
 use crate::session::{Session, SessionError, Work};
 use crate::transport::grpc::{ActivationService, HTTP2_WINDOW_BYTES, MESSAGE_LIMIT_BYTES};
@@ -172,14 +172,16 @@ impl Assistance for AssistanceService {
         };
         let lease = begin.lease.ok_or(WireError::Missing("lease")).and_then(lease_from_wire);
         let (run, lease) = lease.map_err(|error| malformed(&error))?;
-        let leaves = begin.first_leaf as usize..begin.end_leaf as usize;
-        if leaves.is_empty() || leaves.end > LEAVES {
-            return Err(Status::invalid_argument(format!("there are no leaves {leaves:?}")));
+        let leaves = leaves_from_wire(begin.first_leaf, begin.end_leaf).map_err(|error| malformed(&error))?;
+        let keeping = begin.kept.map(keeping).transpose()?;
+        if leaves.is_empty() && keeping.is_none() {
+            return Err(Status::invalid_argument("an assistant that is lent nothing has nothing to do"));
         }
+        let part = Part { leaves, keeping };
         let session = Arc::clone(&self.session);
         let begun = blocking(move || {
             let mut answered = None;
-            let control = session.assist(&run, (lease, leaves), |sizes| {
+            let control = session.assist(&run, (lease, part), |sizes| {
                 let (line, owner) = owner_line(lease, sizes, session.joining().cloned());
                 answered = Some(line);
                 owner
@@ -253,6 +255,13 @@ fn artifact(artifact: Option<pb::Artifact>) -> Result<espalier_common::report::A
     artifact.ok_or(WireError::Missing("tokens")).and_then(TryInto::try_into).map_err(|error| malformed(&error))
 }
 
+fn keeping(kept: pb::Kept) -> Result<Keeping, Status> {
+    Ok(Keeping {
+        source: source(kept.source)?,
+        predecessor: kept.predecessor.map(|made| artifact(Some(made))).transpose()?,
+    })
+}
+
 fn wrong_kind(unit: Unit) -> Status {
     Status::invalid_argument(format!("the lease is for {unit}, which is not what this call starts"))
 }
@@ -290,12 +299,13 @@ impl Worker for WorkerService {
     async fn prune_layer(&self, request: Request<pb::PruneLayerRequest>) -> Result<Response<pb::Started>, Status> {
         let request = request.into_inner();
         let (source, keeps_output, assistants) = (source(request.source)?, request.keep_output, request.assistants);
+        let shares = request.shares.map(TryInto::try_into).transpose().map_err(|error| malformed(&error))?;
         let pattern = match Run::layer_pattern(&request.pattern_json) {
             Ok(pattern) => pattern,
             Err(error) => return Ok(started(Err(error.into()))),
         };
         self.start(request.lease, |unit| match unit {
-            Unit::Prune(layer) => Ok(Work::Prune { layer, source, pattern, keeps_output, assistants }),
+            Unit::Prune(layer) => Ok(Work::Prune { layer, source, pattern, keeps_output, assistants, shares }),
             other => Err(wrong_kind(other)),
         })
     }

@@ -1,7 +1,6 @@
 //! What this worker is doing: attached to one run at a time, with the units that it was given, each under its lease.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,7 +12,7 @@ use espalier_common::ids::{Boundary, LayerIndex, Lease, RunId, Unit};
 use espalier_common::job::Propagation;
 use espalier_common::pattern::Pattern;
 use espalier_common::report::{Artifact, Outcome};
-use espalier_common::wire::Source;
+use espalier_common::wire::{Shares, Source};
 use espalier_gate::Dialer;
 use espalier_gate::web::Readiness;
 use tokio::runtime::Handle;
@@ -21,7 +20,7 @@ use tokio::sync::mpsc;
 
 use crate::calibrate::cache::ActivationCache;
 use crate::crew::LayerSizes;
-use crate::crew::assistant::{OwnerLine, assist};
+use crate::crew::assistant::{OwnerLine, Part, assist};
 use crate::crew::owner::Help;
 use crate::device::{DeviceError, DeviceThread};
 use crate::evaluation::{Evaluation, evaluate};
@@ -52,6 +51,8 @@ pub enum Work {
         keeps_output: bool,
         /// Endpoints of workers that may help.
         assistants: Vec<String>,
+        /// With the strategy `data`: who keeps what of the input and output.
+        shares: Option<Shares>,
     },
     /// Run a dense layer and look at it, with error curves at these sparsities.
     Survey(LayerIndex, Source, Vec<f64>),
@@ -366,9 +367,9 @@ impl Session {
             Work::Forward(layer, source) => run_dense_layer(&place?, *layer, source),
             Work::Survey(layer, source, sparsities) => survey_layer(&place?, *layer, source, sparsities),
             Work::Try(patterns) => try_patterns(&place?, patterns),
-            Work::Prune { layer, source, pattern, keeps_output, assistants } => {
-                let help = Help { lease, assistants: assistants.clone() };
-                prune_layer(&place?, *layer, source, *pattern, *keeps_output, &help)
+            Work::Prune { layer, source, pattern, keeps_output, assistants, shares } => {
+                let help = Help { lease, assistants: assistants.clone(), leaves: None };
+                prune_layer(&place?, *layer, (source, shares.as_ref()), *pattern, *keeps_output, help)
             }
         }
     }
@@ -395,7 +396,7 @@ impl Session {
     pub fn assist(
         self: &Arc<Self>,
         run: &RunId,
-        (lease, leaves): (Lease, Range<usize>),
+        (lease, part): (Lease, Part),
         line: impl FnOnce(LayerSizes) -> OwnerLine,
     ) -> Result<Arc<UnitControl>, SessionError> {
         let attached = match &self.state().attachment {
@@ -407,12 +408,12 @@ impl Session {
         let (Unit::Prune(layer), true) = (lease.unit, is_chain && attached.method.reconstruct.is_none()) else {
             return Err(TaskError::NotShared.into());
         };
-        let line = line(LayerSizes::new(&attached, layer, leaves.clone())?);
+        let line = line(LayerSizes::new(&attached, layer, part.leaves.clone())?);
         let control = Arc::new(UnitControl::default());
         let (session, unit_control) = (Arc::clone(self), Arc::clone(&control));
         let job = move |_: &Device| {
             let place = session.place(&attached, &unit_control, false);
-            if catch_unwind(AssertUnwindSafe(|| assist(&place, layer, leaves, line))).is_err() {
+            if catch_unwind(AssertUnwindSafe(|| assist(&place, layer, part, line))).is_err() {
                 tracing::error!(%lease, "assistance panicked");
             }
         };

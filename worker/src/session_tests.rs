@@ -31,7 +31,7 @@ const HALF: Pattern = Pattern::Unstructured { sparsity: 0.5 };
 const LAYERS: u32 = 4;
 
 fn prune(layer: LayerIndex, source: Source) -> Work {
-    Work::Prune { layer, source, pattern: HALF, keeps_output: false, assistants: Vec::new() }
+    Work::Prune { layer, source, pattern: HALF, keeps_output: false, assistants: Vec::new(), shares: None }
 }
 
 fn model(name: &str) -> PathBuf {
@@ -416,7 +416,7 @@ impl TestWorker {
         for layer in (0..2).map(LayerIndex) {
             let source = if layer.0 == 0 { embedded(&[]) } else { held(layer.0) };
             let assistants = assistants.to_vec();
-            let work = Work::Prune { layer, source, pattern: HALF, keeps_output: false, assistants };
+            let work = Work::Prune { layer, source, pattern: HALF, keeps_output: false, assistants, shares: None };
             match self.outcome(run, Unit::Prune(layer), work).await {
                 Outcome::Pruned { artifact, assistants_lost, links, .. } => {
                     artifacts.push(artifact);

@@ -110,7 +110,7 @@ impl Workplace<'_> {
             return Err(wrong());
         }
         let mut states = match &source.from {
-            SourceFrom::Tokens => self.embed(phases)?,
+            SourceFrom::Tokens => self.embed(&self.all_sequences(), phases)?,
             SourceFrom::Held(boundary) => self
                 .holdings
                 .get(&self.run.id, *boundary)
@@ -118,9 +118,7 @@ impl Workplace<'_> {
                 .ok_or(TaskError::NotHeld { boundary: *boundary })?,
             SourceFrom::Peer { endpoint, boundary } => self.fetch(endpoint, *boundary, phases)?,
             SourceFrom::Stored { boundary, artifact } => {
-                let states = phases.time("load", || boundary::read(self, *boundary, artifact, self.expected()))?;
-                tracing::info!(%boundary, "hidden states read from the store");
-                states
+                self.read_stored((*boundary, artifact), &self.all_sequences(), phases)?
             }
         };
         for (step, index) in (start.0..layer.0).enumerate() {
@@ -131,15 +129,29 @@ impl Workplace<'_> {
         Ok(states)
     }
 
-    fn embed(&self, phases: &mut Phases) -> Result<HiddenStates, TaskError> {
+    fn all_sequences(&self) -> Vec<usize> {
+        (0..self.sequences()).collect()
+    }
+
+    pub(crate) fn read_stored(
+        &self,
+        stored: (Boundary, &Artifact),
+        sequences: &[usize],
+        phases: &mut Phases,
+    ) -> Result<HiddenStates, TaskError> {
+        let states = phases.time("load", || boundary::read(self, stored, self.expected(), sequences))?;
+        tracing::info!(boundary = %stored.0, sequences = sequences.len(), "hidden states read from the store");
+        Ok(states)
+    }
+
+    pub(crate) fn embed(&self, sequences: &[usize], phases: &mut Phases) -> Result<HiddenStates, TaskError> {
         let tokens = &self.run.tokens;
         let embed = |sequence| {
             let hidden = self.run.model.decoder.embed(tokens.sequence(sequence))?;
             Ok(self.cache.put(hidden)?)
         };
-        let sequences = (0..self.sequences()).collect();
-        let stream: Vec<Entry> =
-            phases.time("load", || map_batches(sequences, self.cache.device(), self.control, "embed", embed))?;
+        let stream: Vec<Entry> = phases
+            .time("load", || map_batches(sequences.to_vec(), self.cache.device(), self.control, "embed", embed))?;
         // Before the first layer nothing is pruned, so the streams are the same; they share their tensors.
         Ok(HiddenStates { streams: vec![stream; self.streams()] })
     }
@@ -169,7 +181,7 @@ impl Workplace<'_> {
     }
 
     /// Runs a layer that lies between the source and the unit: as committed, or dense if nothing is named.
-    fn replay(
+    pub(crate) fn replay(
         &self,
         layer: LayerIndex,
         committed: Option<&Artifact>,

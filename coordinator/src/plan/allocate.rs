@@ -135,6 +135,7 @@ pub(super) mod tests {
             method_params: serde_json::Value::Null,
             needs_dense: false,
             imports_zeros: false,
+            needs_whole: false,
             structure: None,
         }
     }

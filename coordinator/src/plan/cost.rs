@@ -3,6 +3,7 @@
 //! Every figure is a count of the products that are done, not a fit to a measurement; what is left out (norms,
 //! activations, masks, copying) is small beside them for the layers of any real model.
 
+use espalier_common::calibration::LEAVES;
 use espalier_common::job::{JobSpec, Propagation};
 use espalier_common::outline::{LayerOutline, ModelOutline, SublayerOutline};
 use serde::Serialize;
@@ -13,8 +14,6 @@ use super::cluster::Solver;
 const F32: u64 = 4;
 /// Bytes of an f64.
 const F64: u64 = 8;
-/// Sums over shares of the sequences that a gram is merged from.
-const LEAVES: u64 = 8;
 
 /// What a worker needs for the largest layer, by what it needs it for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
@@ -182,6 +181,7 @@ pub(super) mod tests {
             structure: None,
             needs_dense: false,
             imports_zeros: false,
+            needs_whole: false,
         }
     }
 

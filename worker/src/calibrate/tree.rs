@@ -13,9 +13,8 @@ use candle_core::{Device, Tensor};
 use super::gram::{GramAccumulator, GramError};
 use crate::prune::InputStats;
 
-/// Leaves of the tree: as many workers can share a layer's sequences. At most four partial sums are held while leaves are
-/// summed one after another.
-pub const LEAVES: usize = 8;
+/// Leaves of the tree. At most four partial sums are held while leaves are summed one after another.
+pub use espalier_common::calibration::LEAVES;
 
 /// The sequences of some consecutive leaves, of `sequences` in all.
 pub fn sequences_of(leaves: &Range<usize>, sequences: usize) -> Range<usize> {

@@ -1,4 +1,5 @@
-//! The assistant's side of a shared layer: it does what the owner's letters ask for, in their order, and keeps nothing.
+//! The assistant's side of a shared layer: it does what the owner's letters ask for, in their order. It keeps nothing, unless it
+//! has a share of its own to keep.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -6,7 +7,8 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use espalier_common::checkpoint::cast;
 use espalier_common::clock::Stopwatch;
-use espalier_common::ids::LayerIndex;
+use espalier_common::digest::Digest;
+use espalier_common::ids::{Boundary, LayerIndex};
 use espalier_common::outline::LayerOutline;
 use espalier_proto::v1 as pb;
 use espalier_proto::v1::head::Matter;
@@ -15,6 +17,9 @@ use tokio::sync::mpsc;
 
 use super::share::{Share, sampling};
 use super::{LayerSizes, statistics};
+use crate::boundary;
+use crate::calibrate::cache::Entry;
+use crate::keeping::{Keeping, by_sequence};
 use crate::linalg::{matrix, on_host, values};
 use crate::prune::{Groundwork, GroupSolver, Problem, RowBlock, Solution};
 use crate::run::Run;
@@ -31,10 +36,19 @@ pub struct OwnerLine {
     pub answers: mpsc::Sender<Outgoing>,
 }
 
+/// What an assistant has of a layer.
+#[derive(Debug, Clone)]
+pub struct Part {
+    /// Its leaves.
+    pub leaves: Range<usize>,
+    /// With the strategy `data`: where it has its share from. Otherwise it is lent that.
+    pub keeping: Option<Keeping>,
+}
+
 /// Assists with a layer until the owner hangs up; says so if it cannot.
-pub fn assist(place: &Workplace<'_>, layer: LayerIndex, leaves: Range<usize>, line: OwnerLine) {
+pub fn assist(place: &Workplace<'_>, layer: LayerIndex, part: Part, line: OwnerLine) {
     let answers = line.answers.clone();
-    let assisted = Assistant::begin(place, layer, leaves, line).and_then(Assistant::serve);
+    let assisted = Assistant::begin(place, layer, part, line).and_then(Assistant::serve);
     match assisted {
         Ok(()) => tracing::info!(%layer, "assisted"),
         Err(TaskError::Cancelled) => tracing::info!(%layer, "assistance ended"),
@@ -49,9 +63,11 @@ pub fn assist(place: &Workplace<'_>, layer: LayerIndex, leaves: Range<usize>, li
 
 struct Assistant<'a> {
     place: &'a Workplace<'a>,
+    layer: LayerIndex,
     line: OwnerLine,
     outline: LayerOutline,
     sizes: LayerSizes,
+    keeps: bool,
     share: Share,
     /// The group whose statistics came last, ready to be solved.
     solver: Option<(usize, Box<dyn GroupSolver>)>,
@@ -78,35 +94,46 @@ fn next(place: &Workplace<'_>, line: &mut OwnerLine) -> Result<Option<Letter>, T
 }
 
 impl<'a> Assistant<'a> {
-    /// Loads the layer and takes its share of the hidden states.
-    fn begin(
-        place: &'a Workplace<'a>,
-        layer: LayerIndex,
-        leaves: Range<usize>,
-        mut line: OwnerLine,
-    ) -> Result<Self, TaskError> {
+    /// Loads the layer, and takes its share of the hidden states or makes sure that it has it.
+    fn begin(place: &'a Workplace<'a>, layer: LayerIndex, part: Part, mut line: OwnerLine) -> Result<Self, TaskError> {
+        let Part { leaves, keeping } = part;
         let decoder = &place.run.model.decoder;
         let (outline, loaded) = (decoder.outline(layer)?, decoder.load_layer(layer)?);
         let sizes = LayerSizes::new(place.run, layer, leaves.clone())?;
-        let shape = (place.run.tokens.sequence_length(), decoder.hidden_size());
+        let mut phases = Phases::default();
+        let streams = match &keeping {
+            Some(keeping) => {
+                // What lies before the layer's predecessor is committed: nobody begins there again.
+                place.holdings.release(&place.run.id, |boundary| boundary.0 + 1 < layer.0);
+                place.kept_input(layer, keeping, sizes.sequences(), &mut phases)?
+            }
+            None => Self::borrow(place, &mut line, &sizes)?,
+        };
+        let share = Share::new(leaves, streams.into_iter().map(|entries| (loaded.share(), entries)));
+        let keeps = keeping.is_some();
+        let assistant = Self { place, layer, line, outline, sizes, keeps, share, solver: None, phases };
+        assistant.answer(Outgoing::of(Matter::Ready(pb::Ready { threads: rayon::current_num_threads() as u32 })))?;
+        Ok(assistant)
+    }
+
+    /// The share of the hidden states that the owner lends.
+    fn borrow(place: &Workplace<'_>, line: &mut OwnerLine, sizes: &LayerSizes) -> Result<Vec<Vec<Entry>>, TaskError> {
+        let shape = (place.run.tokens.sequence_length(), place.run.model.decoder.hidden_size());
         let mut streams = Vec::new();
         for stream in 0..sizes.streams() {
             let mut entries = Vec::new();
             for sequence in sizes.sequences() {
                 let expected = pb::Hidden { stream: stream as u32, sequence: sequence as u32 };
-                let Some(letter) = next(place, &mut line)? else { return Err(TaskError::Cancelled) };
+                let Some(letter) = next(place, line)? else { return Err(TaskError::Cancelled) };
                 if letter.matter != Matter::Hidden(expected) {
                     return Err(TaskError::OutOfTurn { what: "hidden states" });
                 }
                 let hidden = Tensor::from_vec(numbers::<f32>(&letter.body), shape, &place.run.device)?;
                 entries.push(place.cache.put(hidden)?);
             }
-            streams.push((loaded.share(), entries));
+            streams.push(entries);
         }
-        let share = Share::new(leaves, streams);
-        let assistant = Self { place, line, outline, sizes, share, solver: None, phases: Phases::default() };
-        assistant.answer(Outgoing::of(Matter::Ready(pb::Ready { threads: rayon::current_num_threads() as u32 })))?;
-        Ok(assistant)
+        Ok(streams)
     }
 
     fn answer(&self, letter: Outgoing) -> Result<(), TaskError> {
@@ -224,8 +251,17 @@ impl<'a> Assistant<'a> {
     }
 
     fn finish(self) -> Result<(), TaskError> {
-        let Self { place, line, sizes, share, mut phases, .. } = self;
-        for (stream, entries) in share.finish(place, &mut phases)?.into_iter().enumerate() {
+        let Self { place, layer, mut line, sizes, keeps, share, mut phases, .. } = self;
+        let output = share.finish(place, &mut phases)?;
+        if keeps {
+            // The owner says what the layer has become as soon as it knows.
+            let Some(letter) = next(place, &mut line)? else { return Ok(()) };
+            let Matter::Keep(keep) = letter.matter else { return Err(TaskError::OutOfTurn { what: "an order" }) };
+            let digests = Self::keep(place, Boundary(layer.0 + 1), &keep, &sizes, output)?;
+            let answer = Outgoing::with_values(Matter::Keeping(keep), digests.into_bytes());
+            return line.answers.blocking_send(answer).map_err(|_| TaskError::Cancelled);
+        }
+        for (stream, entries) in output.into_iter().enumerate() {
             for (sequence, entry) in sizes.sequences().zip(entries) {
                 let matter = Matter::Output(pb::Hidden { stream: stream as u32, sequence: sequence as u32 });
                 let letter = Outgoing { matter, body: Body::States(entry) };
@@ -233,6 +269,27 @@ impl<'a> Assistant<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Keeps the share's output as what the layer's digest gives; returns what it is named by in the run's store, if it is also
+    /// to be there.
+    fn keep(
+        place: &Workplace<'_>,
+        next: Boundary,
+        keep: &pb::Keep,
+        sizes: &LayerSizes,
+        output: Vec<Vec<Entry>>,
+    ) -> Result<String, TaskError> {
+        let layer = Digest::try_from(keep.layer_sha256.clone());
+        let layer = layer.map_err(|_| TaskError::OutOfTurn { what: "a layer without a digest" })?;
+        let mut digests = String::new();
+        if keep.stores {
+            let streams: Vec<&[Entry]> = output.iter().map(Vec::as_slice).collect();
+            let stored = boundary::put(place, next, &streams)?;
+            digests = stored.iter().flatten().map(ToString::to_string).collect();
+        }
+        place.holdings.keep(&place.run.id, next, Some(layer), by_sequence(sizes.sequences(), output));
+        Ok(digests)
     }
 }
 

@@ -19,13 +19,12 @@ use espalier_proto::v1::head::Matter;
 use tokio::sync::mpsc;
 
 use super::board::{Board, Task};
+use super::input::Input;
 use super::order::{Order, asked, take_solved};
 use super::share::{Share, sampling};
 use super::{LayerSizes, statistics};
-use crate::calibrate::cache::Entry;
-use crate::calibrate::tree::{Branch, Forest, LEAVES, Sums, sequences_of};
+use crate::calibrate::tree::{Branch, Forest, LEAVES, Sums};
 use crate::device::in_order;
-use crate::holdings::HiddenStates;
 use crate::model::DecoderLayer;
 use crate::prune::{GroupSolver, InputStats, MOST_PARTS, Problem, Solution, SolveCtx, SolveError, Statistics};
 use crate::source::Workplace;
@@ -55,73 +54,104 @@ pub struct Help {
     pub lease: Lease,
     /// Endpoints of workers that are idle meanwhile.
     pub assistants: Vec<String>,
+    /// With the strategy `data`: the share that each of them keeps. Otherwise they are lent theirs.
+    pub leaves: Option<Vec<Range<usize>>>,
+}
+
+impl Help {
+    /// Help of nobody.
+    pub fn none(lease: Lease) -> Self {
+        Self { lease, assistants: Vec::new(), leaves: None }
+    }
+
+    /// Who helps, and with which leaves. Nobody is lent an empty share: there are at least as many sequences as leaves with some.
+    fn shared(&self, sequences: usize) -> Vec<(&String, Range<usize>)> {
+        if let Some(leaves) = &self.leaves {
+            return self.assistants.iter().zip(leaves.iter().cloned()).collect();
+        }
+        let hands = (1 + self.assistants.len()).min(LEAVES).min(sequences);
+        let leaves_of = |hand: usize| hand * LEAVES / hands..(hand + 1) * LEAVES / hands;
+        self.assistants.iter().zip((1..hands).map(leaves_of)).collect()
+    }
+}
+
+/// What is left of all leaves, in runs as long as may be; one empty one if that is nothing.
+fn rest(shared: &[(&String, Range<usize>)]) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for leaf in (0..LEAVES).filter(|leaf| shared.iter().all(|(_, leaves)| !leaves.contains(leaf))) {
+        match runs.last_mut().filter(|run| run.end == leaf) {
+            Some(run) => run.end = leaf + 1,
+            None => runs.push(leaf..leaf + 1),
+        }
+    }
+    if runs.is_empty() { vec![0..0] } else { runs }
 }
 
 /// A layer's sequences, with whoever has them.
 pub(crate) struct Crew<'a> {
     pub(super) place: &'a Workplace<'a>,
+    pub(super) layer: LayerIndex,
     outline: &'a LayerOutline,
     pattern: Pattern,
-    input: HiddenStates,
-    /// The owner's own shares: one, and those of assistants that were given up on.
-    shares: Vec<Share>,
+    pub(super) input: Input,
+    /// The owner's own shares: one or more, and those of assistants that were given up on.
+    pub(super) shares: Vec<Share>,
     pub(super) assistants: Vec<Assistant>,
     answers: Option<mpsc::Receiver<Received>>,
     lines: TaskGroup,
-    lost: u32,
+    pub(super) lost: u32,
     next_order: u32,
 }
 
 /// An assistant, as long as it is one.
 pub(super) struct Assistant {
     endpoint: String,
-    leaves: Range<usize>,
+    pub(super) leaves: Range<usize>,
     letters: mpsc::Sender<Outgoing>,
     /// What joins it with the owner, once that is agreed on.
     joined_by: Arc<OnceLock<LinkUse>>,
-    /// Blocks that it solves at a time; 1 until it says more.
-    threads: usize,
+    /// Blocks that it solves at a time; `None` until it has its share and says so.
+    threads: Option<usize>,
     is_there: bool,
     /// It has given all that it was asked for, and hangs up.
     is_through: bool,
 }
 
 impl<'a> Crew<'a> {
-    /// Lends shares of the input of a layer to assistants, if there are any. The owner has the first share.
+    /// Calls the assistants of a layer, if there are any, and lends them shares of its input unless they keep their own. What
+    /// no assistant has is the owner's.
     ///
     /// # Errors
-    /// What the model says of the layer.
+    /// What the model says of the layer; if shares are kept, see [`TaskError`].
     pub(crate) fn assemble(
         place: &'a Workplace<'a>,
         layer: (LayerIndex, &'a LayerOutline, Box<dyn DecoderLayer>),
         pattern: Pattern,
-        input: HiddenStates,
+        input: Input,
         help: &Help,
+        phases: &mut Phases,
     ) -> Result<Self, TaskError> {
         let (index, outline, loaded) = layer;
-        let sequences = place.run.tokens.sequences();
-        // Nobody gets an empty share: there are at least as many sequences as leaves with some.
-        let hands = (1 + help.assistants.len()).min(LEAVES).min(sequences);
-        let leaves_of = |hand: usize| hand * LEAVES / hands..(hand + 1) * LEAVES / hands;
+        let shared = help.shared(place.run.tokens.sequences());
         let (heard, answers) = mpsc::channel(ANSWERS);
-        let own = share(leaves_of(0), &input, |_| loaded.share(), sequences);
         let mut crew = Self {
             place,
+            layer: index,
             outline,
             pattern,
             input,
-            shares: vec![own],
+            shares: Vec::new(),
             assistants: Vec::new(),
-            answers: (hands > 1).then_some(answers),
+            answers: (!shared.is_empty()).then_some(answers),
             lines: TaskGroup::new(),
             lost: 0,
             next_order: 0,
         };
-        for (number, endpoint) in help.assistants.iter().take(hands - 1).enumerate() {
-            let leaves = leaves_of(number + 1);
+        let streams = crew.input.streams();
+        for (number, (endpoint, leaves)) in shared.iter().cloned().enumerate() {
             let sizes = Arc::new(LayerSizes::new(place.run, index, leaves.clone())?);
             let share = sizes.sequences();
-            let (letters, queue) = mpsc::channel(share.len() * crew.input.streams.len() + LETTERS);
+            let (letters, queue) = mpsc::channel(share.len() * streams + LETTERS);
             let joined_by = Arc::new(OnceLock::new());
             let line = Line {
                 endpoint: endpoint.clone(),
@@ -137,6 +167,7 @@ impl<'a> Crew<'a> {
                 first_leaf: leaves.start as u32,
                 end_leaf: leaves.end as u32,
                 link: None,
+                kept: crew.input.told(),
             };
             let (token, peers) = (crew.lines.token(), place.peers.clone());
             let _runtime = place.runtime.enter();
@@ -151,16 +182,18 @@ impl<'a> Crew<'a> {
                 leaves,
                 letters,
                 joined_by,
-                threads: 1,
+                threads: None,
                 is_there: true,
                 is_through: false,
             });
-            for (stream, entries) in crew.input.streams.clone().into_iter().enumerate() {
-                for sequence in share.clone() {
-                    let matter = Matter::Hidden(pb::Hidden { stream: stream as u32, sequence: sequence as u32 });
-                    crew.send(number, Outgoing { matter, body: Body::States(entries[sequence].clone()) });
-                }
+            for letter in crew.input.lent(share) {
+                crew.send(number, letter);
             }
+        }
+        // Assistants make theirs meanwhile, if they have to.
+        for leaves in rest(&shared) {
+            let own = crew.input.share(place, index, leaves, |_| loaded.share(), phases)?;
+            crew.shares.push(own);
         }
         Ok(crew)
     }
@@ -223,7 +256,7 @@ impl<'a> Crew<'a> {
         match letter {
             Ok(letter) => match letter.matter {
                 Matter::Fault(fault) => self.lose(from, &fault.message),
-                Matter::Ready(ready) => self.assistants[from].threads = (ready.threads as usize).clamp(1, 1024),
+                Matter::Ready(ready) => self.assistants[from].threads = Some((ready.threads as usize).clamp(1, 1024)),
                 matter => return Ok(Some((from, matter, letter.body))),
             },
             Err(_) if self.assistants[from].is_through => {}
@@ -248,7 +281,11 @@ impl<'a> Crew<'a> {
             let Some(most) = late.iter().map(|&number| self.assistants[number].leaves.len()).max() else {
                 return Ok(());
             };
-            let allowed = LEAST_PATIENCE.as_secs_f64() + PATIENCE * own.1 * most as f64 / own.0.max(1) as f64;
+            // Whoever has to make its share runs it through all groups of the layers before this one first.
+            let is_on_its_way = late.iter().any(|&number| self.assistants[number].threads.is_none());
+            let groups = if is_on_its_way { 1 + self.input.behind() * self.outline.groups.len() } else { 1 };
+            let takes = own.1 * groups as f64 * most as f64 / own.0.max(1) as f64;
+            let allowed = LEAST_PATIENCE.as_secs_f64() + PATIENCE * takes;
             if watch.seconds() > allowed {
                 late.into_iter().for_each(|number| self.lose(number, "it is too slow"));
                 return Ok(());
@@ -265,17 +302,19 @@ impl<'a> Crew<'a> {
     }
 
     /// Takes over the shares of assistants that are gone.
-    fn adopt(&mut self) {
-        let sequences = self.place.run.tokens.sequences();
+    pub(super) fn adopt(&mut self, phases: &mut Phases) -> Result<(), TaskError> {
         for number in 0..self.assistants.len() {
             let leaves = self.assistants[number].leaves.clone();
-            if self.is_there(number) || self.shares.iter().any(|share| *share.leaves() == leaves) {
+            let is_here = leaves.is_empty() || self.shares.iter().any(|share| *share.leaves() == leaves);
+            if self.is_there(number) || is_here {
                 continue;
             }
             let lanes = self.shares[0].lanes();
-            let adopted = share(leaves, &self.input, |stream| lanes[stream].layer().share(), sequences);
+            let layer = |stream: usize| lanes[stream].layer().share();
+            let adopted = self.input.share(self.place, self.layer, leaves, layer, phases)?;
             self.shares.push(adopted);
         }
+        Ok(())
     }
 
     /// Brings all sequences before a group and sums up its inputs.
@@ -286,7 +325,7 @@ impl<'a> Crew<'a> {
         let members = &self.outline.groups[group];
         let failed = |source| TaskError::Gram { tensor: members[0].tensor.clone(), source };
         self.send_all(|| Outgoing::of(Matter::Gather(group as u32)));
-        self.adopt();
+        self.adopt(phases)?;
         let mut forest = Forest::default();
         let (watch, own) = (Stopwatch::start(), self.own_leaves());
         self.gather_own(0, group, &mut forest, phases)?;
@@ -311,7 +350,7 @@ impl<'a> Crew<'a> {
             tracing::trace!(number, group, "sums are there");
         }
         let here = self.shares.len();
-        self.adopt();
+        self.adopt(phases)?;
         self.gather_own(here, group, &mut forest, phases)?;
         let watch = Stopwatch::start();
         let stats = forest.finish(&Device::Cpu).map_err(failed)?;
@@ -319,7 +358,7 @@ impl<'a> Crew<'a> {
         Ok(stats)
     }
 
-    fn waited(&self, watch: &Stopwatch, phases: &mut Phases) {
+    pub(super) fn waited(&self, watch: &Stopwatch, phases: &mut Phases) {
         if !self.assistants.is_empty() {
             phases.add("wait", watch.seconds(), 0.0);
         }
@@ -454,7 +493,7 @@ impl<'a> Crew<'a> {
         if !self.is_there(number) || under_way >= ORDERS {
             return;
         }
-        let tasks = board.take_last(self.assistants[number].threads, 1 + self.assistants.len());
+        let tasks = board.take_last(self.assistants[number].threads.unwrap_or(1), 1 + self.assistants.len());
         if tasks.is_empty() {
             return;
         }
@@ -488,76 +527,6 @@ impl<'a> Crew<'a> {
     pub(crate) fn alone(&mut self) -> &mut Share {
         &mut self.shares[0]
     }
-
-    /// Lets assistants run what is left of the layer; [`Self::finish`] is next.
-    pub(crate) fn send_off(&mut self) {
-        self.send_all(|| Outgoing::of(Matter::Finish(pb::Finish {})));
-    }
-
-    /// Runs what is left of the layer on all sequences; returns the layer's output, and how many assistants were given up on.
-    ///
-    /// # Errors
-    /// See [`TaskError`].
-    pub(crate) fn finish(mut self, phases: &mut Phases) -> Result<(HiddenStates, u32), TaskError> {
-        let (place, device) = (self.place, &self.place.run.device);
-        let sequences = place.run.tokens.sequences();
-        self.adopt();
-        let streams = self.input.streams.len();
-        let mut output: Vec<Vec<Option<Entry>>> = vec![vec![None; sequences]; streams];
-        let (watch, own) = (Stopwatch::start(), self.own_leaves());
-        // An assistant that is given up on from here on leaves its share to a layer that is pruned, and so it can be run again.
-        let layers: Vec<Box<dyn DecoderLayer>> =
-            self.shares[0].lanes().iter().map(|lane| lane.layer().share()).collect();
-        let run = |share: Share, output: &mut [Vec<Option<Entry>>], phases: &mut Phases| {
-            let range = sequences_of(share.leaves(), sequences);
-            for (stream, entries) in share.finish(place, phases)?.into_iter().enumerate() {
-                range.clone().zip(entries).for_each(|(sequence, entry)| output[stream][sequence] = Some(entry));
-            }
-            Ok::<_, TaskError>(())
-        };
-        for share in std::mem::take(&mut self.shares) {
-            run(share, &mut output, phases)?;
-        }
-        let seconds = watch.seconds();
-        phases.add("forward", seconds, 0.0);
-        let shape = (place.run.tokens.sequence_length(), place.run.model.decoder.hidden_size());
-        let ranges: Vec<Range<usize>> =
-            self.assistants.iter().map(|one| sequences_of(&one.leaves, sequences)).collect();
-        let missing = ranges.iter().map(|range| range.len() * streams).collect();
-        let mut failed = None;
-        let waited = Stopwatch::start();
-        self.collect((own, seconds), (missing, true), |number, matter, body| {
-            let Matter::Output(pb::Hidden { stream, sequence }) = matter else { return false };
-            let (stream, sequence) = (stream as usize, sequence as usize);
-            if !ranges[number].contains(&sequence) || output[stream][sequence].is_some() {
-                return false;
-            }
-            place.received(body.len() as u64);
-            let kept = Tensor::from_vec(numbers::<f32>(&body), shape, device)
-                .map_err(TaskError::from)
-                .and_then(|hidden| Ok(place.cache.put(hidden)?));
-            match kept {
-                Ok(entry) => output[stream][sequence] = Some(entry),
-                Err(error) => failed = Some(error),
-            }
-            true
-        })?;
-        failed.map_or(Ok(()), Err)?;
-        self.waited(&waited, phases);
-        for number in (0..self.assistants.len()).filter(|&number| !self.is_there(number)) {
-            let leaves = self.assistants[number].leaves.clone();
-            // Shares that were adopted before are there already.
-            if ranges[number].clone().all(|sequence| output.iter().all(|stream| stream[sequence].is_some())) {
-                continue;
-            }
-            let adopted = share(leaves, &self.input, |stream| layers[stream].share(), sequences);
-            run(adopted, &mut output, phases)?;
-        }
-        let whole = |stream: Vec<Option<Entry>>| {
-            stream.into_iter().map(|entry| entry.expect("every share was finished by somebody")).collect()
-        };
-        Ok((HiddenStates { streams: output.into_iter().map(whole).collect() }, self.lost))
-    }
 }
 
 impl Drop for Crew<'_> {
@@ -569,18 +538,6 @@ impl Drop for Crew<'_> {
 
 /// The unit was cancelled while its blocks were lent out.
 struct TaskCancelled;
-
-/// The sequences of some leaves before the layer, each stream with its copy of it.
-fn share(
-    leaves: Range<usize>,
-    input: &HiddenStates,
-    layer: impl Fn(usize) -> Box<dyn DecoderLayer>,
-    sequences: usize,
-) -> Share {
-    let range = sequences_of(&leaves, sequences);
-    let stream = |(stream, entries): (usize, &Vec<Entry>)| (layer(stream), entries[range.clone()].to_vec());
-    Share::new(leaves, input.streams.iter().enumerate().map(stream).collect::<Vec<_>>())
-}
 
 /// An error and what caused it, in a line.
 fn described(error: &LinkError) -> String {

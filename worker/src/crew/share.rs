@@ -127,6 +127,9 @@ impl Share {
         members: &[SublayerOutline],
         phases: &mut Phases,
     ) -> Result<Forest, TaskError> {
+        if self.leaves.is_empty() {
+            return Ok(Forest::default());
+        }
         self.catch_up(place, group, phases)?;
         self.reached = group + 1;
         gather_leaves(place, &mut self.lanes, group, members, (self.leaves.clone(), false), phases)

@@ -7,6 +7,7 @@ use espalier_common::ids::LayerIndex;
 use espalier_proto::v1::head::Matter;
 use espalier_proto::v1::{Block, Hidden, Part};
 
+use super::finish::DIGEST_DIGITS;
 use super::share::sampling;
 use super::statistics;
 use crate::calibrate::tree::{Branch, LEAVES, Sampling, sequences_of};
@@ -84,6 +85,7 @@ impl LayerSizes {
             }
             Matter::Part(part) => self.of_part(*part),
             Matter::Finish(_) => Some(0),
+            Matter::Keep(keep) => (keep.layer_sha256.len() == DIGEST_DIGITS).then_some(0),
             _ => None,
         }
     }
@@ -103,6 +105,8 @@ impl LayerSizes {
             }
             Matter::Part(part) => self.of_part(*part),
             Matter::Output(hidden) => self.of_states(*hidden),
+            Matter::Keeping(keep) if keep.stores => Some((self.streams * self.sequences.len() * DIGEST_DIGITS) as u64),
+            Matter::Keeping(_) => Some(0),
             _ => None,
         }
     }
