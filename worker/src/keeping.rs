@@ -63,6 +63,12 @@ fn by_stream(states: ShareStates, streams: usize) -> Vec<Vec<Entry>> {
 }
 
 impl Workplace<'_> {
+    /// Lets go of the boundaries before a layer whose share is there: the layers up to it are committed, and nobody begins
+    /// earlier again.
+    pub(crate) fn let_go_before(&self, layer: LayerIndex) {
+        self.holdings.release(&self.run.id, |boundary| boundary.0 < layer.0);
+    }
+
     /// The hidden states of some sequences before `layer`, stream by stream. Each sequence begins at the last boundary at which
     /// it was kept, or where the source does, and is kept before `layer` from now on.
     ///

@@ -124,11 +124,11 @@ fn prune_kept(
     }
     let mut phases = Phases::default();
     let shortages = place.cache.shortages();
-    place.holdings.release(&run.id, |boundary| boundary.0 + 1 < layer.0);
     let outline = run.model.decoder.outline(layer)?;
     let loaded = phases.time("load", || run.model.decoder.load_layer(layer))?;
     let input = Input::Kept(keeping, place.streams());
     let mut crew = Crew::assemble(place, (layer, &outline, loaded), pattern, input, help, &mut phases)?;
+    place.let_go_before(layer);
     let done = prune_groups(place, &mut crew, &outline, pattern, &mut phases)?;
     let (stored, sublayers): (Vec<StoredTensor>, _) = done.into_iter().map(|done| (done.stored, done.report)).unzip();
     let is_last = layer.0 as usize + 1 == run.model.decoder.layers();

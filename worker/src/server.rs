@@ -255,7 +255,7 @@ fn artifact(artifact: Option<pb::Artifact>) -> Result<espalier_common::report::A
     artifact.ok_or(WireError::Missing("tokens")).and_then(TryInto::try_into).map_err(|error| malformed(&error))
 }
 
-fn keeping(kept: pb::Kept) -> Result<Keeping, Status> {
+fn keeping(kept: pb::KeptShare) -> Result<Keeping, Status> {
     Ok(Keeping {
         source: source(kept.source)?,
         predecessor: kept.predecessor.map(|made| artifact(Some(made))).transpose()?,

@@ -1,5 +1,6 @@
 //! What happens to the scheduler, and what it wants done.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use espalier_common::clock::Millis;
@@ -100,6 +101,8 @@ pub enum Action {
         keeps_output: bool,
         /// Workers that have nothing to do until the unit ends, and may help. What comes of it does not depend on them.
         assistants: Vec<WorkerId>,
+        /// With the strategy `data`: the leaves of each assistant, in their order; the rest is the lease's worker's.
+        shares: Option<Vec<Range<usize>>>,
     },
     /// Delete a boundary from the run's store: a later one is there.
     Discard {
@@ -201,6 +204,13 @@ pub enum Shape {
         /// Bytes of each layer.
         layer_bytes: Vec<u64>,
     },
+    /// The same chain, in which every worker keeps its share of the calibration sequences from layer to layer.
+    PruneTogether {
+        /// Bytes of each layer.
+        layer_bytes: Vec<u64>,
+        /// As many workers may have a share.
+        most_hands: usize,
+    },
     /// Layers on dense inputs: a chain of dense forwards, and prunings that only wait for their input.
     PruneApart {
         /// Bytes of each layer.
@@ -226,7 +236,7 @@ impl Shape {
         let layers = |bytes: &[u64]| (0..bytes.len() as u32).map(LayerIndex);
         let before = |layer: LayerIndex| layer.0.checked_sub(1).map(LayerIndex);
         match self {
-            Self::PruneChain { layer_bytes } => {
+            Self::PruneChain { layer_bytes } | Self::PruneTogether { layer_bytes, .. } => {
                 layers(layer_bytes).map(|layer| (Unit::Prune(layer), before(layer).map(Unit::Prune))).collect()
             }
             Self::PruneApart { layer_bytes } => {
@@ -249,9 +259,10 @@ impl Shape {
     /// Bytes of each layer; empty for an evaluation.
     pub(super) fn layer_bytes(&self) -> &[u64] {
         match self {
-            Self::PruneChain { layer_bytes } | Self::PruneApart { layer_bytes } | Self::Survey { layer_bytes } => {
-                layer_bytes
-            }
+            Self::PruneChain { layer_bytes }
+            | Self::PruneTogether { layer_bytes, .. }
+            | Self::PruneApart { layer_bytes }
+            | Self::Survey { layer_bytes } => layer_bytes,
             Self::Evaluate { .. } => &[],
         }
     }

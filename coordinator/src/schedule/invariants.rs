@@ -1,6 +1,6 @@
 //! What must always be true of a scheduler. Serves `debug_assert!`, the simulator and the tests alike.
 
-use espalier_common::ids::Unit;
+use espalier_common::ids::{Unit, WorkerId};
 
 use super::{Scheduler, UnitState};
 
@@ -40,6 +40,17 @@ pub enum Broken {
     /// A unit that ends the run is still tried.
     #[error("{unit} is poisoned, but the schedule goes on")]
     Poisoned {
+        /// The unit.
+        unit: Unit,
+    },
+    /// With the strategy `data`, some leaves are nobody's or two workers'.
+    #[error("the shares of the calibration sequences are not all of them, each once")]
+    Shares,
+    /// With the strategy `data`, a worker has a share and is there, but has no part in the layer that is pruned.
+    #[error("worker {worker} has a share, but no part in {unit}")]
+    IdleShare {
+        /// The worker.
+        worker: WorkerId,
         /// The unit.
         unit: Unit,
     },
@@ -85,6 +96,25 @@ pub fn check(scheduler: &Scheduler) -> Result<(), Broken> {
                 || scheduler.units.get(&lease.unit) != Some(&UnitState::Leased { lease }))
         {
             return Err(Broken::StrayAssistant { unit: lease.unit });
+        }
+    }
+    if !scheduler.shares.are_whole() {
+        return Err(Broken::Shares);
+    }
+    let leased = scheduler.units.values().find_map(|state| match state {
+        UnitState::Leased { lease } => Some(*lease),
+        _ => None,
+    });
+    if let Some(lease) = leased.filter(|_| scheduler.keeps_shares()) {
+        let has_part = |worker: &WorkerId| {
+            let state = scheduler.workers.get(worker);
+            state.is_none_or(|state| state.running == Some(lease) || state.assists == Some(lease))
+        };
+        if let Some(worker) = scheduler.shares.workers().find(|worker| !has_part(worker)) {
+            return Err(Broken::IdleShare { worker, unit: lease.unit });
+        }
+        if scheduler.shares.of(lease.worker).is_empty() {
+            return Err(Broken::IdleShare { worker: lease.worker, unit: lease.unit });
         }
     }
     for (unit, on) in scheduler.shape.units() {

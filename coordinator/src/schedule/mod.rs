@@ -3,6 +3,7 @@
 mod event;
 pub mod invariants;
 mod policy;
+mod shares;
 #[cfg(test)]
 mod sim;
 #[cfg(test)]
@@ -18,6 +19,7 @@ use espalier_common::report::Outcome;
 pub use event::{Action, Event, Failure, Limits, Origin, Record, Shape};
 
 use self::policy::{Trouble, Verdict};
+use self::shares::Shares;
 use crate::plan::partition;
 
 /// Where a unit stands.
@@ -69,6 +71,8 @@ pub struct Scheduler {
     held: BTreeMap<Boundary, BTreeSet<WorkerId>>,
     /// Boundaries in the run's store.
     stored: BTreeSet<Boundary>,
+    /// With the strategy `data`: who keeps what.
+    shares: Shares,
     trouble: BTreeMap<Unit, Trouble>,
     alone_since: Option<Millis>,
     ended: bool,
@@ -91,6 +95,7 @@ impl Scheduler {
             owners: BTreeMap::new(),
             held: BTreeMap::new(),
             stored: BTreeSet::new(),
+            shares: Shares::default(),
             trouble: BTreeMap::new(),
             alone_since: Some(Millis(0)),
             ended: false,
@@ -237,6 +242,17 @@ impl Scheduler {
         if workers.is_empty() {
             return;
         }
+        if self.keeps_shares() {
+            // No hidden states travel, whoever has the lease. The fastest of those with a share has all: some of its work is
+            // its own.
+            let has_share = |worker: &WorkerId| self.shares.workers().any(|other| other == *worker);
+            let nobody_has = !workers.iter().any(has_share);
+            let may = self.workers.iter().filter(|(worker, _)| nobody_has || has_share(worker));
+            let fastest = may.max_by_key(|(worker, state)| (state.speed, std::cmp::Reverse(**worker)));
+            let owner = *fastest.expect("somebody is there").0;
+            self.owners = pending.into_iter().map(|layer| (layer, owner)).collect();
+            return;
+        }
         let bytes: Vec<u64> = pending.iter().map(|layer| self.shape.layer_bytes()[layer.0 as usize]).collect();
         let speeds: Vec<u64> = self.workers.values().map(|state| state.speed).collect();
         let parts = partition::by_speed(&bytes, &speeds);
@@ -245,8 +261,10 @@ impl Scheduler {
 
     fn commit(&mut self, lease: Lease, outcome: Outcome, held: &[Boundary], actions: &mut Vec<Action>) {
         self.free(lease);
-        for boundary in held {
-            self.held.entry(*boundary).or_default().insert(lease.worker);
+        if !self.keeps_shares() {
+            for boundary in held {
+                self.held.entry(*boundary).or_default().insert(lease.worker);
+            }
         }
         let stored = stored_boundary(lease.unit, &outcome);
         actions.push(Action::Record(Record::Committed { lease, outcome }));
@@ -256,6 +274,22 @@ impl Scheduler {
         }
         self.mark_committed(lease.unit);
         self.release_what_nobody_needs(actions);
+        if self.keeps_shares() && self.is_finished() {
+            self.release_shares(actions);
+        }
+    }
+
+    /// Whether workers keep their shares (strategy `data`): what is kept is theirs to know, and no boundary is held whole.
+    fn keeps_shares(&self) -> bool {
+        matches!(self.shape, Shape::PruneTogether { .. })
+    }
+
+    /// Lets go of everyone's shares once all layers are pruned. Until then each worker drops what it needs no more by itself, when
+    /// it has its share of the next boundary.
+    fn release_shares(&self, actions: &mut Vec<Action>) {
+        let boundaries: Vec<Boundary> = (0..self.shape.layer_bytes().len() as u32).map(Boundary).collect();
+        let release = |worker| Action::Release { worker, boundaries: boundaries.clone() };
+        actions.extend(self.workers.keys().copied().map(release));
     }
 
     fn mark_committed(&mut self, unit: Unit) {
@@ -336,17 +370,23 @@ impl Scheduler {
 
     /// In a chain one layer is pruned at a time: whoever has nothing to do when it begins helps with it.
     fn name_assistants(&mut self, actions: &mut [Action]) {
-        if !matches!(self.shape, Shape::PruneChain { .. }) {
+        if !matches!(self.shape, Shape::PruneChain { .. } | Shape::PruneTogether { .. }) {
             return;
         }
         let begun = actions.iter_mut().find_map(|action| match action {
-            Action::Start { lease, assistants, .. } => Some((*lease, assistants)),
+            Action::Start { lease, origin, assistants, shares, .. } => Some((*lease, *origin, assistants, shares)),
             _ => None,
         });
-        let Some((lease, assistants)) = begun else { return };
+        let Some((lease, origin, assistants, shares)) = begun else { return };
         *assistants = self.idle();
-        for worker in assistants {
+        for worker in &*assistants {
             self.workers.get_mut(worker).expect("idle workers are there").assists = Some(lease);
+        }
+        if let (Shape::PruneTogether { layer_bytes, most_hands }, Unit::Prune(layer)) = (&self.shape, lease.unit) {
+            let behind = layer.0.saturating_sub(origin.boundary().0) as usize;
+            let left = layer_bytes.len().saturating_sub(layer.0 as usize);
+            self.shares.settle(lease.worker, assistants, *most_hands, (behind, left));
+            *shares = Some(assistants.iter().map(|worker| self.shares.of(*worker)).collect());
         }
     }
 
@@ -404,14 +444,19 @@ impl Scheduler {
             origin,
             keeps_output: self.keeps_output(unit, worker),
             assistants: Vec::new(),
+            shares: None,
         });
     }
 
     /// In a chain, outputs that another worker will need, and those behind every so many layers, are stored.
     fn keeps_output(&self, unit: Unit, worker: WorkerId) -> bool {
-        let (Unit::Prune(layer), Shape::PruneChain { layer_bytes }) = (unit, &self.shape) else { return false };
+        let Unit::Prune(layer) = unit else { return false };
+        let layer_bytes = match &self.shape {
+            Shape::PruneChain { layer_bytes } | Shape::PruneTogether { layer_bytes, .. } => layer_bytes,
+            _ => return false,
+        };
         let next = layer.0 + 1;
-        let is_stage_end = self.owners.get(&LayerIndex(next)).is_some_and(|owner| *owner != worker);
+        let is_stage_end = !self.keeps_shares() && self.owners.get(&LayerIndex(next)).is_some_and(|owner| *owner != worker);
         let every = self.limits.stored_every;
         every > 0 && (next as usize) < layer_bytes.len() && (is_stage_end || next.is_multiple_of(every))
     }

@@ -93,6 +93,54 @@ fn assistants(actions: &[Action]) -> Vec<WorkerId> {
     named.flatten().collect()
 }
 
+fn together(layers: usize) -> Scheduler {
+    Scheduler::new(Shape::PruneTogether { layer_bytes: vec![1; layers], most_hands: 8 }, Limits::default())
+}
+
+/// The owner of the layer that begins, and who has which leaves.
+fn shared(actions: &[Action]) -> (Lease, Vec<(WorkerId, std::ops::Range<usize>)>) {
+    let begun = actions.iter().find_map(|action| match action {
+        Action::Start { lease, assistants, shares: Some(shares), .. } => {
+            Some((*lease, assistants.iter().copied().zip(shares.iter().cloned()).collect()))
+        }
+        _ => None,
+    });
+    begun.expect("a layer begins, and it is shared")
+}
+
+#[test]
+fn shares_and_their_owner_stay_from_layer_to_layer() {
+    let mut scheduler = together(3);
+    let first = Event::WorkerJoined { worker: A, speed: 1, more_come: true };
+    assert!(scheduler.step(first).is_empty());
+    let mut actions = scheduler.step(joined(B));
+    for layer in 0..3 {
+        let (lease, shares) = shared(&actions);
+        assert_eq!((lease.unit, lease.worker, shares), (Unit::Prune(LayerIndex(layer)), A, vec![(B, 4..8)]));
+        assert_eq!(started(&actions)[0].1, Origin::Tokens, "where a share begins that nobody kept");
+        actions = scheduler.step(done(lease));
+    }
+    assert!(scheduler.is_finished());
+    let everything = |action: &&Action| matches!(action, Action::Release { boundaries, .. } if boundaries.len() == 3);
+    assert_eq!(actions.iter().filter(everything).count(), 2, "{actions:?}");
+}
+
+#[test]
+fn a_lost_share_goes_to_whoever_is_left_and_a_late_worker_only_helps_to_solve() {
+    const C: WorkerId = WorkerId(3);
+    let mut scheduler = together(5);
+    let _ = scheduler.step(Event::WorkerJoined { worker: A, speed: 1, more_come: true });
+    let (lease, _) = shared(&scheduler.step(joined(B)));
+    let (lease, _) = shared(&scheduler.step(done(lease)));
+    let (lease, _) = shared(&scheduler.step(done(lease)));
+    let _ = scheduler.step(Event::WorkerJoined { worker: C, speed: 9, more_come: false });
+    let (lease, shares) = shared(&scheduler.step(done(lease)));
+    assert_eq!((lease.worker, shares), (A, vec![(B, 4..8), (C, 8..8)]), "three layers to make up for, two to go");
+    // Its owner is gone: the unit is leased again at once, and its leaves are made again by others.
+    let (lease, shares) = shared(&scheduler.step(Event::WorkerLost { worker: A }));
+    assert_eq!((lease.worker, lease.attempt, shares), (B, Attempt(2), vec![(C, 4..8)]));
+}
+
 #[test]
 fn whoever_has_nothing_to_do_when_a_layer_begins_assists_until_it_ends() {
     const C: WorkerId = WorkerId(3);

@@ -103,9 +103,9 @@ impl<'a> Assistant<'a> {
         let mut phases = Phases::default();
         let streams = match &keeping {
             Some(keeping) => {
-                // What lies before the layer's predecessor is committed: nobody begins there again.
-                place.holdings.release(&place.run.id, |boundary| boundary.0 + 1 < layer.0);
-                place.kept_input(layer, keeping, sizes.sequences(), &mut phases)?
+                let streams = place.kept_input(layer, keeping, sizes.sequences(), &mut phases)?;
+                place.let_go_before(layer);
+                streams
             }
             None => Self::borrow(place, &mut line, &sizes)?,
         };

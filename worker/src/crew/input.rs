@@ -42,12 +42,12 @@ impl Input {
     }
 
     /// What an assistant is told of a share that it keeps.
-    pub(super) fn told(&self) -> Option<pb::Kept> {
+    pub(super) fn told(&self) -> Option<pb::KeptShare> {
         match self {
             Self::Lent(_) => None,
             Self::Kept(Keeping { source, predecessor }, _) => {
                 let predecessor = predecessor.clone().map(Into::into);
-                Some(pb::Kept { source: Some(source.clone().into()), predecessor })
+                Some(pb::KeptShare { source: Some(source.clone().into()), predecessor })
             }
         }
     }

@@ -7,6 +7,7 @@
 mod process;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use espalier_common::digest::Digest;
 use espalier_common::fault::FaultClass;
@@ -14,7 +15,7 @@ use rand::seq::IndexedRandom as _;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use self::process::{From, Message, Order, Process, States};
+use self::process::{From, Message, Order, Process, States, TheirShares};
 use super::*;
 
 /// Steps with faults, before the calm in which everything must end.
@@ -37,12 +38,15 @@ enum Planted {
     LateSync,
     /// Committed layers are not run again between the origin and the unit.
     ForgottenReplay,
+    /// A share is used that was kept of an attempt which was never committed.
+    BelievedShare,
 }
 
 /// What is scheduled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Chain,
+    Together,
     Apart,
     Survey,
 }
@@ -96,7 +100,8 @@ impl World {
     fn new(seed: u64, planted: Planted) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let layers = rng.random_range(1..7u32);
-        let kind = *[Kind::Chain, Kind::Chain, Kind::Chain, Kind::Apart, Kind::Survey].choose(&mut rng).expect("five");
+        let kinds = [Kind::Chain, Kind::Chain, Kind::Together, Kind::Together, Kind::Apart, Kind::Survey];
+        let kind = *kinds.choose(&mut rng).expect("six");
         Self {
             planted,
             kind,
@@ -123,13 +128,15 @@ impl World {
         let layer_bytes = (0..layers).map(|layer| 1 + u64::from(layer % 3)).collect();
         match kind {
             Kind::Chain => Shape::PruneChain { layer_bytes },
+            // Sometimes fewer than there are processes.
+            Kind::Together => Shape::PruneTogether { layer_bytes, most_hands: 3 },
             Kind::Apart => Shape::PruneApart { layer_bytes },
             Kind::Survey => Shape::Survey { layer_bytes },
         }
     }
 
     fn is_chain(&self) -> bool {
-        self.kind == Kind::Chain
+        matches!(self.kind, Kind::Chain | Kind::Together)
     }
 
     fn fault(&mut self, name: &'static str) {
@@ -160,9 +167,10 @@ impl World {
             }
             match action {
                 Action::Record(record) => self.append(record)?,
-                Action::Start { lease, origin, keeps_output, assistants } => {
+                Action::Start { lease, origin, keeps_output, assistants, shares } => {
                     self.check_assistants(lease, &assistants)?;
-                    self.start(lease, origin, keeps_output)?;
+                    let shares = self.told(&assistants, shares)?;
+                    self.start(lease, origin, keeps_output, shares)?;
                 }
                 Action::Discard { boundary } => self.store.retain(|(stored, _), _| *stored != boundary),
                 Action::Release { worker, boundaries } => {
@@ -240,7 +248,31 @@ impl World {
         commits.collect()
     }
 
-    fn start(&mut self, lease: Lease, origin: Origin, keeps_output: bool) -> Result<(), String> {
+    /// The leaves of each assistant's process, with the strategy `data` only.
+    fn told(
+        &mut self,
+        assistants: &[WorkerId],
+        shares: Option<Vec<Range<usize>>>,
+    ) -> Result<Option<Vec<(usize, Range<usize>)>>, String> {
+        if shares.is_some() != (self.kind == Kind::Together) {
+            return Err(format!("shares of {:?} are {shares:?}", self.kind));
+        }
+        let Some(shares) = shares else { return Ok(None) };
+        if shares.len() != assistants.len() {
+            return Err(format!("{assistants:?} have {shares:?}"));
+        }
+        *self.faults.entry("share").or_default() += shares.iter().filter(|leaves| !leaves.is_empty()).count();
+        *self.faults.entry("no share").or_default() += shares.iter().filter(|leaves| leaves.is_empty()).count();
+        Ok(Some(assistants.iter().map(|worker| self.numbers[worker]).zip(shares).collect()))
+    }
+
+    fn start(
+        &mut self,
+        lease: Lease,
+        origin: Origin,
+        keeps_output: bool,
+        shares: Option<Vec<(usize, Range<usize>)>>,
+    ) -> Result<(), String> {
         if !self.journal.contains(&Record::Leased { lease }) {
             return Err(format!("{lease} is started before it is recorded"));
         }
@@ -263,7 +295,9 @@ impl World {
             replay.clear();
         }
         let process = self.numbers[&lease.worker];
-        let order = Order::Start { lease, from, replay, keeps_output };
+        let predecessor = layer.0.checked_sub(1).and_then(|before| committed[&Unit::Prune(LayerIndex(before))]);
+        let shares = shares.map(|leaves| TheirShares { leaves, predecessor });
+        let order = Order::Start { lease, from, replay, keeps_output, shares };
         self.send(Message::ToWorker { process, order });
         Ok(())
     }
@@ -523,6 +557,11 @@ fn ten_thousand_schedules_lose_nothing_and_commit_nothing_wrong() {
         "slow link",
         "passing fault",
         "assistant",
+        "share",
+        "no share",
+        "lost assistant",
+        "kept share",
+        "made share",
     ] {
         assert!(faults.get(name).is_some_and(|count| *count > 500), "{name} is too rare: {faults:?}");
     }
@@ -530,7 +569,7 @@ fn ten_thousand_schedules_lose_nothing_and_commit_nothing_wrong() {
 
 #[test]
 fn a_planted_fault_is_seen_within_a_thousand_schedules() {
-    for planted in [Planted::DroppedFence, Planted::LateSync, Planted::ForgottenReplay] {
+    for planted in [Planted::DroppedFence, Planted::LateSync, Planted::ForgottenReplay, Planted::BelievedShare] {
         assert!(first_failure(0..1000, planted).is_some(), "{planted:?} is not seen");
     }
 }
