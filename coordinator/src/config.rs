@@ -10,6 +10,7 @@ use espalier_gate::{AuthSection, Entrance, GateError, HttpSection, Role, TlsSect
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::plan::strategy::Asked;
 use crate::schedule::Limits;
 
 /// Twice the interval of heartbeats.
@@ -64,6 +65,12 @@ pub struct CoordinatorSection {
     /// In `pruned` propagation, the hidden states behind every so many layers, and those that go to another worker, are also
     /// stored, so that a run which loses all its workers need not begin at the tokens again; 0: never.
     pub stored_every: u32,
+    /// How the workers share the calibration of a run: `layers`, where the owner of a layer lends shares of its input; `data`,
+    /// where each worker keeps its share of the sequences from layer to layer and no hidden states travel; or `auto`, whichever
+    /// is predicted to cost less. Not a byte of the result depends on it. A job that `data` cannot be used for (`dense`
+    /// propagation, methods that remove heads and channels, a reconstruction) is refused. Without it: as the run was begun, and
+    /// `layers` for a new one.
+    pub strategy: Option<Asked>,
     /// A worker that says nothing for so many seconds is taken for lost, and its work is given to others; they say something
     /// every second, so 2 is the least.
     pub worker_silence_seconds: u32,
@@ -80,6 +87,7 @@ impl Default for CoordinatorSection {
             workers: 1,
             workers_patience_seconds: 120,
             stored_every: 0,
+            strategy: None,
             worker_silence_seconds: 15,
             worker_program: PathBuf::new(),
         }
@@ -141,6 +149,17 @@ impl CoordinatorConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_strategy_is_one_of_three() {
+        let load = |strategy: &str| {
+            CoordinatorConfig::load(None, Overrides::default().set("coordinator.strategy", Some(strategy)))
+        };
+        assert_eq!(load("data").unwrap().coordinator.strategy, Some(Asked::Data));
+        assert_eq!(CoordinatorConfig::default().coordinator.strategy, None);
+        let refused = load("tensors").unwrap_err().to_string();
+        assert!(refused.contains("tensors"), "{refused}");
+    }
 
     #[test]
     fn a_silence_shorter_than_heartbeats_is_refused() {

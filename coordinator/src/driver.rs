@@ -1,6 +1,7 @@
 //! The one loop: event → `schedule.step` → journal → carry out actions, in order.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use espalier_common::ids::{Boundary, LayerIndex, Lease, RunId, Unit, WorkerId};
 use espalier_common::report::{Artifact, Outcome};
 use espalier_common::store::{BlobStore, StoreError};
 use espalier_common::tasks::TaskGroup;
-use espalier_common::wire::{Source, SourceFrom};
+use espalier_common::wire::{Shares, Source, SourceFrom};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -61,9 +62,18 @@ pub trait Purpose: Send + Sync {
     /// Wraps a record of the scheduler for the journal.
     fn record(&self, record: Record) -> JournalRecord;
     /// What the worker of a lease must be told.
-    fn call(&self, lease: Lease, source: Source, keeps_output: bool, assistants: Vec<String>) -> UnitCall;
+    fn call(&self, lease: Lease, source: Source, keeps_output: bool, help: Help) -> UnitCall;
     /// What a worker must be told before its first unit; `None` if nothing.
     fn preparation(&self) -> Option<Preparation>;
+}
+
+/// Who may help with a unit.
+#[derive(Debug, Clone, Default)]
+pub struct Help {
+    /// Endpoints of workers that are idle meanwhile.
+    pub assistants: Vec<String>,
+    /// With the strategy `data`: who keeps what.
+    pub shares: Option<Shares>,
 }
 
 /// What `Prepare` needs.
@@ -333,8 +343,8 @@ impl Driver<'_> {
     ) -> Result<(), DriveError> {
         match action {
             Action::Record(record) => self.record(record, purpose.as_ref(), outcomes)?,
-            Action::Start { lease, origin, keeps_output, assistants } => {
-                let call = self.call(lease, origin, keeps_output, &assistants, purpose.as_ref());
+            Action::Start { lease, origin, keeps_output, assistants, shares } => {
+                let call = self.call(lease, origin, keeps_output, (&assistants, shares), purpose.as_ref());
                 if !assistants.is_empty() {
                     self.events.note(RunEvent::Assisted { unit: lease.unit, worker: lease.worker, by: assistants });
                 }
@@ -408,14 +418,27 @@ impl Driver<'_> {
         lease: Lease,
         origin: Origin,
         keeps_output: bool,
-        assistants: &[WorkerId],
+        (assistants, leaves): (&[WorkerId], Option<Vec<Range<usize>>>),
         purpose: &dyn Purpose,
     ) -> Option<UnitCall> {
         let source = self.source(lease, origin)?;
         let everyone = self.roster.everyone();
-        let there = assistants.iter().filter_map(|worker| everyone.get(worker));
-        let endpoints = there.map(|member| member.offer.endpoint.clone()).collect();
-        Some(purpose.call(lease, source, keeps_output, endpoints))
+        let there: Vec<usize> =
+            (0..assistants.len()).filter(|&number| everyone.contains_key(&assistants[number])).collect();
+        let endpoint = |&number: &usize| everyone[&assistants[number]].offer.endpoint.clone();
+        // What was to be the share of one that is gone is nobody's, and so the lease's worker's.
+        let shares = leaves.map(|leaves| Shares {
+            leaves: there.iter().map(|&number| leaves[number].clone()).collect(),
+            predecessor: self.predecessor(lease.unit),
+        });
+        let help = Help { assistants: there.iter().map(endpoint).collect(), shares };
+        Some(purpose.call(lease, source, keeps_output, help))
+    }
+
+    /// What the layer before a unit's has become.
+    fn predecessor(&self, unit: Unit) -> Option<Artifact> {
+        let Unit::Prune(layer) = unit else { return None };
+        self.committed.get(&LayerIndex(layer.0.checked_sub(1)?)).cloned()
     }
 
     /// Turns the scheduler's origin into what a worker can use; `None` if the holder is gone, which the roster reports.

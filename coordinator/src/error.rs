@@ -14,6 +14,7 @@ use crate::driver::DriveError;
 use crate::fleet::CallError;
 use crate::journal::JournalError;
 use crate::layout::LayoutError;
+use crate::plan::strategy::StrategyError;
 use crate::plan::widths::WidthError;
 use crate::report::ReportError;
 use crate::schedule::Failure;
@@ -59,6 +60,9 @@ pub enum RunError {
     /// The layout asked for.
     #[error(transparent)]
     Layout(#[from] LayoutError),
+    /// The strategy asked for.
+    #[error(transparent)]
+    Strategy(#[from] StrategyError),
     /// The texts.
     #[error(transparent)]
     Calibration(#[from] CalibrationError),
@@ -230,6 +234,7 @@ impl RunError {
             Self::Job(_)
             | Self::Widths(_)
             | Self::Layout(_)
+            | Self::Strategy(_)
             | Self::JobText(_)
             | Self::Calibration(_)
             | Self::RunInOutput { .. }

@@ -12,6 +12,7 @@ use tokio::sync::{broadcast, watch};
 
 use crate::journal::EvaluatedModel;
 use crate::metrics::CoordinatorMetrics;
+use crate::plan::strategy::Choice;
 use crate::report::{Report, SublayerEntry};
 use crate::view::{Cursor, RunView, Update};
 
@@ -45,6 +46,8 @@ pub enum RunEvent {
         /// What is asked of the zeros.
         pattern: String,
     },
+    /// How the workers share the calibration is settled.
+    Strategy(Choice),
     /// A new part of the run began.
     Phase {
         /// Which.

@@ -169,6 +169,7 @@ impl CoordinatorMetrics {
             }
             RunEvent::Opened { .. }
             | RunEvent::Planned { .. }
+            | RunEvent::Strategy(_)
             | RunEvent::Phase { .. }
             | RunEvent::WorkerJoined { .. }
             | RunEvent::Assisted { .. }

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::allocation::{AllocatedLayer, AllocationReport, Trial};
 use crate::journal::{EvaluatedModel, JournalRecord, WorkerTotals};
+use crate::plan::strategy::Choice;
 use crate::run::survey::{candidate_depths, trial_losses};
 use crate::schedule::Record;
 
@@ -31,6 +32,9 @@ pub struct Report {
     pub pattern: Pattern,
     /// On which inputs.
     pub propagation: Propagation,
+    /// How the workers shared them, and why so; of several lives of the run, the last. Earlier versions did not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strategy: Option<Choice>,
     /// With which tokens.
     pub calibration: CalibrationReport,
     /// Every sublayer, in dataflow order.
@@ -245,6 +249,7 @@ struct Facts<'a> {
     tokens: Option<Digest>,
     outline: Option<&'a ModelOutline>,
     patterns: &'a [Pattern],
+    strategy: Option<&'a Choice>,
     surveys: BTreeMap<u32, &'a LayerSurvey>,
     sublayers: BTreeMap<u32, Vec<SublayerEntry>>,
     kept: BTreeMap<u32, &'a Kept>,
@@ -267,6 +272,7 @@ impl<'a> Facts<'a> {
             }
             JournalRecord::Planned { outline, patterns } => (self.outline, self.patterns) = (Some(outline), patterns),
             JournalRecord::Shared { .. } => {}
+            JournalRecord::Strategy(choice) => self.strategy = Some(choice),
             JournalRecord::Survey(record) => self.take_survey(record),
             JournalRecord::Prune(record) => self.take_pruning(record),
             JournalRecord::Evaluate { model, record } => {
@@ -393,6 +399,7 @@ impl<'a> Facts<'a> {
             },
             pattern: overall_pattern(job, outline).map_err(|_| ReportError::Unfinished("created from a valid job"))?,
             propagation: job.propagation.mode,
+            strategy: self.strategy.cloned(),
             calibration: CalibrationReport {
                 sha256: self.tokens.ok_or(ReportError::Unfinished("created"))?,
                 samples: job.calibration.samples,

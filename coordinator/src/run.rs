@@ -1,5 +1,6 @@
 //! One run from its job to its report: tokens → outline → plan → pruning → checkpoint → evaluation.
 
+mod sharing;
 pub(crate) mod survey;
 mod told;
 
@@ -22,14 +23,16 @@ use espalier_common::wire::Source;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use crate::driver::{Driver, Preparation, Purpose};
+use crate::driver::{Driver, Help, Preparation, Purpose};
 use crate::error::RunError;
 use crate::events::{EventLog, Phase, RunEvent};
 use crate::fingerprint::{self, Fingerprint};
 use crate::fleet::{CallError, FleetEvent, Roster, UnitCall};
 use crate::journal::{self, EvaluatedModel, Journal, JournalRecord, RunCreated, WorkerTotals};
 use crate::layout::StructuredRecord;
-use crate::plan::widths::{self, Asked, WidthError};
+use crate::plan::cost;
+use crate::plan::strategy::{Asked, Strategy};
+use crate::plan::widths::{self, WidthError};
 use crate::report::{self, Report};
 use crate::schedule::{Limits, Record, Scheduler, Shape};
 use crate::{assemble, calibration, evaluate, page, preflight};
@@ -52,6 +55,8 @@ pub struct Setting {
     pub clock: Arc<dyn Clock>,
     /// Its patience.
     pub limits: Limits,
+    /// How its workers are to share the calibration, if somebody says.
+    pub strategy: Option<Asked>,
     /// Whether a worker that is lost before anything is planned may be followed by another: so in a cluster, not on one machine.
     pub workers_return: bool,
     /// Set when somebody wants it to stop.
@@ -215,6 +220,7 @@ impl Run {
             _ => None,
         });
         let outline = inspect(&self.setting, &self.job).await?;
+        self.choose_strategy(&outline)?;
         if let Some((planned, patterns)) = planned {
             if planned.method_version != outline.method_version {
                 return Err(RunError::MethodVersion {
@@ -255,10 +261,9 @@ impl Run {
     ) -> Result<BTreeMap<LayerIndex, Artifact>, RunError> {
         self.setting.events.note(RunEvent::Phase { phase: Phase::Prune { layers: outline.layers.len() } });
         let layer_bytes = outline.layers.iter().map(|layer| layer.bytes).collect();
-        let shape = match self.job.propagation.mode {
-            Propagation::Pruned => Shape::PruneChain { layer_bytes },
-            Propagation::Dense => Shape::PruneApart { layer_bytes },
-        };
+        let strategy = self.chosen_strategy().map_or(Strategy::Layers, |choice| choice.strategy);
+        let most_hands = cost::most_hands(&self.job);
+        let shape = Shape::of_pruning(self.job.propagation.mode, strategy, layer_bytes, most_hands);
         let scheduler = Scheduler::replay(shape, self.setting.limits, prune_records(&self.past));
         let purpose = Pruning {
             propagation: self.job.propagation.mode,
@@ -465,8 +470,8 @@ fn stored_boundary(record: &Record) -> Option<(Boundary, Artifact)> {
 }
 
 /// What the job asks of a structured method.
-fn asked(job: &JobSpec) -> Result<Asked, RunError> {
-    Ok(Asked {
+fn asked(job: &JobSpec) -> Result<widths::Asked, RunError> {
+    Ok(widths::Asked {
         share: job.pattern()?.sparsity(),
         allocation: job.pattern.allocation,
         spread: job.pattern.allocation_spread,
@@ -532,13 +537,15 @@ impl Purpose for Pruning {
         JournalRecord::Prune(record)
     }
 
-    fn call(&self, lease: Lease, mut source: Source, keeps_output: bool, assistants: Vec<String>) -> UnitCall {
+    fn call(&self, lease: Lease, mut source: Source, keeps_output: bool, help: Help) -> UnitCall {
+        let Help { assistants, shares } = help;
         match lease.unit {
             Unit::Prune(layer) => {
                 if self.propagation == Propagation::Dense {
                     source.replay.clear();
                 }
-                UnitCall::Prune { source, pattern: self.patterns[layer.0 as usize], keeps_output, assistants }
+                let pattern = self.patterns[layer.0 as usize];
+                UnitCall::Prune { source, pattern, keeps_output, assistants, shares }
             }
             Unit::Forward(_) | Unit::Evaluate(_) => UnitCall::Forward { source },
         }

@@ -198,6 +198,8 @@ impl RunView {
                     about.pattern.clone_from(pattern);
                 }
             }
+            // What there is to say of it is in the log.
+            RunEvent::Strategy(_) => {}
             RunEvent::Phase { phase } => self.begin(at, *phase),
             RunEvent::WorkerJoined { worker, name } => {
                 let lane = Lane { worker: *worker, name: name.clone(), here: true, doing: None, done: 0, total: 0 };

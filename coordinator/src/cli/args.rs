@@ -9,6 +9,8 @@ use espalier_common::job::{Allocation, Layout, Propagation};
 use espalier_common::structure::AttentionUnit;
 use espalier_common::telemetry::LogFormat;
 
+use crate::plan::strategy::Asked;
+
 /// Prunes large language models across a cluster, or on this machine.
 #[derive(Debug, Parser)]
 #[command(name = "espalier", version, about, max_term_width = 100)]
@@ -80,6 +82,27 @@ impl From<PropagationArg> for Propagation {
         match argument {
             PropagationArg::Pruned => Self::Pruned,
             PropagationArg::Dense => Self::Dense,
+        }
+    }
+}
+
+/// How workers share the calibration; no byte of the result depends on it.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum StrategyArg {
+    /// The owner of a layer lends shares of its input.
+    Layers,
+    /// Each worker keeps its share of the sequences from layer to layer, so that no hidden states travel.
+    Data,
+    /// Whichever is predicted to cost less.
+    Auto,
+}
+
+impl From<StrategyArg> for Asked {
+    fn from(argument: StrategyArg) -> Self {
+        match argument {
+            StrategyArg::Layers => Self::Layers,
+            StrategyArg::Data => Self::Data,
+            StrategyArg::Auto => Self::Auto,
         }
     }
 }
@@ -209,6 +232,9 @@ pub(crate) struct PruneArgs {
     /// Which inputs a layer sees [default: pruned].
     #[arg(long)]
     pub(crate) propagation: Option<PropagationArg>,
+    /// How workers share the calibration [default: layers, or as configured].
+    #[arg(long)]
+    pub(crate) strategy: Option<StrategyArg>,
     /// Largest shard, e.g. 5GB or 512MiB [default: 5GB].
     #[arg(long)]
     pub(crate) shard_size: Option<String>,
@@ -507,6 +533,9 @@ pub(crate) struct CancelArgs {
 pub(crate) struct ResumeArgs {
     /// The run's folder or URL.
     pub(crate) run: String,
+    /// How workers share the calibration from now on [default: as configured, or as the run was begun].
+    #[arg(long)]
+    pub(crate) strategy: Option<StrategyArg>,
     #[command(flatten)]
     pub(crate) local: LocalArgs,
     /// Serve the page of this run here while it goes on, on loopback only, e.g. 127.0.0.1:8080.

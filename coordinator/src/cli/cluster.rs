@@ -23,6 +23,7 @@ use crate::events::{EventLog, RunEvent, Stamped, Status};
 use crate::fleet::Roster;
 use crate::http::Pages;
 use crate::metrics::CoordinatorMetrics;
+use crate::plan::strategy::Asked;
 use crate::rpc::admin::AdminDesk;
 use crate::rpc::client::{Access, AdminClient, AdminError};
 use crate::rpc::service::Service;
@@ -56,6 +57,7 @@ pub(crate) async fn serve(args: CoordinatorArgs, config: CoordinatorConfig, json
         workers_wanted: section.workers,
         workers_patience: section.workers_patience(),
         limits,
+        strategy: section.strategy,
     };
     let opened = match &args.job {
         Some(path) => {
@@ -166,7 +168,7 @@ pub(crate) async fn submit(
     url: &str,
     access: &AccessArgs,
     job: &JobSpec,
-    run: Option<&str>,
+    (run, strategy): (Option<&str>, Option<Asked>),
     json: bool,
 ) -> Result<(), CliError> {
     let mut client = connect(url, access).await?;
@@ -174,7 +176,7 @@ pub(crate) async fn submit(
     let run_url = run.map(super::job::absolute).unwrap_or_default();
     // Submitting it twice follows the first.
     let key = desk::key_of(job);
-    let run = client.submit(job_json, key, run_url).await.map_err(|error| failed(&error))?;
+    let run = client.submit(job_json, key, run_url, strategy).await.map_err(|error| failed(&error))?;
     let mut events = client.watch(&run).await.map_err(|error| failed(&error))?;
     let mut screen = Screen::new(json);
     let mut folder = String::new();

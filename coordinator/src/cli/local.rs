@@ -45,6 +45,7 @@ pub(crate) fn setting(
         workers_patience: config.coordinator.workers_patience(),
         events: EventLog::default(),
         clock: Arc::new(SystemClock::default()),
+        strategy: config.coordinator.strategy,
         limits: Limits { without_workers: WITHOUT_WORKERS, ..config.limits() },
         workers_return: false,
         stop,

@@ -1,17 +1,23 @@
 //! `plan`: what a job would take, before any of it is spent.
 
+use std::collections::BTreeMap;
+
+use espalier_common::config::Overrides;
 use espalier_common::device::DeviceChoice;
 use espalier_common::job::{JobSpec, Propagation};
 use espalier_common::outline::ModelOutline;
+use serde::Serialize;
 
 use super::args::{LocalArgs, PlanArgs};
 use super::{CliError, job, local, screen, table};
+use crate::config::CoordinatorConfig;
 use crate::error::exit;
 use crate::fleet::Roster;
 use crate::metrics::CoordinatorMetrics;
 use crate::plan::cluster::{ClusterSpec, PlannedWorker};
 use crate::plan::cost;
 use crate::plan::predict::{self, PlanError, Prediction};
+use crate::plan::strategy::{self, Asked, Choice, Strategy, StrategyError};
 use crate::run;
 
 /// Plans a job. One worker on this machine reads the model's headers; nothing else is started or written.
@@ -25,18 +31,56 @@ pub(crate) async fn run(mut args: PlanArgs, json: bool) -> Result<(), CliError> 
     }
     let job = job::job(&args.prune)?;
     job.validate().map_err(|error| CliError::rejected(&error))?;
+    let config = CoordinatorConfig::load(None, Overrides::default()).map_err(|error| CliError::rejected(&error))?;
+    let asked = args.prune.strategy.map(Asked::from).or(config.coordinator.strategy).unwrap_or_default();
     let outline = outline(&job).await?;
     let mode = job.propagation.mode;
-    let prediction = predict(&outline, &job, &cluster, &workers)?;
+    let (choice, plans) = strategy::choose(asked, (&outline, &job), &cluster, &workers).map_err(refused)?;
+    let mut costs = BTreeMap::new();
+    let mut chosen = None;
+    for (strategy, plan) in plans {
+        costs.insert(strategy, StrategyCost { seconds: plan.seconds, bytes_moved: plan.bytes_moved });
+        chosen = chosen.or_else(|| (strategy == choice.strategy).then_some(plan));
+    }
+    let prediction = chosen.expect("what is chosen was predicted");
+    let plan = Planned { prediction, strategy: choice, strategies: costs };
     if job.pattern.allocation.needs_survey() {
         tracing::warn!("the survey that the job's allocation needs beforehand is not part of the prediction");
     }
     if json {
-        screen::out(&serde_json::to_string_pretty(&prediction).expect("a prediction is plain data"));
+        screen::out(&serde_json::to_string_pretty(&plan).expect("a prediction is plain data"));
     } else {
-        screen::out(&summary(&prediction, mode));
+        screen::out(&summary(&plan, mode));
     }
     Ok(())
+}
+
+/// What is predicted, with the strategy that it is predicted for, and what each would cost.
+#[derive(Debug, Serialize)]
+struct Planned {
+    #[serde(flatten)]
+    prediction: Prediction,
+    strategy: Choice,
+    strategies: BTreeMap<Strategy, StrategyCost>,
+}
+
+/// What a strategy would cost.
+#[derive(Debug, Serialize)]
+struct StrategyCost {
+    seconds: f64,
+    bytes_moved: u64,
+}
+
+fn refused(error: StrategyError) -> CliError {
+    match error {
+        StrategyError::Plan(error) => unplanned(error),
+        StrategyError::Unfit { .. } => CliError::rejected(&error),
+    }
+}
+
+fn unplanned(error: PlanError) -> CliError {
+    let code = if error == PlanError::Endless { exit::BUG } else { exit::REJECTED };
+    CliError { code, ..CliError::rejected(&error) }
 }
 
 /// What a job's model is made of, as one worker on this machine reads it in the model's headers.
@@ -52,7 +96,7 @@ pub(super) async fn outline(job: &JobSpec) -> Result<ModelOutline, CliError> {
     .await
 }
 
-/// How the job would go on a cluster.
+/// How the job would go on a cluster whose layers have owners.
 pub(super) fn predict(
     outline: &ModelOutline,
     job: &JobSpec,
@@ -61,13 +105,12 @@ pub(super) fn predict(
 ) -> Result<Prediction, CliError> {
     let cost = cost::count(outline, job, cluster.solver);
     let layer_bytes: Vec<u64> = outline.layers.iter().map(|layer| layer.bytes).collect();
-    predict::predict(&cost, job.propagation.mode, &layer_bytes, cluster, workers).map_err(|error| {
-        let code = if error == PlanError::Endless { exit::BUG } else { exit::REJECTED };
-        CliError { code, ..CliError::rejected(&error) }
-    })
+    let how = (job.propagation.mode, Strategy::Layers);
+    predict::predict(&cost, how, &layer_bytes, cluster, workers).map_err(unplanned)
 }
 
-fn summary(plan: &Prediction, mode: Propagation) -> String {
+fn summary(planned: &Planned, mode: Propagation) -> String {
+    let (plan, choice) = (&planned.prediction, &planned.strategy);
     let gigabytes = |bytes: u64| format!("{:.2}", bytes as f64 / 1e9);
     let mut workers = table::table(&[
         "worker",
@@ -105,10 +148,23 @@ fn summary(plan: &Prediction, mode: Propagation) -> String {
         Propagation::Pruned => "each layer waits for the one before",
         Propagation::Dense => "layers are pruned side by side",
     };
+    let others = planned.strategies.iter().filter(|(strategy, _)| **strategy != choice.strategy);
+    let others: Vec<String> = others
+        .map(|(strategy, cost)| {
+            format!(
+                "; {strategy} would take {:.1} s, with {} GB between workers",
+                cost.seconds,
+                gigabytes(cost.bytes_moved)
+            )
+        })
+        .collect();
     format!(
-        "{workers}\n{phases}\n{:.1} s in all ({order}); {} units on the critical path; {} GB between workers",
+        "{workers}\n{phases}\n{:.1} s in all ({order}); {} units on the critical path; {} GB between workers\nstrategy {}: {}{}",
         plan.seconds,
         plan.critical_path.len(),
-        gigabytes(plan.bytes_moved)
+        gigabytes(plan.bytes_moved),
+        choice.strategy,
+        choice.why,
+        others.concat()
     )
 }

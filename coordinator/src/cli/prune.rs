@@ -10,7 +10,7 @@ use espalier_common::job::JobSpec;
 use espalier_common::store::{self, BlobStore, StoreError};
 use espalier_common::tasks::TaskGroup;
 
-use super::args::{LocalArgs, PruneArgs, ReportArgs, ResumeArgs};
+use super::args::{LocalArgs, PruneArgs, ReportArgs, ResumeArgs, StrategyArg};
 use super::{CliError, cluster, job, local, screen, table};
 use crate::error::{RunError, exit};
 use crate::events::EventLog;
@@ -18,6 +18,7 @@ use crate::fleet::Roster;
 use crate::journal;
 use crate::metrics::CoordinatorMetrics;
 use crate::page;
+use crate::plan::strategy::Asked;
 use crate::report::{self, Report};
 use crate::run::{Run, Setting, TIMELINE};
 use crate::view::{RunView, Timeline};
@@ -26,10 +27,13 @@ use crate::view::{RunView, Timeline};
 pub(crate) async fn run(args: Box<PruneArgs>, json: bool) -> Result<(), CliError> {
     let job = job::job(&args)?;
     match &args.coordinator {
-        Some(url) => cluster::submit(url, &args.access, &job, args.run.as_deref(), json).await,
+        Some(url) => {
+            let asked = args.strategy.map(Asked::from);
+            cluster::submit(url, &args.access, &job, (args.run.as_deref(), asked), json).await
+        }
         None => {
             let run_url = job::run_url(&args, &job);
-            run_here(job, &run_url, &args.local, args.http, json).await
+            run_here((job, args.strategy), &run_url, &args.local, args.http, json).await
         }
     }
 }
@@ -54,7 +58,7 @@ pub(crate) async fn resume(args: ResumeArgs, json: bool) -> Result<(), CliError>
         }
     };
     let job: JobSpec = job.map_err(|error| CliError::rejected(&error))?;
-    run_here(job, &args.run, &args.local, args.http, json).await
+    run_here((job, args.strategy), &args.run, &args.local, args.http, json).await
 }
 
 fn open(run_url: &str) -> Result<Arc<dyn BlobStore>, CliError> {
@@ -99,7 +103,7 @@ impl Logs {
 }
 
 async fn run_here(
-    job: JobSpec,
+    (job, strategy): (JobSpec, Option<StrategyArg>),
     run_url: &str,
     local: &LocalArgs,
     http: Option<SocketAddr>,
@@ -109,7 +113,8 @@ async fn run_here(
     let roster = Roster::default();
     let metrics = CoordinatorMetrics::default();
     let events = EventLog::counted(metrics.clone());
-    let setting = Setting { events: events.clone(), ..local::setting(run_url, local, roster.clone(), stop)? };
+    let mut setting = Setting { events: events.clone(), ..local::setting(run_url, local, roster.clone(), stop)? };
+    setting.strategy = strategy.map(Asked::from).or(setting.strategy);
     let pages = TaskGroup::new();
     if let Some(address) = http {
         local::serve_page(address, &setting, &metrics, &pages).await?;

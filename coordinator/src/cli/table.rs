@@ -6,6 +6,7 @@ use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
 use espalier_common::report::LinkUse;
 
+use crate::plan::strategy::Asked;
 use crate::report::{LinkTotal, Report, SublayerEntry};
 use crate::view::kind;
 
@@ -69,6 +70,9 @@ pub(crate) fn summary(report: &Report, run_folder: &str) -> String {
     let method = format!("{} to {}", report.method.name, report.pattern);
     let spent = if phases.is_empty() { String::new() } else { format!("  (worker seconds: {})", phases.join(", ")) };
     text.push_str(&format!("{method} in {:.1} s{spent}\n", report.totals.seconds));
+    if let Some(choice) = report.strategy.as_ref().filter(|choice| choice.asked != Asked::Layers) {
+        text.push_str(&format!("strategy {}: {}\n", choice.strategy, choice.why));
+    }
     if let Some(allocation) = &report.allocation {
         let sparsities = allocation.layers.iter().map(|layer| 100.0 * layer.sparsity);
         let (least, most) = (sparsities.clone().fold(f64::INFINITY, f64::min), sparsities.fold(0.0, f64::max));

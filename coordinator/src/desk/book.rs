@@ -16,6 +16,7 @@ use super::DeskError;
 use crate::events::RunEvent;
 use crate::journal::fenced::{Appended, FencedLog, TakenOver};
 use crate::journal::holder;
+use crate::plan::strategy::Asked;
 use crate::report::Report;
 
 /// Folder of the jobs' files below the runs' root.
@@ -32,6 +33,9 @@ pub(super) struct Entry {
     pub(super) job: JobSpec,
     /// The run's folder or URL.
     pub(super) folder: String,
+    /// How its workers are to share the calibration, if its submitter said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) strategy: Option<Asked>,
     /// How it ended, if it did.
     pub(super) end: Option<End>,
 }

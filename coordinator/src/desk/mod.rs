@@ -24,6 +24,7 @@ use crate::fleet::Roster;
 use crate::http::{Watched, workers};
 use crate::journal::JournalError;
 use crate::metrics::CoordinatorMetrics;
+use crate::plan::strategy::Asked;
 use crate::run::{Run, Setting};
 use crate::schedule::Limits;
 
@@ -105,6 +106,8 @@ pub struct Setup {
     pub workers_patience: Duration,
     /// Its patience.
     pub limits: Limits,
+    /// How workers are to share the calibration, where a job does not say.
+    pub strategy: Option<Asked>,
 }
 
 /// Why a job is not taken, or the desk not opened.
@@ -187,7 +190,7 @@ impl JobDesk {
     ) -> Result<(Self, EventLog), DeskError> {
         job.validate()?;
         let id = RunId("job-1".to_owned());
-        let entry = Entry { id: id.clone(), key: key_of(&job), job, folder: run_url, end: None };
+        let entry = Entry { id: id.clone(), key: key_of(&job), job, folder: run_url, strategy: None, end: None };
         let desk = Self::over(Book::OneJob, vec![entry], roster, String::new(), setup, metrics);
         let events = desk.ticket(&id.0).map(|ticket| ticket.events).unwrap_or_default();
         Ok((desk, events))
@@ -219,7 +222,13 @@ impl JobDesk {
     ///
     /// # Errors
     /// See [`DeskError`].
-    pub fn submit(&self, job_json: &str, key: &str, run_url: &str) -> Result<RunId, DeskError> {
+    pub fn submit(
+        &self,
+        job_json: &str,
+        key: &str,
+        run_url: &str,
+        strategy: Option<Asked>,
+    ) -> Result<RunId, DeskError> {
         let job: JobSpec = serde_json::from_str(job_json)?;
         job.validate()?;
         // Numbers are given in turn; meanwhile nobody else waits for what may be a slow store.
@@ -229,14 +238,14 @@ impl JobDesk {
             let known = inner.keys.get(key).and_then(|id| inner.tickets.get(id)).map(|ticket| ticket.entry.clone());
             let entry = match known {
                 Some(entry) if matches!(entry.end, Some(End::Ended { .. })) && !self.is_of_one() => {
-                    Entry { end: None, ..entry }
+                    Entry { end: None, strategy: strategy.or(entry.strategy), ..entry }
                 }
                 Some(entry) => return Ok(entry.id),
                 None if self.is_of_one() => return Err(DeskError::OneJob),
                 None => {
                     let id = RunId(format!("job-{}", inner.order.len() + 1));
                     let folder = if run_url.is_empty() { store::join(&self.root, &id.0) } else { run_url.to_owned() };
-                    Entry { id, key: key.to_owned(), job, folder, end: None }
+                    Entry { id, key: key.to_owned(), job, folder, strategy, end: None }
                 }
             };
             if inner.queue.len() >= MAX_QUEUED {
@@ -362,6 +371,7 @@ impl JobDesk {
             events: ticket.events.clone(),
             clock: self.setup.clock.clone(),
             limits: self.setup.limits,
+            strategy: ticket.entry.strategy.or(self.setup.strategy),
             workers_return: true,
             stop: ticket.stop.clone(),
         };

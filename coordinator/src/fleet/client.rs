@@ -7,7 +7,7 @@ use espalier_common::ids::{Boundary, Lease, RunId};
 use espalier_common::outline::ModelOutline;
 use espalier_common::pattern::Pattern;
 use espalier_common::report::Artifact;
-use espalier_common::wire::{self, Source};
+use espalier_common::wire::{self, Shares, Source};
 use espalier_gate::{Dialer, Role};
 use espalier_proto::v1 as pb;
 use espalier_proto::v1::worker_client::WorkerClient as Stub;
@@ -73,6 +73,8 @@ pub enum UnitCall {
         keeps_output: bool,
         /// Endpoints of workers that may help.
         assistants: Vec<String>,
+        /// With the strategy `data`: who keeps what.
+        shares: Option<Shares>,
     },
     /// Run a dense layer and look at it.
     Survey {
@@ -188,12 +190,12 @@ impl WorkerClient for GrpcWorkerClient {
                 let message = pb::ForwardLayerRequest { lease: wire_lease, source: Some(source.into()) };
                 self.answer("ForwardLayer", stub.forward_layer(Self::request(message, SHORT)).await)?
             }
-            UnitCall::Prune { source, pattern, keeps_output, assistants } => {
+            UnitCall::Prune { source, pattern, keeps_output, assistants, shares } => {
                 let pattern_json = serde_json::to_string(&pattern).expect("a pattern is plain data");
                 let source = Some(source.into());
                 let keep_output = keeps_output;
-                let message =
-                    pb::PruneLayerRequest { lease: wire_lease, source, pattern_json, keep_output, assistants };
+                let (lease, shares) = (wire_lease, shares.map(Into::into));
+                let message = pb::PruneLayerRequest { lease, source, pattern_json, keep_output, assistants, shares };
                 self.answer("PruneLayer", stub.prune_layer(Self::request(message, SHORT)).await)?
             }
             UnitCall::Survey { source, sparsities } => {

@@ -11,6 +11,7 @@ use espalier_common::report::Artifact;
 use serde::{Deserialize, Serialize};
 
 use super::fenced::{Appended, TakenOver};
+use crate::plan::strategy::Choice;
 use crate::schedule::Record;
 
 /// The record that makes a run.
@@ -43,6 +44,8 @@ pub enum JournalRecord {
         /// One pattern a layer.
         patterns: Vec<Pattern>,
     },
+    /// How the workers share the calibration from here on.
+    Strategy(Choice),
     /// The survey of the dense model, or a trial of a plan, moved on: what sparsities are allocated by.
     Survey(Record),
     /// Pruning moved on.

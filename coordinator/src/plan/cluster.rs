@@ -138,6 +138,17 @@ pub enum ClusterError {
 }
 
 impl ClusterSpec {
+    /// What is taken for granted of machines that nobody has described.
+    pub fn usual() -> Self {
+        Self {
+            network: Network::default(),
+            storage: Storage::default(),
+            products: Products::default(),
+            solver: Solver::default(),
+            workers: Vec::new(),
+        }
+    }
+
     /// Reads the file.
     ///
     /// # Errors

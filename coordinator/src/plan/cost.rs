@@ -72,8 +72,10 @@ pub struct JobCost {
     pub layers: Vec<LayerCost>,
     /// Bytes of the hidden states at one boundary.
     pub boundary_bytes: u64,
-    /// Whether idle workers help with a layer of a chain: not with one that loses heads and channels.
+    /// Whether idle workers help with a layer of a chain: not where a method needs all its sequences in one place.
     pub is_shared: bool,
+    /// As many workers may have a share of the sequences.
+    pub most_hands: usize,
 }
 
 /// Counts what `job` costs on a model of this outline.
@@ -87,7 +89,17 @@ pub fn count(outline: &ModelOutline, job: &JobSpec, solver: Solver) -> JobCost {
         sides: if job.held_out_samples() > 0 { 2 } else { 1 },
     };
     let layers = outline.layers.iter().map(|layer| size.layer(layer, solver)).collect();
-    JobCost { layers, boundary_bytes: size.boundary_bytes(), is_shared: outline.structure.is_none() }
+    JobCost {
+        layers,
+        boundary_bytes: size.boundary_bytes(),
+        is_shared: outline.structure.is_none() && !outline.needs_whole,
+        most_hands: most_hands(job),
+    }
+}
+
+/// As many workers may have a share of the calibration sequences: no more than leaves, and none of them without a sequence.
+pub fn most_hands(job: &JobSpec) -> usize {
+    LEAVES.min(job.calibration.samples).max(1)
 }
 
 #[derive(Debug, Clone, Copy)]

@@ -7,6 +7,7 @@ pub mod measured;
 pub mod owl;
 pub mod partition;
 pub mod predict;
+pub mod strategy;
 pub mod widths;
 
 /// A worker's measured speed as the scheduler compares it; 0 if it makes no sense.

@@ -1,6 +1,7 @@
 //! How a run would go: the scheduler itself, driven by what each unit costs instead of by workers.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use espalier_common::clock::Millis;
 use espalier_common::digest::Digest;
@@ -12,10 +13,8 @@ use serde::Serialize;
 use super::cluster::{ClusterSpec, PlannedWorker};
 use super::cost::{JobCost, Memory};
 use super::megaflops;
+use super::strategy::Strategy;
 use crate::schedule::{Action, Event, Limits, Origin, Scheduler, Shape};
-
-/// A layer's sequences are cut into eight leaves, one of them the owner's at least.
-const MOST_ASSISTANTS: usize = 7;
 
 /// How a run would go.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -99,7 +98,7 @@ fn gigabytes(bytes: u64) -> String {
 /// `Memory` for the first layer that a worker could be given but cannot hold.
 pub fn predict(
     cost: &JobCost,
-    mode: Propagation,
+    (mode, strategy): (Propagation, Strategy),
     layer_bytes: &[u64],
     cluster: &ClusterSpec,
     workers: &[PlannedWorker],
@@ -116,10 +115,7 @@ pub fn predict(
         }
     }
     let layer_bytes = layer_bytes.to_vec();
-    let shape = match mode {
-        Propagation::Pruned => Shape::PruneChain { layer_bytes },
-        Propagation::Dense => Shape::PruneApart { layer_bytes },
-    };
+    let shape = Shape::of_pruning(mode, strategy, layer_bytes, cost.most_hands);
     Rehearsal::new(cost, mode, cluster, workers, shape).run()
 }
 
@@ -143,6 +139,8 @@ struct Rehearsal<'a> {
     done: Vec<Running>,
     held: BTreeMap<WorkerId, BTreeSet<Boundary>>,
     bytes_moved: u64,
+    /// With the strategy `data`: as many workers have a share each.
+    shares_of: Option<usize>,
 }
 
 impl<'a> Rehearsal<'a> {
@@ -153,9 +151,11 @@ impl<'a> Rehearsal<'a> {
         workers: &'a [PlannedWorker],
         shape: Shape,
     ) -> Self {
+        let hands = workers.len().min(cost.most_hands).max(1);
+        let shares_of = matches!(shape, Shape::PruneTogether { .. }).then_some(hands);
         let scheduler = Scheduler::new(shape, Limits::default());
         let (running, done, held) = (Vec::new(), Vec::new(), BTreeMap::new());
-        Self { cost, mode, cluster, workers, scheduler, running, done, held, bytes_moved: 0 }
+        Self { cost, mode, cluster, workers, scheduler, running, done, held, bytes_moved: 0, shares_of }
     }
 
     fn run(mut self) -> Result<Prediction, PlanError> {
@@ -223,8 +223,8 @@ impl<'a> Rehearsal<'a> {
     fn begin(&mut self, actions: &[Action], now: f64, after: Option<usize>) {
         for action in actions {
             match action {
-                Action::Start { lease, origin, assistants, .. } => {
-                    let phases = self.phases(*lease, *origin, assistants);
+                Action::Start { lease, origin, assistants, shares, .. } => {
+                    let phases = self.phases(*lease, *origin, (assistants, shares.as_deref()));
                     let seconds: f64 = phases.iter().map(|(_, seconds)| seconds).sum();
                     self.running.push(Running { lease: *lease, from: now, to: now + seconds, phases, after });
                 }
@@ -239,11 +239,18 @@ impl<'a> Rehearsal<'a> {
     }
 
     /// What a unit does on its worker, phase by phase, in seconds.
-    fn phases(&mut self, lease: Lease, origin: Origin, assistants: &[WorkerId]) -> Vec<(&'static str, f64)> {
+    fn phases(
+        &mut self,
+        lease: Lease,
+        origin: Origin,
+        (assistants, shares): (&[WorkerId], Option<&[Range<usize>]>),
+    ) -> Vec<(&'static str, f64)> {
         let (Unit::Prune(layer) | Unit::Forward(layer)) = lease.unit else { return Vec::new() };
         let speed = self.workers[lease.worker.0 as usize].gflops * 1e9;
         let efficiency = self.cluster.products.efficiency;
-        let layers = &self.cost.layers[origin.boundary().0 as usize..=layer.0 as usize];
+        // Whoever keeps its share has it: nobody comes or goes in a rehearsal.
+        let first = if shares.is_some() { layer.0 } else { origin.boundary().0 };
+        let layers = &self.cost.layers[first as usize..=layer.0 as usize];
         let load_bytes: u64 = layers.iter().map(|layer| layer.load_bytes).sum();
         let mut phases = Vec::new();
         match origin {
@@ -258,12 +265,20 @@ impl<'a> Rehearsal<'a> {
         let (own, before) = layers.split_last().expect("a unit has a layer");
         let replayed: f64 = before.iter().map(|layer| layer.forward_flops).sum();
         // A shared layer: equal shares of the sequences, so that the slowest counts, and blocks to whoever is free.
-        let shared = assistants.iter().take(if self.cost.is_shared { MOST_ASSISTANTS } else { 0 });
-        let speeds: Vec<f64> = shared.map(|worker| self.workers[worker.0 as usize].gflops * 1e9).collect();
+        let speed_of = |worker: &WorkerId| self.workers[worker.0 as usize].gflops * 1e9;
+        let lent = if self.cost.is_shared { self.cost.most_hands - 1 } else { 0 };
+        let has_share = |number: usize| shares.map_or(number < lent, |shares| !shares[number].is_empty());
+        let shared = (0..assistants.len()).filter(|number| has_share(*number));
+        let speeds: Vec<f64> = shared.map(|number| speed_of(&assistants[number])).collect();
         let hands = 1.0 + speeds.len() as f64;
-        let together = speed + speeds.iter().sum::<f64>();
+        let together = speed
+            + match shares {
+                // Who has no share of the sequences solves all the same.
+                Some(_) => assistants.iter().map(speed_of).sum::<f64>(),
+                None => speeds.iter().sum(),
+            };
         let slowest = speeds.iter().copied().fold(speed, f64::min);
-        if !speeds.is_empty() {
+        if !speeds.is_empty() && shares.is_none() {
             // Each share goes to its assistant and comes back.
             let bytes = 2.0 * self.cost.boundary_bytes as f64 * (hands - 1.0) / hands;
             self.bytes_moved = self.bytes_moved.saturating_add(bytes as u64);
@@ -305,9 +320,18 @@ impl<'a> Rehearsal<'a> {
             let mut layers: Vec<LayerIndex> = pruned.collect();
             layers.sort_unstable();
             let memory = layers.iter().map(|layer| self.cost.layers[layer.0 as usize].memory);
+            let memory = match self.shares_of {
+                None => memory.fold(Memory::default(), Memory::max),
+                // Everyone has a part in every layer.
+                Some(hands) => {
+                    let most = self.cost.layers.iter().map(|layer| layer.memory).fold(Memory::default(), Memory::max);
+                    let is_share = if index < hands { most.activation_bytes.div_ceil(hands as u64) } else { 0 };
+                    Memory { activation_bytes: is_share, ..most }
+                }
+            };
             WorkerPart {
                 worker: worker.clone(),
-                memory: memory.fold(Memory::default(), Memory::max),
+                memory,
                 layers,
                 busy_seconds: own.iter().map(|step| step.to - step.from).sum(),
             }
@@ -331,7 +355,6 @@ impl<'a> Rehearsal<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::cluster::{Network, Products, Solver, Storage};
     use super::super::cost::{self, tests::job, tests::outline};
     use super::*;
 
@@ -341,14 +364,7 @@ mod tests {
             memory_bytes,
             gflops,
         });
-        let spec = ClusterSpec {
-            network: Network::default(),
-            storage: Storage::default(),
-            products: Products::default(),
-            solver: Solver::default(),
-            workers: Vec::new(),
-        };
-        (spec, workers.collect())
+        (ClusterSpec::usual(), workers.collect())
     }
 
     fn plan_of(mode: &str, layers: usize, gflops: &[f64], memory_bytes: u64) -> Result<Prediction, PlanError> {
@@ -356,7 +372,7 @@ mod tests {
         let (cluster, workers) = cluster(gflops, memory_bytes);
         let cost = cost::count(&outline, &job, cluster.solver);
         let layer_bytes: Vec<u64> = outline.layers.iter().map(|layer| layer.bytes).collect();
-        predict(&cost, job.propagation.mode, &layer_bytes, &cluster, &workers)
+        predict(&cost, (job.propagation.mode, Strategy::Layers), &layer_bytes, &cluster, &workers)
     }
 
     #[test]
@@ -393,7 +409,7 @@ mod tests {
         let layer = cost.layers[0];
         cluster.products.efficiency = 0.5;
         let layer_bytes = [outline.layers[0].bytes];
-        let plan = predict(&cost, job.propagation.mode, &layer_bytes, &cluster, &workers).unwrap();
+        let plan = predict(&cost, (job.propagation.mode, Strategy::Layers), &layer_bytes, &cluster, &workers).unwrap();
         for (phase, seconds) in [
             ("forward", layer.forward_flops / 0.5e9),
             ("gram", layer.gram_flops / 0.5e9),

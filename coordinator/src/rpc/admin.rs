@@ -10,6 +10,7 @@ use tonic::{Request, Response, Status};
 
 use crate::desk::JobDesk;
 use crate::events::Stamped;
+use crate::plan::strategy::{Asked, UnknownStrategy};
 
 /// The service that takes jobs and tells of them.
 #[derive(Clone)]
@@ -36,13 +37,15 @@ impl Admin for AdminDesk {
 
     async fn submit(&self, request: Request<pb::SubmitRequest>) -> Result<Response<pb::SubmitResponse>, Status> {
         let message = request.into_inner();
-        let run =
-            self.desk.submit(&message.job_json, &message.idempotency_key, &message.run_url).map_err(
-                |error| match error.is_passing() {
-                    true => Status::unavailable(error.to_string()),
-                    false => Status::invalid_argument(error.to_string()),
-                },
-            )?;
+        let strategy: Option<Asked> = match message.strategy.as_str() {
+            "" => None,
+            name => Some(name.parse().map_err(|error: UnknownStrategy| Status::invalid_argument(error.to_string()))?),
+        };
+        let submitted = self.desk.submit(&message.job_json, &message.idempotency_key, &message.run_url, strategy);
+        let run = submitted.map_err(|error| match error.is_passing() {
+            true => Status::unavailable(error.to_string()),
+            false => Status::invalid_argument(error.to_string()),
+        })?;
         Ok(Response::new(pb::SubmitResponse { run: run.0 }))
     }
 

@@ -160,8 +160,15 @@ impl AdminClient {
     ///
     /// # Errors
     /// `Refused`, `Unreachable`.
-    pub async fn submit(&mut self, job_json: String, key: String, run_url: String) -> Result<String, AdminError> {
-        let message = pb::SubmitRequest { job_json, idempotency_key: key, run_url };
+    pub async fn submit(
+        &mut self,
+        job_json: String,
+        key: String,
+        run_url: String,
+        strategy: Option<Asked>,
+    ) -> Result<String, AdminError> {
+        let strategy = strategy.map_or_else(String::new, |asked| asked.name().to_owned());
+        let message = pb::SubmitRequest { job_json, idempotency_key: key, run_url, strategy };
         let message = self.request(message);
         let answer = self.stub.submit(message).await.map_err(|status| refusal(&self.url, &status))?;
         Ok(answer.into_inner().run)

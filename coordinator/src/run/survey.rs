@@ -14,7 +14,7 @@ use espalier_common::wire::Source;
 use tracing::info;
 
 use super::Run;
-use crate::driver::{Driver, Preparation, Purpose};
+use crate::driver::{Driver, Help, Preparation, Purpose};
 use crate::error::RunError;
 use crate::events::{Phase, RunEvent};
 use crate::fleet::UnitCall;
@@ -173,7 +173,7 @@ impl Purpose for Surveying {
         JournalRecord::Survey(record)
     }
 
-    fn call(&self, lease: Lease, source: Source, _: bool, _: Vec<String>) -> UnitCall {
+    fn call(&self, lease: Lease, source: Source, _: bool, _: Help) -> UnitCall {
         match lease.unit {
             Unit::Forward(_) | Unit::Prune(_) => UnitCall::Survey { source, sparsities: self.sparsities.clone() },
             Unit::Evaluate(trial) => UnitCall::Try { patterns: self.plans[trial as usize].clone() },

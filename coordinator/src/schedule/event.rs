@@ -6,8 +6,11 @@ use std::time::Duration;
 use espalier_common::clock::Millis;
 use espalier_common::fault::Fault;
 use espalier_common::ids::{Boundary, LayerIndex, Lease, Unit, WorkerId};
+use espalier_common::job::Propagation;
 use espalier_common::report::Outcome;
 use serde::{Deserialize, Serialize};
+
+use crate::plan::strategy::Strategy;
 
 /// What the scheduler is told. Time is data (`Tick`), so that a run replays from its events alone.
 #[derive(Debug, Clone, PartialEq)]
@@ -231,6 +234,16 @@ pub enum Shape {
 }
 
 impl Shape {
+    /// The shape of pruning layers of these bytes; `most_hands` workers may keep a share with the strategy `data`, of which there
+    /// is nothing where layers do not wait for each other.
+    pub fn of_pruning(mode: Propagation, strategy: Strategy, layer_bytes: Vec<u64>, most_hands: usize) -> Self {
+        match (mode, strategy) {
+            (Propagation::Pruned, Strategy::Layers) => Self::PruneChain { layer_bytes },
+            (Propagation::Pruned, Strategy::Data) => Self::PruneTogether { layer_bytes, most_hands },
+            (Propagation::Dense, _) => Self::PruneApart { layer_bytes },
+        }
+    }
+
     /// Every unit, with the one unit it waits for.
     pub(super) fn units(&self) -> Vec<(Unit, Option<Unit>)> {
         let layers = |bytes: &[u64]| (0..bytes.len() as u32).map(LayerIndex);

@@ -456,7 +456,8 @@ impl Scheduler {
             _ => return false,
         };
         let next = layer.0 + 1;
-        let is_stage_end = !self.keeps_shares() && self.owners.get(&LayerIndex(next)).is_some_and(|owner| *owner != worker);
+        let is_stage_end =
+            !self.keeps_shares() && self.owners.get(&LayerIndex(next)).is_some_and(|owner| *owner != worker);
         let every = self.limits.stored_every;
         every > 0 && (next as usize) < layer_bytes.len() && (is_stage_end || next.is_multiple_of(every))
     }

@@ -18,13 +18,7 @@ pub(super) struct Shares {
 impl Shares {
     /// Cuts the leaves for a layer that `owner` prunes with the help of `others`, unless they stay as they are. A share that was
     /// not kept has to run through `behind` layers; `left` are to be pruned yet, this one among them. At most `most` have one.
-    pub(super) fn settle(
-        &mut self,
-        owner: WorkerId,
-        others: &[WorkerId],
-        most: usize,
-        (behind, left): (usize, usize),
-    ) {
+    pub(super) fn settle(&mut self, owner: WorkerId, others: &[WorkerId], most: usize, (behind, left): (usize, usize)) {
         let mut order: Vec<WorkerId> = self.cut.iter().map(|(worker, _)| *worker).collect();
         let had = order.len();
         order.retain(|worker| *worker == owner || others.contains(worker));

@@ -32,6 +32,7 @@ pub fn events(records: &[JournalRecord], seen: usize, url: &str) -> Vec<RunEvent
                 }
                 events.push(RunEvent::Phase { phase: Phase::Prune { layers: patterns.len() } });
             }
+            JournalRecord::Strategy(choice) => events.push(RunEvent::Strategy(choice.clone())),
             JournalRecord::Survey(record) | JournalRecord::Prune(record) | JournalRecord::Evaluate { record, .. } => {
                 events.push(scheduled(record));
             }

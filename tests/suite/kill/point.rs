@@ -24,6 +24,7 @@ listed! {
     Kind {
         Created,
         Planned,
+        Strategy,
         SurveyLeased,
         SurveyCommitted,
         SurveyFailed,
@@ -66,6 +67,7 @@ impl Kind {
             JournalRecord::TakenOver(_) => return None,
             JournalRecord::Created(_) => Self::Created,
             JournalRecord::Planned { .. } => Self::Planned,
+            JournalRecord::Strategy(_) => Self::Strategy,
             JournalRecord::Survey(Record::Leased { .. }) => Self::SurveyLeased,
             JournalRecord::Survey(Record::Committed { .. }) => Self::SurveyCommitted,
             JournalRecord::Survey(Record::Failed { .. }) => Self::SurveyFailed,
@@ -88,6 +90,7 @@ impl Kind {
         match self {
             Self::Created => ("{\"created\":", 1),
             Self::Planned => ("{\"planned\":", 1),
+            Self::Strategy => ("{\"strategy\":", 1),
             Self::SurveyLeased => ("{\"survey\":{\"leased\":", 2),
             Self::SurveyCommitted => ("{\"survey\":{\"committed\":", 2),
             Self::SurveyFailed => ("{\"survey\":{\"failed\":", 1),

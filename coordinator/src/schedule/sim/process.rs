@@ -194,7 +194,8 @@ impl World {
         // One leaf that came of something else is enough to be seen.
         let wrong = inputs.iter().find(|states| **states != inputs[0]);
         let input = Rc::clone(wrong.unwrap_or(&inputs[0]));
-        let input = if wrong.is_some() && self.is_committed_input(layer, &input) { Rc::clone(&inputs[0]) } else { input };
+        let input =
+            if wrong.is_some() && self.is_committed_input(layer, &input) { Rc::clone(&inputs[0]) } else { input };
         self.provenance.insert(digest, Provenance { lease: task.lease, input: Rc::clone(&input) });
         let mut kept = None;
         if layer.0 + 1 < self.layers {
@@ -245,7 +246,8 @@ impl World {
             } else {
                 continue;
             };
-            let kept = self.processes[process].shares.get(&Boundary(boundary)).and_then(|kept| kept.get(&leaf)).cloned();
+            let kept =
+                self.processes[process].shares.get(&Boundary(boundary)).and_then(|kept| kept.get(&leaf)).cloned();
             let Some((came_of, states)) = kept else { continue };
             if came_of == of || self.planted == Planted::BelievedShare {
                 self.fault("kept share");

@@ -1,0 +1,46 @@
+//! How the workers of a run share its calibration: chosen before anything is computed, and noted for the report.
+
+use espalier_common::outline::ModelOutline;
+
+use super::Run;
+use crate::error::RunError;
+use crate::events::RunEvent;
+use crate::journal::JournalRecord;
+use crate::plan::cluster::{ClusterSpec, PlannedWorker};
+use crate::plan::strategy::{self, Asked, Choice};
+
+impl Run {
+    /// The strategy that was chosen last, in this life of the run or an earlier one.
+    pub(super) fn chosen_strategy(&self) -> Option<&Choice> {
+        self.past.iter().rev().find_map(|record| match record {
+            JournalRecord::Strategy(choice) => Some(choice),
+            _ => None,
+        })
+    }
+
+    /// Chooses the strategy, by the workers that are there.
+    ///
+    /// # Errors
+    /// `Strategy` if `data` is asked for and the job does not allow it.
+    pub(super) fn choose_strategy(&mut self, outline: &ModelOutline) -> Result<(), RunError> {
+        // Whether it fits their memory is for them to say; and what is between them nobody has told.
+        let worker =
+            |name: String, gflops: f64| PlannedWorker { name, memory_bytes: u64::MAX, gflops: gflops.max(1.0) };
+        let members = self.setting.roster.members().into_values();
+        let workers: Vec<PlannedWorker> =
+            members.map(|member| worker(member.offer.name.clone(), member.offer.gflops)).collect();
+        let asked = self.asked_strategy();
+        let (choice, _) = strategy::choose(asked, (outline, &self.job), &ClusterSpec::usual(), &workers)?;
+        self.setting.events.note(RunEvent::Strategy(choice.clone()));
+        if self.chosen_strategy() != Some(&choice) {
+            self.append(JournalRecord::Strategy(choice))?;
+        }
+        Ok(())
+    }
+
+    /// What is asked for now; where nothing is, what the run was begun with.
+    fn asked_strategy(&self) -> Asked {
+        let now = self.setting.strategy;
+        now.or_else(|| self.chosen_strategy().map(|choice| choice.asked)).unwrap_or_default()
+    }
+}
