@@ -1,5 +1,7 @@
 //! Sessions end to end, in one process: real model, real store, real transfers between workers.
 
+mod kept;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;

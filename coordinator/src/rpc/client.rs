@@ -11,6 +11,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::config::ClientConfig;
 use crate::events::{Stamped, Status};
+use crate::plan::strategy::Asked;
 
 const DEADLINE: Duration = Duration::from_secs(20);
 /// The last event holds a whole report.
