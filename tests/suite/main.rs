@@ -2,6 +2,7 @@
 
 mod allocation;
 mod cluster;
+mod data;
 mod deploy;
 mod export;
 mod foreign;
