@@ -14,7 +14,7 @@ use espalier_common::store::{self, BlobStore};
 use espalier_common::wire::Source;
 
 use crate::calibration;
-use crate::driver::{Driver, Preparation, Purpose};
+use crate::driver::{Driver, Help, Preparation, Purpose};
 use crate::error::RunError;
 use crate::events::{Phase, RunEvent};
 use crate::fleet::UnitCall;

@@ -60,6 +60,11 @@ impl TestWorker {
     }
 }
 
+/// Even shares of a layer whose output is stored too.
+fn stored(assistants: &[String]) -> Share<'_> {
+    Share { keeps_output: true, ..Share::even(assistants) }
+}
+
 /// Some workers that others can call, and where.
 fn some(run: &TestRun, count: usize, tasks: &TaskGroup) -> (Vec<TestWorker>, Vec<String>) {
     (0..count).map(|_| served(run, tasks)).unzip()
@@ -146,7 +151,6 @@ async fn what_was_kept_of_an_attempt_that_came_to_nothing_is_not_used() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_assistant_with_a_share_costs_nothing_whenever_it_goes_and_its_output_is_stored_all_the_same() {
     let (run, tasks) = (in_small_blocks("llama-tiny", "espalier"), TaskGroup::new());
-    let stored = |assistants| Share { keeps_output: true, ..Share::even(assistants) };
     let mut alone = TestWorker::prepared(&run, u64::MAX);
     let (first, first_output, _) = alone.together(&run, &[], stored(&[])).await;
     let (second, second_output, _) = alone.together(&run, std::slice::from_ref(&first), stored(&[])).await;
@@ -165,10 +169,10 @@ async fn an_assistant_with_a_share_costs_nothing_whenever_it_goes_and_its_output
     assert_eq!((lost[0], *lost.last().unwrap()), (2, 0), "{lost:?}");
     assert!(lost.iter().filter(|&&lost| lost > 0).count() > 2, "{lost:?}");
     // From the store, and from nobody's memory.
-    let stored = SourceFrom::Stored { boundary: Boundary(2), artifact: second_output.unwrap() };
+    let from = SourceFrom::Stored { boundary: Boundary(2), artifact: second_output.unwrap() };
     let work = Work::Prune {
         layer: LayerIndex(2),
-        source: Source { from: stored, replay: Vec::new() },
+        source: Source { from, replay: Vec::new() },
         pattern: HALF,
         keeps_output: false,
         assistants: vec![endpoint],

@@ -295,7 +295,8 @@ impl World {
             replay.clear();
         }
         let process = self.numbers[&lease.worker];
-        let predecessor = layer.0.checked_sub(1).and_then(|before| committed[&Unit::Prune(LayerIndex(before))]);
+        let before = layer.0.checked_sub(1).map(|before| Unit::Prune(LayerIndex(before)));
+        let predecessor = before.and_then(|before| committed.get(&before).copied().flatten());
         let shares = shares.map(|leaves| TheirShares { leaves, predecessor });
         let order = Order::Start { lease, from, replay, keeps_output, shares };
         self.send(Message::ToWorker { process, order });

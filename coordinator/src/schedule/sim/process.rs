@@ -8,6 +8,7 @@ use espalier_common::calibration::LEAVES;
 use espalier_common::digest::Digest;
 use espalier_common::fault::FaultClass;
 use espalier_common::report::{Artifact, LayerSurvey};
+use rand::Rng as _;
 
 use super::super::*;
 use super::{Kind, Planted, Provenance, World};
