@@ -106,7 +106,7 @@ impl Workplace<'_> {
                 }
                 SourceFrom::Held(_) | SourceFrom::Peer { .. } => return Err(wrong()),
             };
-            tracing::info!(%layer, boundary = %start, sequences = missing.len(), "a share was not kept, and is made again");
+            tracing::info!(%layer, boundary = %start, sequences = missing.len(), "a share that is not kept is made");
             states = by_sequence(missing, began.streams);
         }
         for (step, index) in (start.0..layer.0).enumerate() {

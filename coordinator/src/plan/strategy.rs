@@ -147,10 +147,10 @@ pub fn choose(
             let is_slower = data.seconds > layers.seconds * (1.0 + 1e-9);
             let is_faster = data.seconds < layers.seconds * (1.0 - 1e-9);
             if is_slower || (!is_faster && data.bytes_moved >= layers.bytes_moved) {
-                let why = format!("{} is predicted, against {} with data", costs(layers), costs(data));
+                let why = format!("predicted to take {}; with data {}", costs(layers), costs(data));
                 chosen(Strategy::Layers, why)
             } else {
-                let why = format!("{} is predicted, against {} with layers", costs(data), costs(layers));
+                let why = format!("predicted to take {}; with layers {}", costs(data), costs(layers));
                 chosen(Strategy::Data, why)
             }
         }
@@ -165,7 +165,7 @@ pub fn choose(
 fn costs(plan: &Prediction) -> String {
     let hidden = plan.workers.iter().map(|part| part.memory.activation_bytes).max().unwrap_or(0);
     format!(
-        "{:.1} s with {:.2} GB of hidden states between workers and {:.2} GB at the one with most",
+        "{:.1} s, {:.2} GB of hidden states moved and {:.2} GB at one worker",
         plan.seconds,
         plan.bytes_moved as f64 / 1e9,
         hidden as f64 / 1e9
