@@ -117,6 +117,8 @@ impl<'a> Trouble<'a> {
         let mut workplace = Workplace::new();
         workplace.set("ESPALIER__COORDINATOR__WORKER_SILENCE_SECONDS", "3");
         workplace.set("ESPALIER__COORDINATOR__STORED_EVERY", if rng.random_bool(0.5) { "1" } else { "0" });
+        // Where layers wait for each other, `auto` takes `data`.
+        workplace.set("ESPALIER__COORDINATOR__STRATEGY", if rng.random_bool(0.5) { "auto" } else { "layers" });
         let network = if has_network { Some(Network::new(MACHINES + 1, rng.random())?) } else { None };
         let workers = rng.random_range(1..=MACHINES);
         let cluster = Cluster::start_in(workplace, network, workers, &faults.variables())?;

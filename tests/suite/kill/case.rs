@@ -83,6 +83,10 @@ impl Case {
         workplace.set("ESPALIER__COORDINATOR__WORKER_SILENCE_SECONDS", "4");
         // Every worker gets its share of the layers, however busy the machine is.
         workplace.set("ESPALIER__WORKER__GFLOPS", "10");
+        if let (Point::Behind(_), Victim::Worker) = (self.point, self.victim) {
+            // Then workers keep their shares where layers wait for each other.
+            workplace.set("ESPALIER__COORDINATOR__STRATEGY", "auto");
+        }
         if self.point == Point::During(Transfer::StoredBoundary) {
             workplace.set("ESPALIER__COORDINATOR__STORED_EVERY", "1");
         }
