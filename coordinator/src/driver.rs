@@ -61,7 +61,7 @@ pub trait Purpose: Send + Sync {
     /// Wraps a record of the scheduler for the journal.
     fn record(&self, record: Record) -> JournalRecord;
     /// What the worker of a lease must be told.
-    fn call(&self, lease: Lease, source: Source, keeps_output: bool, assistants: Vec<String>) -> UnitCall;
+    fn call(&self, lease: Lease, source: Source, keeps_output: bool, helpers: Helpers) -> UnitCall;
     /// What a worker must be told before its first unit; `None` if nothing.
     fn preparation(&self) -> Option<Preparation>;
 }
@@ -413,9 +413,13 @@ impl Driver<'_> {
     ) -> Option<UnitCall> {
         let source = self.source(lease, origin)?;
         let everyone = self.roster.everyone();
-        let there = assistants.iter().filter_map(|worker| everyone.get(worker));
-        let endpoints = there.map(|member| member.offer.endpoint.clone()).collect();
-        Some(purpose.call(lease, source, keeps_output, endpoints))
+        let there: Vec<_> = assistants.iter().filter_map(|worker| everyone.get(worker)).collect();
+        let owner = everyone.get(&lease.worker)?;
+        let helpers = Helpers {
+            endpoints: there.iter().map(|member| member.offer.endpoint.clone()).collect(),
+            gflops: [owner].iter().chain(&there).map(|member| member.offer.gflops).collect(),
+        };
+        Some(purpose.call(lease, source, keeps_output, helpers))
     }
 
     /// Turns the scheduler's origin into what a worker can use; `None` if the holder is gone, which the roster reports.

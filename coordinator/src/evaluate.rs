@@ -90,7 +90,7 @@ impl Purpose for Evaluation {
         JournalRecord::Evaluate { model: self.model, record }
     }
 
-    fn call(&self, lease: Lease, _: Source, _: bool, _: Vec<String>) -> UnitCall {
+    fn call(&self, lease: Lease, _: Source, _: bool, _: Helpers) -> UnitCall {
         let share = match lease.unit {
             Unit::Evaluate(share) => share - self.model.first_share(),
             Unit::Forward(layer) | Unit::Prune(layer) => layer.0,

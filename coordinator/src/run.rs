@@ -532,13 +532,13 @@ impl Purpose for Pruning {
         JournalRecord::Prune(record)
     }
 
-    fn call(&self, lease: Lease, mut source: Source, keeps_output: bool, assistants: Vec<String>) -> UnitCall {
+    fn call(&self, lease: Lease, mut source: Source, keeps_output: bool, helpers: Helpers) -> UnitCall {
         match lease.unit {
             Unit::Prune(layer) => {
                 if self.propagation == Propagation::Dense {
                     source.replay.clear();
                 }
-                UnitCall::Prune { source, pattern: self.patterns[layer.0 as usize], keeps_output, assistants }
+                UnitCall::Prune { source, pattern: self.patterns[layer.0 as usize], keeps_output, helpers }
             }
             Unit::Forward(_) | Unit::Evaluate(_) => UnitCall::Forward { source },
         }

@@ -67,7 +67,7 @@ pub fn prune_layer(
         let finished = || finish_layer(lanes, place.cache, place.control);
         output = is_run.then(|| phases.time("forward", finished)).transpose()?.map(|streams| HiddenStates { streams });
     } else {
-        let alone = Help { lease: help.lease, assistants: Vec::new() };
+        let alone = Help { lease: help.lease, assistants: Vec::new(), gflops: Vec::new() };
         // A reconstruction tunes on all sequences at once.
         let help = if place.is_chain() && run.method.reconstruct.is_none() { help } else { &alone };
         let input = with_dense(place, input);

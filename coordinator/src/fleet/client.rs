@@ -55,6 +55,15 @@ impl CallError {
     }
 }
 
+/// Workers that may help with a layer.
+#[derive(Debug, Clone, Default)]
+pub struct Helpers {
+    /// Endpoints of their services.
+    pub endpoints: Vec<String>,
+    /// Speeds that the layer's owner and these offered, in GFLOP/s: by these its sequences are shared out.
+    pub gflops: Vec<f64>,
+}
+
 /// What a unit needs to be started with, besides its lease.
 #[derive(Debug, Clone)]
 pub enum UnitCall {
@@ -71,8 +80,8 @@ pub enum UnitCall {
         pattern: Pattern,
         /// Whether its output is also left in the run's store.
         keeps_output: bool,
-        /// Endpoints of workers that may help.
-        assistants: Vec<String>,
+        /// Who may help.
+        helpers: Helpers,
     },
     /// Run a dense layer and look at it.
     Survey {
@@ -188,12 +197,15 @@ impl WorkerClient for GrpcWorkerClient {
                 let message = pb::ForwardLayerRequest { lease: wire_lease, source: Some(source.into()) };
                 self.answer("ForwardLayer", stub.forward_layer(Self::request(message, SHORT)).await)?
             }
-            UnitCall::Prune { source, pattern, keeps_output, assistants } => {
-                let pattern_json = serde_json::to_string(&pattern).expect("a pattern is plain data");
-                let source = Some(source.into());
-                let keep_output = keeps_output;
-                let message =
-                    pb::PruneLayerRequest { lease: wire_lease, source, pattern_json, keep_output, assistants };
+            UnitCall::Prune { source, pattern, keeps_output, helpers } => {
+                let message = pb::PruneLayerRequest {
+                    lease: wire_lease,
+                    source: Some(source.into()),
+                    pattern_json: serde_json::to_string(&pattern).expect("a pattern is plain data"),
+                    keep_output: keeps_output,
+                    assistants: helpers.endpoints,
+                    gflops: helpers.gflops,
+                };
                 self.answer("PruneLayer", stub.prune_layer(Self::request(message, SHORT)).await)?
             }
             UnitCall::Survey { source, sparsities } => {

@@ -136,6 +136,7 @@ pub(super) mod tests {
             needs_dense: false,
             imports_zeros: false,
             structure: None,
+            efforts: Vec::new(),
         }
     }
 

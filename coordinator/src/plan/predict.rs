@@ -6,16 +6,20 @@ use espalier_common::clock::Millis;
 use espalier_common::digest::Digest;
 use espalier_common::ids::{Boundary, LayerIndex, Lease, Unit, WorkerId};
 use espalier_common::job::Propagation;
+use espalier_common::shares::shares;
 use espalier_common::report::{Artifact, Outcome};
 use serde::Serialize;
 
 use super::cluster::{ClusterSpec, PlannedWorker};
-use super::cost::{JobCost, Memory};
+use super::cost::{GroupCost, JobCost, LEAVES, LayerCost};
 use super::megaflops;
+use super::memory::{Memory, Part};
 use crate::schedule::{Action, Event, Limits, Origin, Scheduler, Shape};
 
-/// A layer's sequences are cut into eight leaves, one of them the owner's at least.
-const MOST_ASSISTANTS: usize = 7;
+/// A layer's sequences are cut into leaves, one of them the owner's at least.
+const MOST_ASSISTANTS: usize = LEAVES as usize - 1;
+/// Share of its memory that a worker keeps hidden states in, if it isn't told otherwise: one part of so many.
+const HIDDEN_SHARE: u64 = 4;
 
 /// How a run would go.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -26,7 +30,7 @@ pub struct Prediction {
     pub seconds: f64,
     /// Work by phase, summed over workers.
     pub seconds_by_phase: BTreeMap<&'static str, f64>,
-    /// Hidden states that go from worker to worker.
+    /// Tensors that go from worker to worker.
     pub bytes_moved: u64,
     /// The units that each had to wait for the one before: what would have to be faster for the run to be.
     pub critical_path: Vec<Step>,
@@ -44,8 +48,10 @@ pub struct WorkerPart {
     pub layers: Vec<LayerIndex>,
     /// Seconds that it computes or waits for data.
     pub busy_seconds: f64,
-    /// What its largest layer needs.
+    /// What its part in a layer needs at most, its own layers and those that it assists with.
     pub memory: Memory,
+    /// What its process has at its peak, with as many hidden states in memory as it keeps there if it isn't told otherwise.
+    pub peak_bytes: u64,
 }
 
 /// One unit on the critical path.
@@ -66,10 +72,10 @@ pub struct Step {
 pub enum PlanError {
     /// A layer needs more memory than a worker has.
     #[error(
-        "layer {layer} does not fit worker {worker}: it needs {} GB ({} weights, {} gram, {} one sequence), but the worker \
-         has {} GB",
+        "layer {layer} does not fit worker {worker}: it needs {} GB ({} weights, {} gram, {} solver, {} one sequence), but \
+         the worker has {} GB",
         gigabytes(memory.resident_bytes()), gigabytes(memory.weights_bytes), gigabytes(memory.gram_bytes),
-        gigabytes(memory.sequence_bytes), gigabytes(*has_bytes)
+        gigabytes(memory.solver_bytes), gigabytes(memory.sequence_bytes), gigabytes(*has_bytes)
     )]
     Memory {
         /// The layer.
@@ -109,10 +115,10 @@ pub fn predict(
     }
     // Whoever is left may have to do any layer, so each must be able to.
     for worker in workers {
-        let too_large = |memory: Memory| memory.resident_bytes() > worker.memory_bytes;
-        if let Some(layer) = cost.layers.iter().position(|layer| too_large(layer.memory)) {
+        let mut needed = cost.layers.iter().map(|layer| layer.memory(Part::ALONE)).enumerate();
+        if let Some((layer, memory)) = needed.find(|(_, memory)| memory.resident_bytes() > worker.memory_bytes) {
             let (worker, has_bytes) = (worker.name.clone(), worker.memory_bytes);
-            return Err(PlanError::Memory { layer, worker, memory: cost.layers[layer].memory, has_bytes });
+            return Err(PlanError::Memory { layer, worker, memory, has_bytes });
         }
     }
     let layer_bytes = layer_bytes.to_vec();
@@ -142,6 +148,7 @@ struct Rehearsal<'a> {
     running: Vec<Running>,
     done: Vec<Running>,
     held: BTreeMap<WorkerId, BTreeSet<Boundary>>,
+    memory: BTreeMap<WorkerId, Memory>,
     bytes_moved: u64,
 }
 
@@ -154,8 +161,8 @@ impl<'a> Rehearsal<'a> {
         shape: Shape,
     ) -> Self {
         let scheduler = Scheduler::new(shape, Limits::default());
-        let (running, done, held) = (Vec::new(), Vec::new(), BTreeMap::new());
-        Self { cost, mode, cluster, workers, scheduler, running, done, held, bytes_moved: 0 }
+        let (running, done, held, memory) = (Vec::new(), Vec::new(), BTreeMap::new(), BTreeMap::new());
+        Self { cost, mode, cluster, workers, scheduler, running, done, held, memory, bytes_moved: 0 }
     }
 
     fn run(mut self) -> Result<Prediction, PlanError> {
@@ -257,27 +264,49 @@ impl<'a> Rehearsal<'a> {
         phases.push(("load", load_bytes as f64 / (self.cluster.storage.gigabytes_per_second * 1e9)));
         let (own, before) = layers.split_last().expect("a unit has a layer");
         let replayed: f64 = before.iter().map(|layer| layer.forward_flops).sum();
-        // A shared layer: equal shares of the sequences, so that the slowest counts, and blocks to whoever is free.
         let shared = assistants.iter().take(if self.cost.is_shared { MOST_ASSISTANTS } else { 0 });
-        let speeds: Vec<f64> = shared.map(|worker| self.workers[worker.0 as usize].gflops * 1e9).collect();
-        let hands = 1.0 + speeds.len() as f64;
-        let together = speed + speeds.iter().sum::<f64>();
-        let slowest = speeds.iter().copied().fold(speed, f64::min);
-        if !speeds.is_empty() {
-            // Each share goes to its assistant and comes back.
-            let bytes = 2.0 * self.cost.boundary_bytes as f64 * (hands - 1.0) / hands;
-            self.bytes_moved = self.bytes_moved.saturating_add(bytes as u64);
-            phases.push(("share", bytes * 8.0 / (self.cluster.network.gigabits_per_second * 1e9)));
-        }
-        phases.push(("forward", (replayed / speed + own.forward_flops / hands / slowest) / efficiency));
+        let crew: Vec<WorkerId> = [lease.worker].into_iter().chain(shared.copied()).collect();
+        let speeds: Vec<f64> = crew.iter().map(|worker| self.workers[worker.0 as usize].gflops * 1e9).collect();
+        let leaves = shares(&speeds, LEAVES as usize);
+        // Sequences are shared out beforehand, so that whoever is last counts.
+        let slowest = |(leaves, speed): (&usize, &f64)| *leaves as f64 / LEAVES as f64 / speed;
+        let gathering = leaves.iter().zip(&speeds).map(slowest).fold(0.0, f64::max);
         if let Unit::Prune(_) = lease.unit {
-            phases.push(("gram", own.gram_flops / hands / slowest / efficiency));
-            phases.push(("solve", own.solve_flops / (together * self.cluster.solver.efficiency)));
+            for (hand, (&worker, &leaves)) in crew.iter().zip(&leaves).enumerate() {
+                let part = Part { leaves: leaves as u64, others: crew.len() as u64 - 1, is_owner: hand == 0 };
+                let memory = self.memory.entry(worker).or_default();
+                *memory = memory.larger(own.memory(part));
+            }
+        }
+        if crew.len() > 1 {
+            let bytes = self.shared_bytes(own, &leaves);
+            self.bytes_moved = self.bytes_moved.saturating_add(bytes);
+            phases.push(("share", bytes as f64 * 8.0 / (self.cluster.network.gigabits_per_second * 1e9)));
+        }
+        phases.push(("forward", (replayed / speed + own.forward_flops * gathering) / efficiency));
+        if let Unit::Prune(_) = lease.unit {
+            phases.push(("gram", own.gram_flops() * gathering / efficiency));
+            phases.push(("solve", own.groups.iter().map(|group| solving_seconds(group, &speeds)).sum()));
             // The owner's alone, as is what it writes.
             phases.push(("verify", own.verify_flops / (speed * efficiency)));
             phases.push(("store", own.store_bytes as f64 / (self.cluster.storage.gigabytes_per_second * 1e9)));
         }
         phases
+    }
+
+    /// Bytes that the owner of a layer and its assistants send each other.
+    fn shared_bytes(&self, layer: &LayerCost, leaves: &[usize]) -> u64 {
+        let assistants = leaves.len() as u64 - 1;
+        let lent: usize = leaves[1..].iter().sum();
+        // Each share goes to its assistant and comes back.
+        let hidden = self.cost.boundary_bytes.saturating_mul(2 * lent as u64) / LEAVES;
+        let of_group = |group: &GroupCost| {
+            // Sums over each branch of the shares, and what the weights became, for everybody.
+            let sums = group.sums_bytes.saturating_mul(branches(leaves));
+            let applied = group.stored_bytes.saturating_mul(assistants);
+            sums.saturating_add(applied).saturating_add(group.solving_bytes(assistants))
+        };
+        layer.groups.iter().map(of_group).fold(hidden, u64::saturating_add)
     }
 
     fn summary(self, seconds: f64) -> Prediction {
@@ -304,10 +333,11 @@ impl<'a> Rehearsal<'a> {
             });
             let mut layers: Vec<LayerIndex> = pruned.collect();
             layers.sort_unstable();
-            let memory = layers.iter().map(|layer| self.cost.layers[layer.0 as usize].memory);
+            let memory = self.memory.get(&WorkerId(index as u64)).copied().unwrap_or_default();
             WorkerPart {
                 worker: worker.clone(),
-                memory: memory.fold(Memory::default(), Memory::max),
+                memory,
+                peak_bytes: memory.peak_bytes(worker.memory_bytes / HIDDEN_SHARE),
                 layers,
                 busy_seconds: own.iter().map(|step| step.to - step.from).sum(),
             }
@@ -327,6 +357,43 @@ impl<'a> Rehearsal<'a> {
             critical_seconds_by_phase: sum(&mut path.iter().copied()),
         }
     }
+}
+
+/// Seconds that workers of these speeds take to solve a group: what each does for itself, what they make for each other, and
+/// blocks, of which whoever is through takes another one.
+fn solving_seconds(group: &GroupCost, speeds: &[f64]) -> f64 {
+    let effort = &group.effort;
+    let is_shared = effort.is_shared && group.blocks().count() > 1;
+    let speeds = if is_shared { speeds } else { &speeds[..1] };
+    let slowest = speeds.iter().copied().fold(f64::INFINITY, f64::min);
+    let own_parts = effort.parts.div_ceil(speeds.len());
+    let before = effort.common_flops as f64 + own_parts as f64 * effort.part_flops as f64;
+    let mut busy = vec![0.0f64; speeds.len()];
+    for rows in group.blocks() {
+        let seconds = |hand: usize| busy[hand] + rows as f64 * effort.row_flops as f64 / speeds[hand];
+        let next = (0..speeds.len()).min_by(|&a, &b| seconds(a).total_cmp(&seconds(b))).unwrap_or(0);
+        busy[next] = seconds(next);
+    }
+    let blocks = busy.into_iter().fold(0.0, f64::max);
+    (before / slowest + blocks) * 100.0 / f64::from(effort.speed_percent.max(1))
+}
+
+/// Whole branches of the tree of leaves that the shares of assistants are.
+fn branches(leaves: &[usize]) -> u64 {
+    let mut first = leaves[0];
+    let mut count = 0;
+    for &leaves in &leaves[1..] {
+        let end = first + leaves;
+        while first < end {
+            let mut size = 1;
+            while first.is_multiple_of(2 * size) && first + 2 * size <= end {
+                size *= 2;
+            }
+            first += size;
+            count += 1;
+        }
+    }
+    count
 }
 
 #[cfg(test)]

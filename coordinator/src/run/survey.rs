@@ -173,7 +173,7 @@ impl Purpose for Surveying {
         JournalRecord::Survey(record)
     }
 
-    fn call(&self, lease: Lease, source: Source, _: bool, _: Vec<String>) -> UnitCall {
+    fn call(&self, lease: Lease, source: Source, _: bool, _: Helpers) -> UnitCall {
         match lease.unit {
             Unit::Forward(_) | Unit::Prune(_) => UnitCall::Survey { source, sparsities: self.sparsities.clone() },
             Unit::Evaluate(trial) => UnitCall::Try { patterns: self.plans[trial as usize].clone() },

@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 
 use super::board::{Board, Task};
 use super::order::{Order, asked, take_solved};
-use super::share::{Share, sampling};
+use super::share::{Share, deal, sampling};
 use super::{LayerSizes, statistics};
 use crate::calibrate::cache::Entry;
 use crate::calibrate::tree::{Branch, Forest, LEAVES, Sums, sequences_of};
@@ -35,8 +35,9 @@ use crate::unit::{Phases, TaskError};
 
 /// An assistant may take so many times as long as the owner itself would.
 const PATIENCE: f64 = 4.0;
-/// And this much longer: it has a layer to load, and its machine may have other things to do for a while.
-const LEAST_PATIENCE: Duration = Duration::from_secs(30);
+/// And this much longer, if nothing else is configured: it has a layer to load, and its machine may have other things to do for a
+/// while.
+pub const LEAST_PATIENCE: Duration = Duration::from_secs(30);
 /// What lines may take to end once they are hung up.
 const HANG_UP: Duration = Duration::from_secs(1);
 /// How long an owner that solves looks for answers at a time.
@@ -55,6 +56,8 @@ pub struct Help {
     pub lease: Lease,
     /// Endpoints of workers that are idle meanwhile.
     pub assistants: Vec<String>,
+    /// Speeds of the owner and of these, in GFLOP/s, by which sequences are shared out; all alike if they are not as many.
+    pub gflops: Vec<f64>,
 }
 
 /// A layer's sequences, with whoever has them.
@@ -102,7 +105,9 @@ impl<'a> Crew<'a> {
         let sequences = place.run.tokens.sequences();
         // Nobody gets an empty share: there are at least as many sequences as leaves with some.
         let hands = (1 + help.assistants.len()).min(LEAVES).min(sequences);
-        let leaves_of = |hand: usize| hand * LEAVES / hands..(hand + 1) * LEAVES / hands;
+        let dealt = deal(&help.gflops, hands, sequences);
+        let first_of = |hand: usize| dealt[..hand].iter().sum::<usize>();
+        let leaves_of = |hand: usize| first_of(hand)..first_of(hand + 1);
         let (heard, answers) = mpsc::channel(ANSWERS);
         let own = share(leaves_of(0), &input, |_| loaded.share(), sequences);
         let mut crew = Self {
@@ -248,7 +253,7 @@ impl<'a> Crew<'a> {
             let Some(most) = late.iter().map(|&number| self.assistants[number].leaves.len()).max() else {
                 return Ok(());
             };
-            let allowed = LEAST_PATIENCE.as_secs_f64() + PATIENCE * own.1 * most as f64 / own.0.max(1) as f64;
+            let allowed = self.place.patience.as_secs_f64() + PATIENCE * own.1 * most as f64 / own.0.max(1) as f64;
             if watch.seconds() > allowed {
                 late.into_iter().for_each(|number| self.lose(number, "it is too slow"));
                 return Ok(());
@@ -433,7 +438,7 @@ impl<'a> Crew<'a> {
                 let watch = idle.get_or_insert_with(Stopwatch::start);
                 let rows = |order: &Order| order.tasks.iter().map(|&task| board.task(task).block.rows).sum::<usize>();
                 let most = orders.iter().map(rows).max().unwrap_or(0) * ORDERS;
-                if watch.seconds() > LEAST_PATIENCE.as_secs_f64() + PATIENCE * board.own_seconds(most) {
+                if watch.seconds() > self.place.patience.as_secs_f64() + PATIENCE * board.own_seconds(most) {
                     let late: Vec<usize> = orders.iter().map(|order| order.assistant).collect();
                     late.into_iter().for_each(|number| self.lose(number, "it is too slow"));
                 }
