@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::events::{EventLog, RunEvent};
-use crate::fleet::{CallError, FleetEvent, Roster, UnitCall};
+use crate::fleet::{CallError, FleetEvent, Helpers, Roster, UnitCall};
 use crate::journal::{Journal, JournalError, JournalRecord};
 use crate::plan::megaflops;
 use crate::report::entry;

@@ -17,7 +17,7 @@ use crate::calibration;
 use crate::driver::{Driver, Preparation, Purpose};
 use crate::error::RunError;
 use crate::events::{Phase, RunEvent};
-use crate::fleet::UnitCall;
+use crate::fleet::{Helpers, UnitCall};
 use crate::journal::{EvaluatedModel, Journal, JournalError, JournalRecord};
 use crate::run::{Setting, wait_for_workers};
 use crate::schedule::{Record, Scheduler, Shape};

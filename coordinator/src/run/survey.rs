@@ -17,7 +17,7 @@ use super::Run;
 use crate::driver::{Driver, Preparation, Purpose};
 use crate::error::RunError;
 use crate::events::{Phase, RunEvent};
-use crate::fleet::UnitCall;
+use crate::fleet::{Helpers, UnitCall};
 use crate::journal::JournalRecord;
 use crate::plan::{allocate, measured, owl};
 use crate::schedule::{Record, Scheduler, Shape};
@@ -122,7 +122,7 @@ impl Run {
         let purpose = Surveying { sparsities, plans, preparation };
         let id = RunId(format!("{}-survey", self.id));
         let mut journal =
-            super::Remembering { journal: self.journal.as_mut(), past: &mut self.past, events: &self.setting.events };
+            super::Remembering { journal: &mut self.journal, past: &mut self.past, events: &self.setting.events };
         let mut driver = Driver {
             run: &id,
             roster: &self.setting.roster,

@@ -72,6 +72,8 @@ pub(crate) struct Crew<'a> {
     answers: Option<mpsc::Receiver<Received>>,
     lines: TaskGroup,
     lost: u32,
+    /// Seconds of solving that were spent waiting for assistants.
+    pub(super) waited: f64,
     next_order: u32,
 }
 
@@ -120,6 +122,7 @@ impl<'a> Crew<'a> {
             answers: (hands > 1).then_some(answers),
             lines: TaskGroup::new(),
             lost: 0,
+            waited: 0.0,
             next_order: 0,
         };
         for (number, endpoint) in help.assistants.iter().take(hands - 1).enumerate() {
@@ -178,6 +181,11 @@ impl<'a> Crew<'a> {
     /// Assistants that were given up on.
     pub(crate) fn lost(&self) -> u32 {
         self.lost
+    }
+
+    /// Seconds of solving that were spent waiting for assistants since this was asked last.
+    pub(crate) fn take_waited(&mut self) -> f64 {
+        std::mem::take(&mut self.waited)
     }
 
     /// What joined the owner with its assistants.
@@ -424,6 +432,7 @@ impl<'a> Crew<'a> {
                 (0..self.assistants.len()).for_each(|number| self.order(number, group, board, &mut orders));
             }
             if orders.is_empty() {
+                self.waited += idle.map_or(0.0, |idle| idle.seconds());
                 return Ok(());
             }
             let letter = self.next_letter(GLANCE).map_err(|_| TaskCancelled)?;
