@@ -9,7 +9,7 @@ use harness::process::{PATIENCE, Workplace, pause, proceed};
 use harness::{golden, tiny};
 use serde_json::Value;
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, Member};
 
 /// Seconds that an owner gives an assistant, beside a multiple of its own.
 const PATIENCE_SECONDS: u64 = 2;
@@ -25,17 +25,19 @@ fn prune() -> Vec<String> {
     arguments.into_iter().chain(work).map(str::to_owned).collect()
 }
 
-/// Starts a cluster of which one worker stands still as soon as another has a lease, until it is given up on.
-fn stalled() -> Result<Cluster> {
+/// Three workers, one of them faster, so that shares differ.
+fn uneven_cluster() -> Result<Cluster> {
     let mut workplace = Workplace::new();
     // Not the coordinator is to miss it, but the owner.
     workplace.set("ESPALIER__COORDINATOR__WORKER_SILENCE_SECONDS", "120");
     workplace.set("ESPALIER__WORKER__ASSISTANT_PATIENCE_SECONDS", &PATIENCE_SECONDS.to_string());
-    let mut cluster = Cluster::start_in(workplace, None, 0, &[])?;
-    // The second is the faster one: of the sequences it gets most.
-    for gflops in ["10", "30"] {
-        cluster.add_worker(1, &[], &[("ESPALIER__WORKER__GFLOPS", gflops.to_owned())])?;
-    }
+    workplace.set("ESPALIER__WORKER__GFLOPS", "10");
+    let mut cluster = Cluster::start_in(workplace, None, 2, &[])?;
+    cluster.add_worker(1, &[], &[("ESPALIER__WORKER__GFLOPS", "30".to_owned())])?;
+    cluster.wait_until("three workers", |cluster| {
+        let is_registered = |member: &Member| member.process.errors().contains("registered");
+        cluster.workers.iter().all(is_registered).then_some(())
+    })?;
     Ok(cluster)
 }
 
@@ -44,10 +46,10 @@ fn an_assistant_that_stands_still_is_given_up_on_and_changes_no_byte() {
     let check = || -> Result<()> {
         let reference = Workplace::new();
         reference.run(prune())?.success()?;
-        let mut cluster = stalled()?;
+        let mut cluster = uneven_cluster()?;
         let follower = cluster.submit(&prune())?;
         let owner = cluster.wait_until("a lease", Cluster::at_work)?;
-        let process = cluster.workers[1 - owner].process.id();
+        let process = cluster.workers[(owner + 1) % 3].process.id();
         pause(process)?;
         let clock = SystemClock::default();
         let gave_up = |cluster: &Cluster| {

@@ -218,7 +218,11 @@ fn a_store_that_errs_stalls_and_answers_wrongly_costs_time_only() {
 }
 
 /// A run on a store in trouble, whose coordinator and workers are killed now and then; gives what was met with.
-pub(crate) fn troubled_run(rng: &mut impl Rng, job: Job, reference: &Workplace) -> Result<Option<BTreeMap<String, u64>>> {
+pub(crate) fn troubled_run(
+    rng: &mut impl Rng,
+    job: Job,
+    reference: &Workplace,
+) -> Result<Option<BTreeMap<String, u64>>> {
     let trouble = Trouble { seed: rng.random(), of_thousand: rng.random_range(20..200) };
     let Some(server) = S3Server::start_troubled(trouble)? else { return Ok(None) };
     let (workplace, run) = (server.workplace(), url("run"));

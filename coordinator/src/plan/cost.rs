@@ -190,7 +190,8 @@ impl Size {
         let columns = effort.columns as u64;
         // A symmetric product is done by halves; a cross product is not, and comes on top.
         let a_gram = if self.streams == 2 { 4.0 } else { 1.0 };
-        let stored = |sublayer: &SublayerOutline| (sublayer.elements() as u64).saturating_mul(bytes_of(&sublayer.dtype));
+        let stored =
+            |sublayer: &SublayerOutline| (sublayer.elements() as u64).saturating_mul(bytes_of(&sublayer.dtype));
         GroupCost {
             rows: members.iter().map(|sublayer| sublayer.rows as u64).collect(),
             gram_flops: a_gram * self.tokens() * (columns as f64).powi(2),

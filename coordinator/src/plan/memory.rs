@@ -134,8 +134,11 @@ impl LayerCost {
         };
         Memory {
             // Whoever owns the layer keeps what it becomes.
-            weights_bytes: weights_bytes
-                .saturating_add(if part.is_owner { stored_bytes.saturating_add(solved_bytes) } else { 0 }),
+            weights_bytes: weights_bytes.saturating_add(if part.is_owner {
+                stored_bytes.saturating_add(solved_bytes)
+            } else {
+                0
+            }),
             gram_bytes,
             solver_bytes,
             letters_bytes,

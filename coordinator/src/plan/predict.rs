@@ -6,8 +6,8 @@ use espalier_common::clock::Millis;
 use espalier_common::digest::Digest;
 use espalier_common::ids::{Boundary, LayerIndex, Lease, Unit, WorkerId};
 use espalier_common::job::Propagation;
-use espalier_common::shares::shares;
 use espalier_common::report::{Artifact, Outcome};
+use espalier_common::shares::shares;
 use serde::Serialize;
 
 use super::cluster::{ClusterSpec, PlannedWorker};
