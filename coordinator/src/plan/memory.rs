@@ -5,9 +5,9 @@ use serde::Serialize;
 use super::cost::{F32, GroupCost, LEAVES, LayerCost};
 
 /// What a worker that does nothing takes: the program, its threads and buffers, and the model's headers.
-pub const PROCESS_BYTES: u64 = 40 << 20;
+pub const PROCESS_BYTES: u64 = 48 << 20;
 /// One part in so many comes on top: what the allocator has been given back and keeps.
-const SLACK: u64 = 10;
+const SLACK: u64 = 8;
 
 /// What a worker needs at most, by what it needs it for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
@@ -127,8 +127,8 @@ impl LayerCost {
         let parts_bytes = (group.effort.parts as u64).saturating_mul(group.triangle_bytes());
         let letters_bytes = match (is_shared, part.is_owner) {
             (false, _) => 0,
-            // Parts are kept as letters until they are with everybody.
-            (true, true) => group.statistics_bytes.saturating_add(parts_bytes),
+            // Parts of others are kept as letters until they are with everybody; its own go while it makes the next.
+            (true, true) => group.statistics_bytes.saturating_add(parts_bytes / 2),
             // One after another.
             (true, false) => group.statistics_bytes.max(group.triangle_bytes()).saturating_mul(2),
         };
