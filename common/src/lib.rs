@@ -18,6 +18,7 @@ pub mod metric;
 pub mod outline;
 pub mod pattern;
 pub mod report;
+pub mod shares;
 pub mod store;
 pub mod structure;
 pub mod tasks;

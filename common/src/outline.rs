@@ -40,6 +40,32 @@ impl LayerOutline {
     }
 }
 
+/// What a method takes to solve a group of sublayers, as far as that can be told of inputs so wide: what plans reckon with. Typical
+/// figures, where a method looks for itself how long it goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Effort {
+    /// Width of the group's inputs.
+    pub columns: usize,
+    /// Operations before the first block, by each worker that solves blocks of the group.
+    pub common_flops: u64,
+    /// Matrices `[columns, columns]` that workers make for each other before the first block.
+    pub parts: usize,
+    /// Operations that one of them takes.
+    pub part_flops: u64,
+    /// Operations for each row.
+    pub row_flops: u64,
+    /// Most rows of a block; 0 if a sublayer is one block.
+    pub block_rows: usize,
+    /// Share of the matrix-product speed that solving reaches, in percent.
+    pub speed_percent: u32,
+    /// Bytes held while blocks are solved, beside weights and statistics.
+    pub kept_bytes: u64,
+    /// Bytes held for each row of a block that is being solved.
+    pub row_bytes: u64,
+    /// Whether idle workers take part, where layers are shared.
+    pub is_shared: bool,
+}
+
 /// A model, before anything is planned.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelOutline {
@@ -72,4 +98,7 @@ pub struct ModelOutline {
     /// What the job's method may cut, if it is one that removes heads and channels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub structure: Option<Structure>,
+    /// What the job's method takes, for each width that a group of the model has.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub efforts: Vec<Effort>,
 }

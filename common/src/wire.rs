@@ -8,7 +8,7 @@ use crate::calibration::LEAVES;
 use crate::digest::Digest;
 use crate::fault::{Fault, FaultClass};
 use crate::ids::{Attempt, Boundary, LayerIndex, Lease, RunId, Unit, WorkerId};
-use crate::outline::{LayerOutline, ModelOutline, SublayerOutline};
+use crate::outline::{Effort, LayerOutline, ModelOutline, SublayerOutline};
 use crate::report::{
     Artifact, ErrorCurve, LayerSurvey, LinkKind, LinkUse, Outcome, PhaseSeconds, Reconstruction, SublayerReport,
 };
@@ -154,6 +154,41 @@ impl From<ModelOutline> for pb::ModelOutline {
             structure_json: outline.structure.map_or_else(String::new, |structure| {
                 serde_json::to_string(&structure).expect("a structure is plain data")
             }),
+            efforts: outline.efforts.into_iter().map(Into::into).collect(),
+        }
+    }
+}
+
+impl From<Effort> for pb::Effort {
+    fn from(effort: Effort) -> Self {
+        Self {
+            columns: effort.columns as u32,
+            common_flops: effort.common_flops,
+            parts: effort.parts as u32,
+            part_flops: effort.part_flops,
+            row_flops: effort.row_flops,
+            block_rows: effort.block_rows as u32,
+            speed_percent: effort.speed_percent,
+            kept_bytes: effort.kept_bytes,
+            row_bytes: effort.row_bytes,
+            is_shared: effort.is_shared,
+        }
+    }
+}
+
+impl From<pb::Effort> for Effort {
+    fn from(effort: pb::Effort) -> Self {
+        Self {
+            columns: effort.columns as usize,
+            common_flops: effort.common_flops,
+            parts: effort.parts as usize,
+            part_flops: effort.part_flops,
+            row_flops: effort.row_flops,
+            block_rows: effort.block_rows as usize,
+            speed_percent: effort.speed_percent,
+            kept_bytes: effort.kept_bytes,
+            row_bytes: effort.row_bytes,
+            is_shared: effort.is_shared,
         }
     }
 }
@@ -196,6 +231,7 @@ impl TryFrom<pb::ModelOutline> for ModelOutline {
                 "" => None,
                 json => Some(serde_json::from_str(json).map_err(|error| invalid("outline.structure_json", error))?),
             },
+            efforts: outline.efforts.into_iter().map(Into::into).collect(),
         })
     }
 }

@@ -72,6 +72,8 @@ pub trait Purpose: Send + Sync {
 pub struct Help {
     /// Endpoints of workers that are idle meanwhile.
     pub assistants: Vec<String>,
+    /// Speeds that the lease's worker and these offered, in GFLOP/s: by these sequences are lent out.
+    pub gflops: Vec<f64>,
     /// With the strategy `data`: who keeps what.
     pub shares: Option<Shares>,
 }
@@ -425,13 +427,18 @@ impl Driver<'_> {
         let everyone = self.roster.everyone();
         let there: Vec<usize> =
             (0..assistants.len()).filter(|&number| everyone.contains_key(&assistants[number])).collect();
-        let endpoint = |&number: &usize| everyone[&assistants[number]].offer.endpoint.clone();
+        let members: Vec<_> = there.iter().map(|&number| &everyone[&assistants[number]].offer).collect();
+        let owner = &everyone.get(&lease.worker)?.offer;
         // What was to be the share of one that is gone is nobody's, and so the lease's worker's.
         let shares = leaves.map(|leaves| Shares {
             leaves: there.iter().map(|&number| leaves[number].clone()).collect(),
             predecessor: self.predecessor(lease.unit),
         });
-        let help = Help { assistants: there.iter().map(endpoint).collect(), shares };
+        let help = Help {
+            assistants: members.iter().map(|offer| offer.endpoint.clone()).collect(),
+            gflops: [owner].iter().chain(&members).map(|offer| offer.gflops).collect(),
+            shares,
+        };
         Some(purpose.call(lease, source, keeps_output, help))
     }
 

@@ -166,7 +166,7 @@ pub struct Totals {
     pub sparsity: f64,
     /// Wall-clock seconds, all processes' lives added.
     pub seconds: f64,
-    /// Seconds of work by phase, summed over workers.
+    /// Seconds of work by phase, summed over workers; `journal` is the coordinator's.
     pub seconds_by_phase: BTreeMap<String, f64>,
     /// Floating-point operations of matrix products by phase.
     pub flops_by_phase: BTreeMap<String, f64>,
@@ -300,8 +300,10 @@ impl<'a> Facts<'a> {
                     self.totals.coordinator_peak_rss_bytes.max(*coordinator_peak_rss_bytes);
             }
             JournalRecord::Assembled { files } => self.files = Some(files),
-            JournalRecord::Finished { seconds } | JournalRecord::Stopped { seconds, .. } => {
+            JournalRecord::Finished { seconds, journal_seconds }
+            | JournalRecord::Stopped { seconds, journal_seconds, .. } => {
                 self.totals.seconds += seconds;
+                *self.totals.seconds_by_phase.entry("journal".to_owned()).or_default() += journal_seconds;
             }
         }
     }

@@ -28,7 +28,7 @@ use crate::error::RunError;
 use crate::events::{EventLog, Phase, RunEvent};
 use crate::fingerprint::{self, Fingerprint};
 use crate::fleet::{CallError, FleetEvent, Roster, UnitCall};
-use crate::journal::{self, EvaluatedModel, Journal, JournalRecord, RunCreated, WorkerTotals};
+use crate::journal::{self, EvaluatedModel, Journal, JournalRecord, RunCreated, Timed, WorkerTotals};
 use crate::layout::StructuredRecord;
 use crate::plan::cost;
 use crate::plan::strategy::{Asked, Strategy};
@@ -75,7 +75,7 @@ pub struct Run {
     tokens: Artifact,
     fingerprint: Digest,
     store: Arc<dyn BlobStore>,
-    journal: Box<dyn Journal>,
+    journal: Timed,
     past: Vec<JournalRecord>,
     watch: Stopwatch,
 }
@@ -117,7 +117,8 @@ impl Run {
         if let Some(folder) = store.directory() {
             std::fs::create_dir_all(folder).map_err(|error| RunError::folder(folder, error))?;
         }
-        let (mut journal, mut past) = journal::open(&store)?;
+        let (journal, mut past) = journal::open(&store)?;
+        let mut journal = Timed::from(journal);
         // Now nobody else can create it; but somebody may have, a moment ago.
         if fingerprint::freeze(store.as_ref(), &fingerprint)? == Placed::AlreadyThere {
             fingerprint::read(store.as_ref())?.as_ref().map_or(Ok(()), same)?;
@@ -167,7 +168,8 @@ impl Run {
             Err(error) => {
                 let (reason, exit_code) = (error.to_string(), Some(error.exit_code()));
                 // The error that stopped the run matters more than one in writing it down.
-                let _ = self.journal.append(&JournalRecord::Stopped { reason, seconds, exit_code });
+                let journal_seconds = self.journal.seconds();
+                let _ = self.journal.append(&JournalRecord::Stopped { reason, seconds, journal_seconds, exit_code });
             }
         }
         result
@@ -187,7 +189,8 @@ impl Run {
             self.evaluate(&spec, EvaluatedModel::Pruned, output).await?;
             self.note_workers()?;
         }
-        self.append(JournalRecord::Finished { seconds: self.watch.seconds() })?;
+        let (seconds, journal_seconds) = (self.watch.seconds(), self.journal.seconds());
+        self.append(JournalRecord::Finished { seconds, journal_seconds })?;
         let report = report::build(&self.past)?;
         let json = serde_json::to_vec_pretty(&report).expect("a report is plain data");
         self.store.put("report.json", &json)?;
@@ -202,7 +205,7 @@ impl Run {
     }
 
     fn append(&mut self, record: JournalRecord) -> Result<(), RunError> {
-        append_timed(self.journal.as_mut(), &record, &self.setting.events)?;
+        append_timed(&mut self.journal, &record, &self.setting.events)?;
         self.past.push(record);
         Ok(())
     }
@@ -286,7 +289,7 @@ impl Run {
         let committed = prune_records(&self.past).filter_map(committed_layer).collect();
         let stored = prune_records(&self.past).filter_map(stored_boundary).collect();
         let events = &self.setting.events;
-        let mut journal = Remembering { journal: self.journal.as_mut(), past: &mut self.past, events };
+        let mut journal = Remembering { journal: &mut self.journal, past: &mut self.past, events };
         let mut driver = Driver {
             run: &self.id,
             roster: &self.setting.roster,
@@ -538,14 +541,12 @@ impl Purpose for Pruning {
     }
 
     fn call(&self, lease: Lease, mut source: Source, keeps_output: bool, help: Help) -> UnitCall {
-        let Help { assistants, shares } = help;
         match lease.unit {
             Unit::Prune(layer) => {
                 if self.propagation == Propagation::Dense {
                     source.replay.clear();
                 }
-                let pattern = self.patterns[layer.0 as usize];
-                UnitCall::Prune { source, pattern, keeps_output, assistants, shares }
+                UnitCall::Prune { source, pattern: self.patterns[layer.0 as usize], keeps_output, help }
             }
             Unit::Forward(_) | Unit::Evaluate(_) => UnitCall::Forward { source },
         }

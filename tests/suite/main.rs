@@ -1,6 +1,7 @@
 //! The one integration-test binary (one link step). `make test` builds the programs that it starts.
 
 mod allocation;
+mod assistants;
 mod cluster;
 mod data;
 mod deploy;

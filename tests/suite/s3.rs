@@ -3,8 +3,11 @@
 //!
 //! Without a server these tests say that they are skipped; `make test-s3` installs one.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use espalier_common::ids::{Attempt, LayerIndex, Lease, Unit, WorkerId};
@@ -12,9 +15,12 @@ use espalier_common::store::{self, BlobStore, conformance};
 use espalier_coordinator::journal::{self, JournalError, JournalRecord};
 use espalier_coordinator::schedule::Record;
 use harness::checkpoint::same_files;
-use harness::process::{PATIENCE, Running, Workplace, wait_for_end};
-use harness::s3::{BUCKET, S3Server};
+use harness::process::{PATIENCE, Running, Workplace, kill, wait_for_end};
+use harness::s3::{BUCKET, S3Server, Trouble};
 use harness::{golden, tiny};
+use rand::Rng;
+
+use crate::kill::Job;
 
 const LAYERS: usize = 4;
 
@@ -184,6 +190,67 @@ fn a_model_on_s3_is_read_by_range_and_so_is_the_output() {
     for name in ["model.safetensors", "config.json", "tokenizer.json"] {
         assert_eq!(remote["files"][name], local["files"][name], "{name}");
     }
+}
+
+/// Runs a command again as long as it says that it was interrupted.
+fn until_done(workplace: &Workplace, command: &[String], run: &str) -> Result<u32> {
+    let mut finished = workplace.run(command)?;
+    for interruptions in 0..10 {
+        match finished.code() {
+            Some(75) => finished = workplace.run(["resume", run, "--workers", "2"])?,
+            _ => return finished.success().map(|_| interruptions),
+        }
+    }
+    anyhow::bail!("interrupted again and again: {}", finished.stderr)
+}
+
+#[test]
+fn a_store_that_errs_stalls_and_answers_wrongly_costs_time_only() {
+    let Some(server) = S3Server::start_troubled(Trouble { seed: 11, of_thousand: 150 }).unwrap() else { return };
+    let local = Workplace::new();
+    local.run(prune("run")).unwrap().success().unwrap();
+    let workplace = server.workplace();
+    until_done(&workplace, &prune(&url("run")), &url("run")).unwrap();
+    let troubles = server.troubles().unwrap();
+    assert!(["500", "503", "late", "lost"].iter().all(|kind| troubles.contains_key(*kind)), "{troubles:?}");
+    each_layer_once(open(&server, "run").unwrap().as_ref()).unwrap();
+    same_files(&local.path().join("out"), &workplace.path().join("out")).unwrap();
+}
+
+/// A run on a store in trouble, whose coordinator and workers are killed now and then; gives what was met with.
+pub(crate) fn troubled_run(
+    rng: &mut impl Rng,
+    job: Job,
+    reference: &Workplace,
+) -> Result<Option<BTreeMap<String, u64>>> {
+    let trouble = Trouble { seed: rng.random(), of_thousand: rng.random_range(20..200) };
+    let Some(server) = S3Server::start_troubled(trouble)? else { return Ok(None) };
+    let (workplace, run) = (server.workplace(), url("run"));
+    let replaced = |argument: String| if argument == "run" { run.clone() } else { argument };
+    let mut command: Vec<String> = job.prune("2").into_iter().map(replaced).collect();
+    for _ in 0..rng.random_range(0..4) {
+        let mut running = workplace.start(&command)?;
+        thread::sleep(Duration::from_millis(rng.random_range(200..6000)));
+        if running.ended()?.is_some() {
+            break;
+        }
+        let workers = running.children()?;
+        if let Some(worker) = workers.first().filter(|_| rng.random_bool(0.5)) {
+            // It may have ended by itself.
+            let _ = kill(*worker);
+        } else {
+            running.kill()?;
+        }
+        running.finish(PATIENCE)?;
+        wait_for_end(&workers, PATIENCE)?;
+    }
+    if records(open(&server, "run")?.as_ref()).iter().any(|record| matches!(record, JournalRecord::Created(_))) {
+        command = ["resume", &run, "--workers", "2"].map(str::to_owned).to_vec();
+    }
+    until_done(&workplace, &command, &run)?;
+    each_layer_once(open(&server, "run")?.as_ref())?;
+    same_files(&reference.path().join("out"), &workplace.path().join("out"))?;
+    Ok(Some(server.troubles()?))
 }
 
 fn fenced(running: Running) -> Result<()> {

@@ -1,6 +1,6 @@
 //! `make soak`: run after run under trouble that a seed draws, until the time is over. Workers and the coordinator are killed,
-//! stand still and come back, others join, disks are full, connections break, packets are late or lost; every run must end
-//! with the bytes of the one that nothing happened to.
+//! stand still and come back, others join, disks are full, connections break, packets are late or lost, stores err and stall; every
+//! run must end with the bytes of the one that nothing happened to.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -14,12 +14,14 @@ use harness::TINY_MODELS;
 use harness::fault::{Deed, Fault, Faults, Place};
 use harness::network::{Network, Way};
 use harness::process::{Running, Workplace, kill, pause, proceed};
+use harness::s3::python;
 use rand::seq::IndexedRandom as _;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::cluster::Cluster;
 use crate::kill::{Job, lost_nothing};
+use crate::s3::troubled_run;
 
 const SECONDS: u64 = 30 * 60;
 /// Machines of workers; each may have several.
@@ -48,6 +50,10 @@ fn nothing_is_lost() {
     if let Some(why) = &impediment {
         eprintln!("soak: no bad network, since none of our own can be made here: {why}");
     }
+    let has_store = python().is_file();
+    if !has_store {
+        eprintln!("soak: no object store in trouble, since there is none: `make test-s3` installs one");
+    }
     eprintln!("soak: {seconds} s from SEED={seed}");
     let mut tally = Tally::new();
     let mut references = BTreeMap::new();
@@ -61,8 +67,14 @@ fn nothing_is_lost() {
             propagation: ["pruned", "dense"][rng.random_range(0..2)],
             is_surveyed: rng.random_bool(0.2),
         };
-        let result = Trouble::new(rng, job, impediment.is_none(), &mut tally)
-            .and_then(|mut trouble| trouble.run(reference(&mut references, job)?));
+        let result = if has_store && rng.random_bool(0.2) {
+            reference(&mut references, job)
+                .and_then(|reference| troubled_run(&mut rng, job, reference))
+                .map(|met| met.into_iter().flatten().for_each(|(kind, times)| note_store(&mut tally, &kind, times)))
+        } else {
+            Trouble::new(rng, job, impediment.is_none(), &mut tally)
+                .and_then(|mut trouble| trouble.run(reference(&mut references, job)?))
+        };
         *tally.entry("runs").or_default() += 1;
         if let Err(error) = result {
             panic!(
@@ -73,6 +85,17 @@ fn nothing_is_lost() {
     }
     eprintln!("soak: nothing lost in {} s; SEED={seed}; {tally:#?}", clock.now().0 / 1000);
     assert!(tally["runs"] > 0, "no run was made in {seconds} s");
+}
+
+/// Counts what requests to a store met with.
+fn note_store(tally: &mut Tally, kind: &str, times: u64) {
+    let what = match kind {
+        "500" => "request to a store answered with 500",
+        "503" => "request to a store answered with 503",
+        "late" => "request to a store answered late",
+        _ => "request to a store done and answered with 500",
+    };
+    *tally.entry(what).or_default() += times;
 }
 
 fn reference(references: &mut BTreeMap<Job, Workplace>, job: Job) -> Result<&Workplace> {

@@ -10,6 +10,8 @@ use espalier_gate::{AuthSection, HttpSection, TlsSection};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::crew::owner::LEAST_PATIENCE;
+
 /// The worker's configuration.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -62,6 +64,9 @@ pub struct WorkerSection {
     pub gflops: Option<f64>,
     /// Folder for what does not fit; the system's temporary folder if none is given.
     pub scratch: Option<PathBuf>,
+    /// An assistant with a layer of this worker's may take so many seconds, and besides four times as long as this worker would,
+    /// before it is given up on for the rest of the layer.
+    pub assistant_patience_seconds: NonZeroU32,
     /// A coordinator that cannot be reached for so many seconds is given up, and the worker ends with exit code 75; 30 at the
     /// start and 60 later if none is given. Longer where another machine has to be found for a coordinator that was lost.
     pub coordinator_silence_seconds: Option<NonZeroU32>,
@@ -86,6 +91,9 @@ pub enum NcclReach {
     Cluster,
 }
 
+/// An assistant's machine may have other things to do for a while, and it has a layer to load.
+const PATIENCE_SECONDS: NonZeroU32 = NonZeroU32::new(LEAST_PATIENCE.as_secs() as u32).expect("it is not 0");
+
 impl Default for WorkerSection {
     fn default() -> Self {
         Self {
@@ -102,6 +110,7 @@ impl Default for WorkerSection {
             workers_here: NonZeroU32::MIN,
             gflops: None,
             scratch: None,
+            assistant_patience_seconds: PATIENCE_SECONDS,
             coordinator_silence_seconds: None,
         }
     }

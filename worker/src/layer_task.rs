@@ -286,7 +286,11 @@ fn prune_group(
     let solved = crew.solve(group, stats, &*solver, &problems, &ctx);
     let solved = solved.map_err(|(member, source)| failed(member)(source))?;
     drop(solver);
-    phases.add(phase, watch.seconds(), solved.iter().map(|(solution, _)| solution.flops).sum());
+    let (seconds, waited) = (watch.seconds(), crew.take_waited());
+    phases.add(phase, seconds - waited, solved.iter().map(|(solution, _)| solution.flops).sum());
+    if waited > 0.0 {
+        phases.add("wait", waited, 0.0);
+    }
     let watch = Stopwatch::start();
     let store = |(sublayer, (solution, _)): (&SublayerOutline, &(Solution, f64))| {
         let (name, dtype, shape) = place.stored_as(sublayer)?;

@@ -1,5 +1,6 @@
 //! What the units of one run share: the job, the store, the tokens, the model, the solver.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use candle_core::Device;
@@ -9,7 +10,7 @@ use espalier_common::config;
 use espalier_common::fault::FaultClass;
 use espalier_common::ids::{LayerIndex, RunId};
 use espalier_common::job::{Allocation, JobError, JobSpec, PatternSpec};
-use espalier_common::outline::{LayerOutline, ModelOutline};
+use espalier_common::outline::{Effort, LayerOutline, ModelOutline};
 use espalier_common::pattern::{Pattern, PatternError};
 use espalier_common::report::Artifact;
 use espalier_common::store::{BlobStore, StoreError};
@@ -251,8 +252,15 @@ pub fn inspect(job_json: &str) -> Result<ModelOutline, RunError> {
         needs_dense: method.solver.needs() >= Statistics::GramAndCross || method.reconstruct.is_some(),
         method_version: method.version,
         method_params: method.params,
+        efforts: efforts(&*method.solver, &layers),
         layers,
     })
+}
+
+/// What a method takes, for each width that a group has.
+fn efforts(solver: &dyn Solver, layers: &[LayerOutline]) -> Vec<Effort> {
+    let widths: BTreeSet<usize> = layers.iter().flat_map(LayerOutline::sublayers).map(|one| one.columns).collect();
+    widths.into_iter().map(|columns| solver.effort(columns)).collect()
 }
 
 /// The mask that a method names, if it takes one.

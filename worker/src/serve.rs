@@ -19,7 +19,7 @@ use crate::device::thread::build_compute_pool;
 use crate::device::{self, Chosen, DeviceError, DeviceThread, memory};
 use crate::fleet::{CallError, CoordinatorClient, Membership};
 use crate::server::{Listener, ServerError};
-use crate::session::Session;
+use crate::session::{Peers, Session};
 use crate::transport::Joining;
 
 /// Threads that answer RPCs and move hidden states; compute has its own.
@@ -134,7 +134,11 @@ async fn live(
         cache,
         reporter,
         runtime.handle().clone(),
-        (dialer, carrier.map(Joining::by)),
+        Peers {
+            dialer,
+            joining: carrier.map(Joining::by),
+            patience: Duration::from_secs(config.assistant_patience_seconds.get().into()),
+        },
     );
     let offer = pb::RegisterRequest {
         name: config.name.clone().unwrap_or_else(default_name),

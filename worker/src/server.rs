@@ -298,14 +298,15 @@ impl Worker for WorkerService {
 
     async fn prune_layer(&self, request: Request<pb::PruneLayerRequest>) -> Result<Response<pb::Started>, Status> {
         let request = request.into_inner();
-        let (source, keeps_output, assistants) = (source(request.source)?, request.keep_output, request.assistants);
+        let (source, keeps_output) = (source(request.source)?, request.keep_output);
+        let (assistants, gflops) = (request.assistants, request.gflops);
         let shares = request.shares.map(TryInto::try_into).transpose().map_err(|error| malformed(&error))?;
         let pattern = match Run::layer_pattern(&request.pattern_json) {
             Ok(pattern) => pattern,
             Err(error) => return Ok(started(Err(error.into()))),
         };
         self.start(request.lease, |unit| match unit {
-            Unit::Prune(layer) => Ok(Work::Prune { layer, source, pattern, keeps_output, assistants, shares }),
+            Unit::Prune(layer) => Ok(Work::Prune { layer, source, pattern, keeps_output, assistants, gflops, shares }),
             other => Err(wrong_kind(other)),
         })
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use candle_core::Device;
 use espalier_common::clock::Stopwatch;
@@ -21,7 +22,7 @@ use tokio::sync::mpsc;
 use crate::calibrate::cache::ActivationCache;
 use crate::crew::LayerSizes;
 use crate::crew::assistant::{OwnerLine, Part, assist};
-use crate::crew::owner::Help;
+use crate::crew::owner::{Help, LEAST_PATIENCE};
 use crate::device::{DeviceError, DeviceThread};
 use crate::evaluation::{Evaluation, evaluate};
 use crate::holdings::Holdings;
@@ -51,6 +52,8 @@ pub enum Work {
         keeps_output: bool,
         /// Endpoints of workers that may help.
         assistants: Vec<String>,
+        /// Speeds of this worker and those, in GFLOP/s; all alike if they are not as many.
+        gflops: Vec<f64>,
         /// With the strategy `data`: who keeps what of the input and output.
         shares: Option<Shares>,
     },
@@ -146,6 +149,23 @@ struct State {
     units: BTreeMap<(RunId, Unit), Given>,
 }
 
+/// How a session meets other workers.
+pub struct Peers {
+    /// How they are called.
+    pub dialer: Dialer,
+    /// What joins them where that is agreed on.
+    pub joining: Option<Arc<Joining>>,
+    /// What an assistant may take at least before it is given up on.
+    pub patience: Duration,
+}
+
+impl Default for Peers {
+    /// On loopback.
+    fn default() -> Self {
+        Self { dialer: Dialer::default(), joining: None, patience: LEAST_PATIENCE }
+    }
+}
+
 /// This worker's work.
 pub struct Session {
     device: DeviceThread,
@@ -153,8 +173,7 @@ pub struct Session {
     holdings: Holdings,
     reports: mpsc::Sender<UnitReport>,
     runtime: Handle,
-    peers: Dialer,
-    joining: Option<Arc<Joining>>,
+    peers: Peers,
     bytes_received: AtomicU64,
     metrics: WorkerMetrics,
     /// Whether the coordinator knows this worker, as far as it is known here.
@@ -176,7 +195,7 @@ impl Session {
         reports: mpsc::Sender<UnitReport>,
         runtime: Handle,
     ) -> Arc<Self> {
-        Self::with_peers(device, cache, reports, runtime, (Dialer::default(), None))
+        Self::with_peers(device, cache, reports, runtime, Peers::default())
     }
 
     /// A session that is attached to nothing. Ends of units go to `reports`; `runtime` fetches from peers, which are called
@@ -186,7 +205,7 @@ impl Session {
         cache: ActivationCache,
         reports: mpsc::Sender<UnitReport>,
         runtime: Handle,
-        (peers, joining): (Dialer, Option<Arc<Joining>>),
+        peers: Peers,
     ) -> Arc<Self> {
         let state = State { attachment: Attachment::Nothing, assistance: None, units: BTreeMap::new() };
         Arc::new(Self {
@@ -196,7 +215,6 @@ impl Session {
             reports,
             runtime,
             peers,
-            joining,
             bytes_received: AtomicU64::new(0),
             metrics: WorkerMetrics::default(),
             readiness: Readiness::not_yet("it is not registered yet"),
@@ -226,7 +244,7 @@ impl Session {
 
     /// What moves tensors between this device and another worker's.
     pub fn joining(&self) -> Option<&Arc<Joining>> {
-        self.joining.as_ref()
+        self.peers.joining.as_ref()
     }
 
     /// Whether the coordinator knows this worker.
@@ -367,8 +385,8 @@ impl Session {
             Work::Forward(layer, source) => run_dense_layer(&place?, *layer, source),
             Work::Survey(layer, source, sparsities) => survey_layer(&place?, *layer, source, sparsities),
             Work::Try(patterns) => try_patterns(&place?, patterns),
-            Work::Prune { layer, source, pattern, keeps_output, assistants, shares } => {
-                let help = Help { lease, assistants: assistants.clone(), leaves: None };
+            Work::Prune { layer, source, pattern, keeps_output, assistants, gflops, shares } => {
+                let help = Help { lease, assistants: assistants.clone(), gflops: gflops.clone(), leaves: None };
                 prune_layer(&place?, *layer, (source, shares.as_ref()), *pattern, *keeps_output, help)
             }
         }
@@ -381,8 +399,9 @@ impl Session {
             cache: &self.cache,
             holdings: &self.holdings,
             runtime: &self.runtime,
-            peers: &self.peers,
-            joining: self.joining.as_ref(),
+            peers: &self.peers.dialer,
+            joining: self.peers.joining.as_ref(),
+            patience: self.peers.patience,
             bytes_received: &self.bytes_received,
             is_survey,
         }

@@ -14,7 +14,6 @@ use espalier_common::report::{Artifact, LinkKind, LinkUse, Outcome, SublayerRepo
 use espalier_common::store::{BlobStore, LocalStore};
 use espalier_common::tasks::TaskGroup;
 use espalier_common::wire::{Source, SourceFrom};
-use espalier_gate::Dialer;
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::io::AsyncReadExt as _;
@@ -25,7 +24,7 @@ use crate::calibrate::cache::ActivationCache;
 use crate::device::DeviceThread;
 use crate::evaluation::Evaluation;
 use crate::server::Listener;
-use crate::session::{Session, SessionError, UnitReport, Work};
+use crate::session::{Peers, Session, SessionError, UnitReport, Work};
 use crate::transport::fake::{Hub, Mishap, Plan};
 use crate::transport::{Carrier, Joining};
 
@@ -33,7 +32,8 @@ const HALF: Pattern = Pattern::Unstructured { sparsity: 0.5 };
 const LAYERS: u32 = 4;
 
 fn prune(layer: LayerIndex, source: Source) -> Work {
-    Work::Prune { layer, source, pattern: HALF, keeps_output: false, assistants: Vec::new(), shares: None }
+    let (assistants, gflops, shares) = (Vec::new(), Vec::new(), None);
+    Work::Prune { layer, source, pattern: HALF, keeps_output: false, assistants, gflops, shares }
 }
 
 fn model(name: &str) -> PathBuf {
@@ -105,7 +105,7 @@ impl TestWorker {
             cache,
             sender,
             Handle::current(),
-            (Dialer::default(), carrier.map(Joining::by)),
+            Peers { joining: carrier.map(Joining::by), ..Peers::default() },
         );
         Self { session, reports, attempt: 0 }
     }
@@ -418,7 +418,10 @@ impl TestWorker {
         for layer in (0..2).map(LayerIndex) {
             let source = if layer.0 == 0 { embedded(&[]) } else { held(layer.0) };
             let assistants = assistants.to_vec();
-            let work = Work::Prune { layer, source, pattern: HALF, keeps_output: false, assistants, shares: None };
+            // Shares that differ; the results must not.
+            let gflops = (0..=assistants.len()).map(|hand| 10.0 * (1 + hand) as f64).collect();
+            let (pattern, shares) = (HALF, None);
+            let work = Work::Prune { layer, source, pattern, keeps_output: false, assistants, gflops, shares };
             match self.outcome(run, Unit::Prune(layer), work).await {
                 Outcome::Pruned { artifact, assistants_lost, links, .. } => {
                     artifacts.push(artifact);

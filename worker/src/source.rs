@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use espalier_common::checkpoint::{CheckpointError, Dtype};
 use espalier_common::clock::Stopwatch;
@@ -41,6 +42,8 @@ pub struct Workplace<'a> {
     pub peers: &'a Dialer,
     /// What moves tensors between this device and another worker's, if anything does.
     pub joining: Option<&'a Arc<Joining>>,
+    /// What an assistant may take at least before it is given up on.
+    pub patience: Duration,
     /// Bytes received from peers so far.
     pub bytes_received: &'a AtomicU64,
     /// Whether the unit looks at the dense model before anything is pruned: on fewer sequences, and on dense inputs whatever

@@ -89,6 +89,7 @@ pub(crate) fn cancel(run_url: &str) -> Result<(), CliError> {
     let stopped = JournalRecord::Stopped {
         reason: "cancelled".to_owned(),
         seconds: 0.0,
+        journal_seconds: 0.0,
         exit_code: Some(crate::error::exit::INTERRUPTED),
     };
     Ok(journal.append(&stopped).map_err(RunError::from)?)
@@ -116,7 +117,12 @@ mod tests {
             model_fingerprint: digest,
             created: 0,
         }));
-        let stopped = JournalRecord::Stopped { reason: "interrupted".to_owned(), seconds: 1.0, exit_code: None };
+        let stopped = JournalRecord::Stopped {
+            reason: "interrupted".to_owned(),
+            seconds: 1.0,
+            journal_seconds: 0.0,
+            exit_code: None,
+        };
         let mut records = vec![taken("a"), created, stopped];
         let glance = Glance::of(&records).unwrap();
         assert_eq!((glance.state.as_str(), glance.writer.as_deref()), ("interrupted", Some("a")));

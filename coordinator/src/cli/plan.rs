@@ -118,9 +118,10 @@ fn summary(planned: &Planned, mode: Propagation) -> String {
         "busy s",
         "weights GB",
         "gram GB",
-        "sequence GB",
+        "solver GB",
         "of GB",
         "hidden states GB",
+        "peak GB",
     ]);
     for part in &plan.workers {
         let layers = match (part.layers.first(), part.layers.last()) {
@@ -134,9 +135,10 @@ fn summary(planned: &Planned, mode: Propagation) -> String {
             format!("{:.1}", part.busy_seconds),
             gigabytes(part.memory.weights_bytes),
             gigabytes(part.memory.gram_bytes),
-            gigabytes(part.memory.sequence_bytes),
+            gigabytes(part.memory.solver_bytes),
             gigabytes(part.worker.memory_bytes),
             gigabytes(part.memory.activation_bytes),
+            gigabytes(part.peak_bytes),
         ]);
     }
     let mut phases = table::table(&["phase", "work s", "on the critical path s"]);

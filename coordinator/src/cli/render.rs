@@ -9,7 +9,8 @@ use super::args::{FormArg, K8sArgs};
 use super::{CliError, job, plan, screen};
 use crate::manifest::{Deployment, Form, Sizes, Storage, credentials_variable, yaml};
 use crate::plan::cluster::{ClusterSpec, Solver};
-use crate::plan::cost::{self, Memory};
+use crate::plan::cost;
+use crate::plan::memory::{Memory, Part};
 
 /// A program, its buffers, and what the allocator keeps.
 const PROCESS_BYTES: u64 = 1 << 30;
@@ -117,7 +118,8 @@ async fn planned(job: &JobSpec, args: &K8sArgs, cluster: Option<&ClusterSpec>) -
     let source = job.model.source.as_str();
     let cached = if source.starts_with("hf://") { gib(model_bytes(&outline)) } else { 1 };
     let most = cost::count(&outline, job, cluster.map_or_else(Solver::default, |cluster| cluster.solver));
-    let largest = most.layers.iter().fold(Memory::default(), |largest, layer| largest.max(layer.memory));
+    let largest =
+        most.layers.iter().fold(Memory::default(), |largest, layer| largest.larger(layer.memory(Part::ALONE)));
     sizes(largest, memory, args.worker_cpus, cached).map(|sizes| (count, sizes))
 }
 

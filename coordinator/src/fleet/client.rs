@@ -71,10 +71,8 @@ pub enum UnitCall {
         pattern: Pattern,
         /// Whether its output is also left in the run's store.
         keeps_output: bool,
-        /// Endpoints of workers that may help.
-        assistants: Vec<String>,
-        /// With the strategy `data`: who keeps what.
-        shares: Option<Shares>,
+        /// Who may help.
+        help: Help,
     },
     /// Run a dense layer and look at it.
     Survey {
@@ -190,12 +188,16 @@ impl WorkerClient for GrpcWorkerClient {
                 let message = pb::ForwardLayerRequest { lease: wire_lease, source: Some(source.into()) };
                 self.answer("ForwardLayer", stub.forward_layer(Self::request(message, SHORT)).await)?
             }
-            UnitCall::Prune { source, pattern, keeps_output, assistants, shares } => {
-                let pattern_json = serde_json::to_string(&pattern).expect("a pattern is plain data");
-                let source = Some(source.into());
-                let keep_output = keeps_output;
-                let (lease, shares) = (wire_lease, shares.map(Into::into));
-                let message = pb::PruneLayerRequest { lease, source, pattern_json, keep_output, assistants, shares };
+            UnitCall::Prune { source, pattern, keeps_output, help } => {
+                let message = pb::PruneLayerRequest {
+                    lease: wire_lease,
+                    source: Some(source.into()),
+                    pattern_json: serde_json::to_string(&pattern).expect("a pattern is plain data"),
+                    keep_output: keeps_output,
+                    assistants: help.assistants,
+                    shares: help.shares.map(Into::into),
+                    gflops: help.gflops,
+                };
                 self.answer("PruneLayer", stub.prune_layer(Self::request(message, SHORT)).await)?
             }
             UnitCall::Survey { source, sparsities } => {

@@ -15,6 +15,7 @@ mod record;
 use std::path::Path;
 use std::sync::Arc;
 
+use espalier_common::clock::Stopwatch;
 use espalier_common::store::BlobStore;
 
 pub use error::JournalError;
@@ -37,6 +38,34 @@ pub trait Journal: Send {
 impl Journal for FencedLog {
     fn append(&mut self, record: &JournalRecord) -> Result<(), JournalError> {
         FencedLog::append(self, record)
+    }
+}
+
+/// A journal, and the time that appending to it took.
+pub struct Timed {
+    journal: Box<dyn Journal>,
+    seconds: f64,
+}
+
+impl Timed {
+    /// Seconds that appending took so far.
+    pub fn seconds(&self) -> f64 {
+        self.seconds
+    }
+}
+
+impl From<Box<dyn Journal>> for Timed {
+    fn from(journal: Box<dyn Journal>) -> Self {
+        Self { journal, seconds: 0.0 }
+    }
+}
+
+impl Journal for Timed {
+    fn append(&mut self, record: &JournalRecord) -> Result<(), JournalError> {
+        let watch = Stopwatch::start();
+        let appended = self.journal.append(record);
+        self.seconds += watch.seconds();
+        appended
     }
 }
 

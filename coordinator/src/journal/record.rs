@@ -75,6 +75,9 @@ pub enum JournalRecord {
     Finished {
         /// Wall-clock seconds of this process' part.
         seconds: f64,
+        /// Of these, spent on appending to the journal; journals of earlier versions do not tell.
+        #[serde(default)]
+        journal_seconds: f64,
     },
     /// The run was given up, for now or for good.
     Stopped {
@@ -82,6 +85,9 @@ pub enum JournalRecord {
         reason: String,
         /// Wall-clock seconds of this process' part.
         seconds: f64,
+        /// Of these, spent on appending to the journal; journals of earlier versions do not tell.
+        #[serde(default)]
+        journal_seconds: f64,
         /// The exit code that this amounts to; journals of earlier versions do not tell.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         exit_code: Option<u8>,

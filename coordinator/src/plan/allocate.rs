@@ -137,6 +137,7 @@ pub(super) mod tests {
             imports_zeros: false,
             needs_whole: false,
             structure: None,
+            efforts: Vec::new(),
         }
     }
 

@@ -72,21 +72,15 @@ impl Default for Products {
     }
 }
 
-/// `[solver]`: how much a method computes; the coordinator knows no method.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+/// `[solver]`: how much a method computes, where somebody knows better than the worker that reads the model's headers.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Solver {
-    /// Passes over rows · columns² for each sublayer: 1 for SparseGPT, the number of iterations for an iterative method.
-    pub sweeps: f64,
-    /// Share of the matrix-product speed that solving reaches.
-    pub efficiency: f64,
-}
-
-impl Default for Solver {
-    /// SparseGPT's, as measured beside [`Products`].
-    fn default() -> Self {
-        Self { sweeps: 1.0, efficiency: 0.4 }
-    }
+    /// Passes over rows · columns² for each sublayer: 1 for SparseGPT, the number of products for an iterative method. What the
+    /// method says of itself if none is given.
+    pub sweeps: Option<f64>,
+    /// Share of the matrix-product speed that solving reaches. What the method says of itself if none is given.
+    pub efficiency: Option<f64>,
 }
 
 /// `[[workers]]`: some workers of one kind.
@@ -172,8 +166,9 @@ impl ClusterSpec {
         positive("[network] gigabits_per_second", self.network.gigabits_per_second)?;
         positive("[storage] gigabytes_per_second", self.storage.gigabytes_per_second)?;
         positive("[products] efficiency", self.products.efficiency)?;
-        positive("[solver] sweeps", self.solver.sweeps)?;
-        positive("[solver] efficiency", self.solver.efficiency)?;
+        for (key, value) in [("sweeps", self.solver.sweeps), ("efficiency", self.solver.efficiency)] {
+            value.map_or(Ok(()), |value| positive(&format!("[solver] {key}"), value))?;
+        }
         let total = self.workers.iter().fold(0usize, |sum, kind| sum.saturating_add(kind.count));
         if total == 0 || total > MOST_WORKERS {
             return Err(wrong("number of [[workers]]".to_owned(), total.to_string(), "between 1 and 65536"));

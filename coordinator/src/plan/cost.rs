@@ -1,68 +1,106 @@
 //! What a layer costs: bytes, memory and floating-point operations, from its outline alone.
 //!
-//! Every figure is a count of the products that are done, not a fit to a measurement; what is left out (norms,
-//! activations, masks, copying) is small beside them for the layers of any real model.
+//! Products are counted, and what is allocated for them; what is left out (norms, activations, masks, copying) is small beside
+//! them for the layers of any real model. What a method takes is what the worker that made the outline says of it.
 
 use espalier_common::calibration::LEAVES;
 use espalier_common::job::{JobSpec, Propagation};
-use espalier_common::outline::{LayerOutline, ModelOutline, SublayerOutline};
+use espalier_common::outline::{Effort, LayerOutline, ModelOutline, SublayerOutline};
 use serde::Serialize;
 
 use super::cluster::Solver;
+use super::memory::Room;
 
 /// Bytes of an f32.
-const F32: u64 = 4;
+pub(super) const F32: u64 = 4;
 /// Bytes of an f64.
-const F64: u64 = 8;
+pub(super) const F64: u64 = 8;
 
-/// What a worker needs for the largest layer, by what it needs it for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
-pub struct Memory {
-    /// The layer's weights in f32, twice: as they were and as they become.
-    pub weights_bytes: u64,
-    /// Gram matrix of its widest input (and the cross product with the dense inputs, where the method compares them), one
-    /// factor of it, and the sums that it comes from: half matrices in f64, four at a time.
-    pub gram_bytes: u64,
-    /// Hidden states of one sequence as they pass the layer: what must be in memory however small the budget is.
-    pub sequence_bytes: u64,
-    /// Hidden states of all calibration sequences; what does not fit goes to the scratch folder.
-    pub activation_bytes: u64,
+/// What one group of sublayers costs.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct GroupCost {
+    /// Rows of each member.
+    pub rows: Vec<u64>,
+    /// Operations of its gram matrix.
+    pub gram_flops: f64,
+    /// What solving takes.
+    pub effort: Effort,
+    /// Bytes of the sums over some of the sequences, as they go from worker to worker.
+    pub sums_bytes: u64,
+    /// Bytes of the statistics that are solved with, as they go to assistants.
+    pub statistics_bytes: u64,
+    /// Bytes of the pruned weights as stored.
+    pub stored_bytes: u64,
 }
 
-impl Memory {
-    /// What cannot go to disk.
-    pub fn resident_bytes(&self) -> u64 {
-        self.weights_bytes.saturating_add(self.gram_bytes).saturating_add(self.sequence_bytes)
+impl GroupCost {
+    /// Weights of all members.
+    pub fn weights(&self) -> u64 {
+        self.rows.iter().sum::<u64>().saturating_mul(self.effort.columns as u64)
     }
 
-    /// The larger of both, part by part.
-    pub fn max(self, other: Self) -> Self {
-        Self {
-            weights_bytes: self.weights_bytes.max(other.weights_bytes),
-            gram_bytes: self.gram_bytes.max(other.gram_bytes),
-            sequence_bytes: self.sequence_bytes.max(other.sequence_bytes),
-            activation_bytes: self.activation_bytes.max(other.activation_bytes),
+    /// Bytes of the upper triangle of a matrix as wide as the group's inputs.
+    pub fn triangle_bytes(&self) -> u64 {
+        let columns = self.effort.columns as u64;
+        columns.saturating_mul(columns.saturating_add(1)) / 2 * F32
+    }
+
+    /// Rows of the blocks that it is solved by.
+    pub fn blocks(&self) -> impl Iterator<Item = u64> {
+        let most = self.effort.block_rows as u64;
+        self.rows.iter().flat_map(move |&rows| {
+            let blocks = if most == 0 { 1 } else { rows.div_ceil(most).max(1) };
+            (0..blocks).map(move |block| rows * (block + 1) / blocks - rows * block / blocks)
+        })
+    }
+
+    /// Operations of solving it, whoever does what.
+    pub fn solve_flops(&self) -> f64 {
+        let Effort { common_flops, parts, part_flops, row_flops, .. } = self.effort;
+        let rows: u64 = self.rows.iter().sum();
+        common_flops as f64 + parts as f64 * part_flops as f64 + rows as f64 * row_flops as f64
+    }
+
+    /// Bytes that a layer's owner and `assistants` send each other so that all can solve, if they do: statistics to each, parts to
+    /// all but whoever made them, and what assistants solved, their share of the weights.
+    pub fn solving_bytes(&self, assistants: u64) -> u64 {
+        if !self.effort.is_shared || self.blocks().count() < 2 {
+            return 0;
         }
+        let letters = assistants.saturating_mul(
+            self.statistics_bytes.saturating_add((self.effort.parts as u64).saturating_mul(self.triangle_bytes())),
+        );
+        letters.saturating_add(self.weights().saturating_mul(F32).saturating_mul(assistants) / (1 + assistants))
     }
 }
 
 /// What one layer costs.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LayerCost {
     /// Bytes to read from the checkpoint.
     pub load_bytes: u64,
     /// Operations of running all tokens through it once, all streams.
     pub forward_flops: f64,
-    /// Operations of its gram matrices.
-    pub gram_flops: f64,
-    /// Operations of solving its sublayers.
-    pub solve_flops: f64,
+    /// Its groups, in the order in which they are solved.
+    pub groups: Vec<GroupCost>,
     /// Operations of measuring the error of each solution.
     pub verify_flops: f64,
     /// Bytes of what it becomes.
     pub store_bytes: u64,
-    /// Memory it takes.
-    pub memory: Memory,
+    /// What goes into the memory that it takes.
+    pub room: Room,
+}
+
+impl LayerCost {
+    /// Operations of its gram matrices.
+    pub fn gram_flops(&self) -> f64 {
+        self.groups.iter().map(|group| group.gram_flops).sum()
+    }
+
+    /// Operations of solving its sublayers.
+    pub fn solve_flops(&self) -> f64 {
+        self.groups.iter().map(GroupCost::solve_flops).sum()
+    }
 }
 
 /// What a job costs on a model.
@@ -88,7 +126,18 @@ pub fn count(outline: &ModelOutline, job: &JobSpec, solver: Solver) -> JobCost {
         streams: if two_streams { 2 } else { 1 },
         sides: if job.held_out_samples() > 0 { 2 } else { 1 },
     };
-    let layers = outline.layers.iter().map(|layer| size.layer(layer, solver)).collect();
+    let effort = |columns: usize| {
+        let told = outline.efforts.iter().find(|effort| effort.columns == columns).copied();
+        let mut effort = told.unwrap_or_else(|| one_sweep(columns));
+        if let Some(sweeps) = solver.sweeps {
+            effort.row_flops = (sweeps * 2.0 * (columns as f64).powi(2)) as u64;
+        }
+        if let Some(efficiency) = solver.efficiency {
+            effort.speed_percent = (efficiency * 100.0) as u32;
+        }
+        effort
+    };
+    let layers = outline.layers.iter().map(|layer| size.layer(layer, effort)).collect();
     JobCost {
         layers,
         boundary_bytes: size.boundary_bytes(),
@@ -100,6 +149,21 @@ pub fn count(outline: &ModelOutline, job: &JobSpec, solver: Solver) -> JobCost {
 /// As many workers may have a share of the calibration sequences: no more than leaves, and none of them without a sequence.
 pub fn most_hands(job: &JobSpec) -> usize {
     LEAVES.min(job.calibration.samples).max(1)
+}
+
+/// What is reckoned with where no worker has said what the method takes: SparseGPT's.
+fn one_sweep(columns: usize) -> Effort {
+    let square = (columns as u64).saturating_mul(columns as u64);
+    Effort {
+        columns,
+        common_flops: square.saturating_mul(columns as u64).saturating_mul(4) / 3,
+        row_flops: square.saturating_mul(2),
+        speed_percent: 40,
+        kept_bytes: square.saturating_mul(3 * F32),
+        row_bytes: 3 * F32 * columns as u64,
+        is_shared: true,
+        ..Effort::default()
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -117,52 +181,73 @@ impl Size {
         self.samples as f64 * self.sequence as f64
     }
 
-    fn sequence_bytes(self) -> u64 {
-        self.sequence.saturating_mul(self.hidden).saturating_mul(F32 * self.streams)
+    /// Bytes of something so wide for every token, all streams.
+    fn bytes_of(self, width: u64) -> u64 {
+        self.samples.saturating_mul(self.sequence).saturating_mul(width).saturating_mul(F32 * self.streams)
     }
 
     fn boundary_bytes(self) -> u64 {
-        self.sequence_bytes().saturating_mul(self.samples)
+        self.bytes_of(self.hidden)
     }
 
-    /// Bytes of the sums that are merged as a tree: as many as it is deep, and the one that is being summed.
-    fn partial_sums(self, width: u64) -> u64 {
+    /// Numbers that the sums over some of the sequences are, in f64.
+    fn sums_bytes(self, width: u64) -> u64 {
         let half = width.saturating_mul(width.saturating_add(1)) / 2;
         // Both grams are symmetric, the cross product is not.
-        let numbers = half.saturating_mul(if self.streams == 2 { 4 } else { 1 });
-        numbers.saturating_mul(F64 * (1 + u64::from(LEAVES.ilog2())) * self.sides)
+        half.saturating_mul(if self.streams == 2 { 4 } else { 1 }).saturating_mul(F64)
     }
 
-    fn layer(self, layer: &LayerOutline, solver: Solver) -> LayerCost {
+    fn group(self, members: &[SublayerOutline], effort: Effort) -> GroupCost {
+        let columns = effort.columns as u64;
+        // A symmetric product is done by halves; a cross product is not, and comes on top.
+        let a_gram = if self.streams == 2 { 4.0 } else { 1.0 };
+        let stored =
+            |sublayer: &SublayerOutline| (sublayer.elements() as u64).saturating_mul(bytes_of(&sublayer.dtype));
+        GroupCost {
+            rows: members.iter().map(|sublayer| sublayer.rows as u64).collect(),
+            gram_flops: a_gram * self.tokens() * (columns as f64).powi(2),
+            effort,
+            sums_bytes: self.sums_bytes(columns).saturating_mul(self.sides),
+            statistics_bytes: self.sums_bytes(columns) / 2,
+            stored_bytes: members.iter().map(stored).sum(),
+        }
+    }
+
+    fn layer(self, layer: &LayerOutline, effort: impl Fn(usize) -> Effort) -> LayerCost {
         let weights: u64 = layer.sublayers().map(|sublayer| sublayer.elements() as u64).sum();
         let (tokens, streams) = (self.tokens(), self.streams as f64);
         // Scores and weighted sums, causal: half of 2 · 2 · sequence · width a token.
         let attention = 2.0 * tokens * self.sequence as f64 * self.hidden as f64;
-        let widths = || layer.groups.iter().filter_map(|group| group.first()).map(|first| first.columns as f64);
-        // A symmetric product is done by halves; a cross product is not, and comes on top.
-        let a_gram = if self.streams == 2 { 4.0 } else { 1.0 };
-        let gram_flops = widths().map(|width| a_gram * tokens * width * width).sum();
-        // Factor, inverse and the inverse's factor of each gram: a third, two thirds and a third of columns³.
-        let factors: f64 = widths().map(|width| 4.0 / 3.0 * width.powi(3)).sum();
+        let members = layer.groups.iter().filter(|group| !group.is_empty());
+        let groups: Vec<GroupCost> = members.map(|group| self.group(group, effort(group[0].columns))).collect();
         let sweep = |sublayer: &SublayerOutline| 2.0 * sublayer.elements() as f64 * sublayer.columns as f64;
         let sweeps: f64 = layer.sublayers().map(sweep).sum();
-        let widest = layer.sublayers().map(|sublayer| sublayer.columns as u64).max().unwrap_or(0);
-        let matrix = widest.saturating_mul(widest).saturating_mul(F32);
+        let widest = layer.sublayers().map(|one| one.columns.max(one.rows) as u64).max().unwrap_or(0);
+        let room = Room {
+            weights,
+            streams: self.streams,
+            boundary_bytes: self.boundary_bytes(),
+            input_bytes: groups.iter().map(|group| self.bytes_of(group.effort.columns as u64)).collect(),
+            // The residual stream and its norm, and what the widest sublayers give.
+            sequence_bytes: self.sequence.saturating_mul(F32).saturating_mul(2 * self.hidden + 3 * widest),
+        };
         LayerCost {
             load_bytes: layer.bytes,
             forward_flops: streams * (2.0 * tokens * weights as f64 + attention),
-            gram_flops,
-            solve_flops: factors + solver.sweeps * sweeps,
+            groups,
             // Two energies of half a sweep each; against dense inputs, three and a whole one.
             verify_flops: self.sides as f64 * sweeps * if self.streams == 2 { 2.5 } else { 1.0 },
             store_bytes: layer.bytes,
-            memory: Memory {
-                weights_bytes: weights.saturating_mul(2 * F32),
-                gram_bytes: matrix.saturating_mul(1 + self.streams).saturating_add(self.partial_sums(widest)),
-                sequence_bytes: self.sequence_bytes().saturating_mul(2),
-                activation_bytes: self.boundary_bytes().saturating_mul(2),
-            },
+            room,
         }
+    }
+}
+
+/// Bytes of an element, as checkpoints spell its type; quantised ones are stored as f32.
+fn bytes_of(dtype: &str) -> u64 {
+    match dtype {
+        "F16" | "BF16" => 2,
+        _ => F32,
     }
 }
 
@@ -191,6 +276,7 @@ pub(super) mod tests {
             method_version: "1".to_owned(),
             method_params: serde_json::Value::Null,
             structure: None,
+            efforts: Vec::new(),
             needs_dense: false,
             imports_zeros: false,
             needs_whole: false,
@@ -210,12 +296,10 @@ pub(super) mod tests {
     #[test]
     fn a_layer_is_counted_product_by_product() {
         let cost = count(&outline(1), &job("pruned"), Solver::default());
-        let layer = cost.layers[0];
+        let layer = &cost.layers[0];
         let (tokens, weights) = (320.0, 64.0 * 64.0 + 2.0 * 256.0 * 64.0);
         assert!((layer.forward_flops - (2.0 * tokens * weights + 2.0 * tokens * 32.0 * 64.0)).abs() < 1.0);
-        assert!((layer.gram_flops - tokens * (2.0 * 64.0 * 64.0 + 256.0 * 256.0)).abs() < 1.0);
-        assert_eq!(layer.memory.weights_bytes, weights as u64 * 8);
-        assert_eq!(layer.memory.gram_bytes, 2 * 256 * 256 * 4 + 4 * 256 * 257 / 2 * 8);
+        assert!((layer.gram_flops() - tokens * (2.0 * 64.0 * 64.0 + 256.0 * 256.0)).abs() < 1.0);
         let sweeps = 64.0 * 64.0 * 64.0 + 256.0 * 64.0 * 64.0 + 64.0 * 256.0 * 256.0;
         assert!((layer.verify_flops - 2.0 * sweeps).abs() < 1.0);
         assert_eq!(cost.boundary_bytes, 320 * 64 * 4);

@@ -4,6 +4,7 @@ pub mod allocate;
 pub mod cluster;
 pub mod cost;
 pub mod measured;
+pub mod memory;
 pub mod owl;
 pub mod partition;
 pub mod predict;

@@ -3,18 +3,24 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
+use espalier_common::calibration::LEAVES;
 use espalier_common::clock::Millis;
 use espalier_common::digest::Digest;
 use espalier_common::ids::{Boundary, LayerIndex, Lease, Unit, WorkerId};
 use espalier_common::job::Propagation;
 use espalier_common::report::{Artifact, Outcome};
+use espalier_common::shares::shares as deal;
 use serde::Serialize;
 
 use super::cluster::{ClusterSpec, PlannedWorker};
-use super::cost::{JobCost, Memory};
+use super::cost::{GroupCost, JobCost, LayerCost};
 use super::megaflops;
+use super::memory::{Memory, Part};
 use super::strategy::Strategy;
 use crate::schedule::{Action, Event, Limits, Origin, Scheduler, Shape};
+
+/// Share of its memory that a worker keeps hidden states in, if it isn't told otherwise: one part of so many.
+const HIDDEN_SHARE: u64 = 4;
 
 /// How a run would go.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -25,7 +31,7 @@ pub struct Prediction {
     pub seconds: f64,
     /// Work by phase, summed over workers.
     pub seconds_by_phase: BTreeMap<&'static str, f64>,
-    /// Hidden states that go from worker to worker.
+    /// Tensors that go from worker to worker.
     pub bytes_moved: u64,
     /// The units that each had to wait for the one before: what would have to be faster for the run to be.
     pub critical_path: Vec<Step>,
@@ -43,8 +49,10 @@ pub struct WorkerPart {
     pub layers: Vec<LayerIndex>,
     /// Seconds that it computes or waits for data.
     pub busy_seconds: f64,
-    /// What its largest layer needs.
+    /// What its part in a layer needs at most, its own layers and those that it assists with.
     pub memory: Memory,
+    /// What its process has at its peak, with as many hidden states in memory as it keeps there if it isn't told otherwise.
+    pub peak_bytes: u64,
 }
 
 /// One unit on the critical path.
@@ -65,10 +73,10 @@ pub struct Step {
 pub enum PlanError {
     /// A layer needs more memory than a worker has.
     #[error(
-        "layer {layer} does not fit worker {worker}: it needs {} GB ({} weights, {} gram, {} one sequence), but the worker \
-         has {} GB",
+        "layer {layer} does not fit worker {worker}: it needs {} GB ({} weights, {} gram, {} solver, {} one sequence), but \
+         the worker has {} GB",
         gigabytes(memory.resident_bytes()), gigabytes(memory.weights_bytes), gigabytes(memory.gram_bytes),
-        gigabytes(memory.sequence_bytes), gigabytes(*has_bytes)
+        gigabytes(memory.solver_bytes), gigabytes(memory.sequence_bytes), gigabytes(*has_bytes)
     )]
     Memory {
         /// The layer.
@@ -108,10 +116,10 @@ pub fn predict(
     }
     // Whoever is left may have to do any layer, so each must be able to.
     for worker in workers {
-        let too_large = |memory: Memory| memory.resident_bytes() > worker.memory_bytes;
-        if let Some(layer) = cost.layers.iter().position(|layer| too_large(layer.memory)) {
+        let mut needed = cost.layers.iter().map(|layer| layer.memory(Part::ALONE)).enumerate();
+        if let Some((layer, memory)) = needed.find(|(_, memory)| memory.resident_bytes() > worker.memory_bytes) {
             let (worker, has_bytes) = (worker.name.clone(), worker.memory_bytes);
-            return Err(PlanError::Memory { layer, worker, memory: cost.layers[layer].memory, has_bytes });
+            return Err(PlanError::Memory { layer, worker, memory, has_bytes });
         }
     }
     let layer_bytes = layer_bytes.to_vec();
@@ -138,9 +146,8 @@ struct Rehearsal<'a> {
     running: Vec<Running>,
     done: Vec<Running>,
     held: BTreeMap<WorkerId, BTreeSet<Boundary>>,
+    memory: BTreeMap<WorkerId, Memory>,
     bytes_moved: u64,
-    /// With the strategy `data`: as many workers have a share each.
-    shares_of: Option<usize>,
 }
 
 impl<'a> Rehearsal<'a> {
@@ -151,11 +158,9 @@ impl<'a> Rehearsal<'a> {
         workers: &'a [PlannedWorker],
         shape: Shape,
     ) -> Self {
-        let hands = workers.len().min(cost.most_hands).max(1);
-        let shares_of = matches!(shape, Shape::PruneTogether { .. }).then_some(hands);
         let scheduler = Scheduler::new(shape, Limits::default());
-        let (running, done, held) = (Vec::new(), Vec::new(), BTreeMap::new());
-        Self { cost, mode, cluster, workers, scheduler, running, done, held, bytes_moved: 0, shares_of }
+        let (running, done, held, memory) = (Vec::new(), Vec::new(), BTreeMap::new(), BTreeMap::new());
+        Self { cost, mode, cluster, workers, scheduler, running, done, held, memory, bytes_moved: 0 }
     }
 
     fn run(mut self) -> Result<Prediction, PlanError> {
@@ -264,35 +269,63 @@ impl<'a> Rehearsal<'a> {
         phases.push(("load", load_bytes as f64 / (self.cluster.storage.gigabytes_per_second * 1e9)));
         let (own, before) = layers.split_last().expect("a unit has a layer");
         let replayed: f64 = before.iter().map(|layer| layer.forward_flops).sum();
-        // A shared layer: equal shares of the sequences, so that the slowest counts, and blocks to whoever is free.
-        let speed_of = |worker: &WorkerId| self.workers[worker.0 as usize].gflops * 1e9;
         let lent = if self.cost.is_shared { self.cost.most_hands - 1 } else { 0 };
-        let has_share = |number: usize| shares.map_or(number < lent, |shares| !shares[number].is_empty());
-        let shared = (0..assistants.len()).filter(|number| has_share(*number));
-        let speeds: Vec<f64> = shared.map(|number| speed_of(&assistants[number])).collect();
-        let hands = 1.0 + speeds.len() as f64;
-        let together = speed
-            + match shares {
-                // Who has no share of the sequences solves all the same.
-                Some(_) => assistants.iter().map(speed_of).sum::<f64>(),
-                None => speeds.iter().sum(),
-            };
-        let slowest = speeds.iter().copied().fold(speed, f64::min);
-        if !speeds.is_empty() && shares.is_none() {
-            // Each share goes to its assistant and comes back.
-            let bytes = 2.0 * self.cost.boundary_bytes as f64 * (hands - 1.0) / hands;
-            self.bytes_moved = self.bytes_moved.saturating_add(bytes as u64);
-            phases.push(("share", bytes * 8.0 / (self.cluster.network.gigabits_per_second * 1e9)));
-        }
-        phases.push(("forward", (replayed / speed + own.forward_flops / hands / slowest) / efficiency));
+        let assistants = if shares.is_some() { assistants } else { &assistants[..assistants.len().min(lent)] };
+        let crew: Vec<WorkerId> = [lease.worker].into_iter().chain(assistants.iter().copied()).collect();
+        let speeds: Vec<f64> = crew.iter().map(|worker| self.workers[worker.0 as usize].gflops * 1e9).collect();
+        let leaves = match shares {
+            Some(kept) => {
+                let kept = kept.iter().map(Range::len);
+                let own = LEAVES.saturating_sub(kept.clone().sum());
+                [own].into_iter().chain(kept).collect()
+            }
+            None => deal(&speeds, LEAVES),
+        };
+        // Sequences are shared out beforehand, so that whoever is last counts.
+        let slowest = |(leaves, speed): (&usize, &f64)| *leaves as f64 / LEAVES as f64 / speed;
+        let gathering = leaves.iter().zip(&speeds).map(slowest).fold(0.0, f64::max);
         if let Unit::Prune(_) = lease.unit {
-            phases.push(("gram", own.gram_flops / hands / slowest / efficiency));
-            phases.push(("solve", own.solve_flops / (together * self.cluster.solver.efficiency)));
+            for (hand, (&worker, &leaves)) in crew.iter().zip(&leaves).enumerate() {
+                let (leaves, is_owner) = (leaves as u64, hand == 0);
+                let kept = match shares {
+                    Some(_) => leaves,
+                    None if is_owner => LEAVES as u64,
+                    None => 0,
+                };
+                let part = Part { leaves, others: crew.len() as u64 - 1, is_owner, kept };
+                let memory = self.memory.entry(worker).or_default();
+                *memory = memory.larger(own.memory(part));
+            }
+        }
+        if crew.len() > 1 {
+            let bytes = self.shared_bytes(own, &leaves, shares.is_none());
+            self.bytes_moved = self.bytes_moved.saturating_add(bytes);
+            phases.push(("share", bytes as f64 * 8.0 / (self.cluster.network.gigabits_per_second * 1e9)));
+        }
+        phases.push(("forward", (replayed / speed + own.forward_flops * gathering) / efficiency));
+        if let Unit::Prune(_) = lease.unit {
+            phases.push(("gram", own.gram_flops() * gathering / efficiency));
+            phases.push(("solve", own.groups.iter().map(|group| solving_seconds(group, &speeds)).sum()));
             // The owner's alone, as is what it writes.
             phases.push(("verify", own.verify_flops / (speed * efficiency)));
             phases.push(("store", own.store_bytes as f64 / (self.cluster.storage.gigabytes_per_second * 1e9)));
         }
         phases
+    }
+
+    /// Bytes that the owner of a layer and its assistants send each other.
+    fn shared_bytes(&self, layer: &LayerCost, leaves: &[usize], is_lent: bool) -> u64 {
+        let assistants = leaves.len() as u64 - 1;
+        let lent: usize = if is_lent { leaves[1..].iter().sum() } else { 0 };
+        // Each share goes to its assistant and comes back.
+        let hidden = self.cost.boundary_bytes.saturating_mul(2 * lent as u64) / LEAVES as u64;
+        let of_group = |group: &GroupCost| {
+            // Sums over each branch of the shares, and what the weights became, for everybody.
+            let sums = group.sums_bytes.saturating_mul(branches(leaves));
+            let applied = group.stored_bytes.saturating_mul(assistants);
+            sums.saturating_add(applied).saturating_add(group.solving_bytes(assistants))
+        };
+        layer.groups.iter().map(of_group).fold(hidden, u64::saturating_add)
     }
 
     fn summary(self, seconds: f64) -> Prediction {
@@ -319,19 +352,11 @@ impl<'a> Rehearsal<'a> {
             });
             let mut layers: Vec<LayerIndex> = pruned.collect();
             layers.sort_unstable();
-            let memory = layers.iter().map(|layer| self.cost.layers[layer.0 as usize].memory);
-            let memory = match self.shares_of {
-                None => memory.fold(Memory::default(), Memory::max),
-                // Everyone has a part in every layer.
-                Some(hands) => {
-                    let most = self.cost.layers.iter().map(|layer| layer.memory).fold(Memory::default(), Memory::max);
-                    let is_share = if index < hands { most.activation_bytes.div_ceil(hands as u64) } else { 0 };
-                    Memory { activation_bytes: is_share, ..most }
-                }
-            };
+            let memory = self.memory.get(&WorkerId(index as u64)).copied().unwrap_or_default();
             WorkerPart {
                 worker: worker.clone(),
                 memory,
+                peak_bytes: memory.peak_bytes(worker.memory_bytes / HIDDEN_SHARE),
                 layers,
                 busy_seconds: own.iter().map(|step| step.to - step.from).sum(),
             }
@@ -353,8 +378,47 @@ impl<'a> Rehearsal<'a> {
     }
 }
 
+/// Seconds that workers of these speeds take to solve a group: what each does for itself, what they make for each other, and
+/// blocks, of which whoever is through takes another one.
+fn solving_seconds(group: &GroupCost, speeds: &[f64]) -> f64 {
+    let effort = &group.effort;
+    let is_shared = effort.is_shared && group.blocks().count() > 1;
+    let speeds = if is_shared { speeds } else { &speeds[..1] };
+    let slowest = speeds.iter().copied().fold(f64::INFINITY, f64::min);
+    let own_parts = effort.parts.div_ceil(speeds.len());
+    let before = effort.common_flops as f64 + own_parts as f64 * effort.part_flops as f64;
+    let mut busy = vec![0.0f64; speeds.len()];
+    for rows in group.blocks() {
+        let seconds = |hand: usize| busy[hand] + rows as f64 * effort.row_flops as f64 / speeds[hand];
+        let next = (0..speeds.len()).min_by(|&a, &b| seconds(a).total_cmp(&seconds(b))).unwrap_or(0);
+        busy[next] = seconds(next);
+    }
+    let blocks = busy.into_iter().fold(0.0, f64::max);
+    (before / slowest + blocks) * 100.0 / f64::from(effort.speed_percent.max(1))
+}
+
+/// Whole branches of the tree of leaves that the shares of assistants are.
+fn branches(leaves: &[usize]) -> u64 {
+    let mut first = leaves[0];
+    let mut count = 0;
+    for &leaves in &leaves[1..] {
+        let end = first + leaves;
+        while first < end {
+            let mut size = 1;
+            while first.is_multiple_of(2 * size) && first + 2 * size <= end {
+                size *= 2;
+            }
+            first += size;
+            count += 1;
+        }
+    }
+    count
+}
+
 #[cfg(test)]
 mod tests {
+    use espalier_common::outline::Effort;
+
     use super::super::cost::{self, tests::job, tests::outline};
     use super::*;
 
@@ -379,17 +443,49 @@ mod tests {
     fn a_chain_is_its_own_critical_path_and_moves_one_boundary_a_handover() {
         let plan = plan_of("pruned", 6, &[1.0, 1.0, 1.0], u64::MAX).unwrap();
         assert_eq!(plan.critical_path.len(), 6);
-        // Two handovers, and in each layer two of three shares that go out and come back.
+        // Two handovers, and in each layer two of three shares that go out and come back: six of eight leaves, [2, 3, 3].
         let boundary = 320 * 64 * 4;
-        assert!(plan.bytes_moved.abs_diff(2 * boundary + 6 * 2 * boundary * 2 / 3) <= 6);
+        // The groups are one block each, which is the owner's. Sums come over leaves 2 and 3, 4, 5, and 6 and 7; what the weights
+        // became goes to both assistants in bf16.
+        let of_group = |(rows, columns): (u64, u64)| 4 * (columns * (columns + 1) / 2 * 8) + 2 * 2 * rows * columns;
+        let groups: u64 = [(64, 64), (256, 64), (64, 256)].map(of_group).iter().sum();
+        assert_eq!(plan.bytes_moved, 2 * boundary + 6 * (2 * boundary * 6 / 8 + groups));
         let one = plan_of("pruned", 6, &[1.0], u64::MAX).unwrap();
-        assert!(plan.seconds < 0.45 * one.seconds, "{} against {}", plan.seconds, one.seconds);
+        assert!(plan.seconds < 0.75 * one.seconds, "{} against {}", plan.seconds, one.seconds);
         let layers: Vec<usize> = plan.workers.iter().map(|part| part.layers.len()).collect();
         assert_eq!(layers, [2, 2, 2]);
         let busy: f64 = plan.workers.iter().map(|part| part.busy_seconds).sum();
         assert!((busy - plan.seconds).abs() < 1e-9);
         let phases: f64 = plan.critical_seconds_by_phase.values().sum();
         assert!((phases - plan.seconds).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_group_in_blocks_is_solved_by_all_and_the_faster_does_more() {
+        let effort = Effort {
+            columns: 64,
+            parts: 3,
+            part_flops: 100,
+            row_flops: 10,
+            block_rows: 16,
+            speed_percent: 50,
+            is_shared: true,
+            ..Effort::default()
+        };
+        let group = |is_shared| GroupCost {
+            rows: vec![64],
+            gram_flops: 0.0,
+            effort: Effort { is_shared, ..effort },
+            sums_bytes: 0,
+            statistics_bytes: 0,
+            stored_bytes: 0,
+        };
+        // Three parts and four blocks of 160; of two equals one makes two parts; one that is three times as fast takes three blocks.
+        for (speeds, flops) in [(&[1.0][..], 300.0 + 640.0), (&[1.0, 1.0], 200.0 + 320.0), (&[1.0, 3.0], 200.0 + 160.0)]
+        {
+            assert!((solving_seconds(&group(true), speeds) - 2.0 * flops).abs() < 1e-9, "{speeds:?}");
+            assert!((solving_seconds(&group(false), speeds) - 2.0 * 940.0).abs() < 1e-9, "{speeds:?}");
+        }
     }
 
     #[test]
@@ -406,15 +502,15 @@ mod tests {
         let (outline, job) = (outline(1), job("pruned"));
         let (mut cluster, workers) = cluster(&[1.0], u64::MAX);
         let cost = cost::count(&outline, &job, cluster.solver);
-        let layer = cost.layers[0];
+        let layer = &cost.layers[0];
         cluster.products.efficiency = 0.5;
         let layer_bytes = [outline.layers[0].bytes];
         let plan = predict(&cost, (job.propagation.mode, Strategy::Layers), &layer_bytes, &cluster, &workers).unwrap();
         for (phase, seconds) in [
             ("forward", layer.forward_flops / 0.5e9),
-            ("gram", layer.gram_flops / 0.5e9),
+            ("gram", layer.gram_flops() / 0.5e9),
             ("verify", layer.verify_flops / 0.5e9),
-            ("solve", layer.solve_flops / (cluster.solver.efficiency * 1e9)),
+            ("solve", layer.solve_flops() / 0.4e9),
             ("store", layer.store_bytes as f64 / (cluster.storage.gigabytes_per_second * 1e9)),
         ] {
             let found = plan.seconds_by_phase[phase];

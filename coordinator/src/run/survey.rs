@@ -122,7 +122,7 @@ impl Run {
         let purpose = Surveying { sparsities, plans, preparation };
         let id = RunId(format!("{}-survey", self.id));
         let mut journal =
-            super::Remembering { journal: self.journal.as_mut(), past: &mut self.past, events: &self.setting.events };
+            super::Remembering { journal: &mut self.journal, past: &mut self.past, events: &self.setting.events };
         let mut driver = Driver {
             run: &id,
             roster: &self.setting.roster,

@@ -84,7 +84,10 @@ fn next(place: &Workplace<'_>, line: &mut OwnerLine) -> Result<Option<Letter>, T
         }
     });
     match received?.map(|received| received.letter) {
-        Some(Ok(letter)) => Ok(Some(letter)),
+        Some(Ok(letter)) => {
+            place.received(letter.body.len() as u64);
+            Ok(Some(letter))
+        }
         Some(Err(error)) => {
             tracing::debug!(%error, "the owner is gone");
             Ok(None)

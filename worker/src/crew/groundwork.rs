@@ -47,6 +47,7 @@ impl Crew<'_> {
         let (seconds, own_leaves) = (watch.seconds(), self.own_leaves());
         let mut taken: Vec<(usize, usize, Bytes)> = Vec::new();
         let missing = wanted.iter().map(Vec::len).collect();
+        let watch = Stopwatch::start();
         let collected = self.collect((own_leaves, seconds), (missing, false), |number, matter, body| {
             let Matter::Part(told) = matter else { return false };
             let part = told.part as usize;
@@ -57,6 +58,7 @@ impl Crew<'_> {
             told.group as usize == group && groundwork.take(part, matrix)
         });
         collected.map_err(|_| SolveError::Cancelled)?;
+        self.waited += watch.seconds();
         self.place.received(taken.iter().map(|(_, _, body)| body.len() as u64).sum());
         for (number, part, body) in taken {
             there

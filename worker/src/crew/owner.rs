@@ -21,7 +21,7 @@ use tokio::sync::mpsc;
 use super::board::{Board, Task};
 use super::input::Input;
 use super::order::{Order, asked, take_solved};
-use super::share::{Share, sampling};
+use super::share::{Share, deal, sampling};
 use super::{LayerSizes, statistics};
 use crate::calibrate::tree::{Branch, Forest, LEAVES, Sums};
 use crate::device::in_order;
@@ -34,8 +34,9 @@ use crate::unit::{Phases, TaskError};
 
 /// An assistant may take so many times as long as the owner itself would.
 const PATIENCE: f64 = 4.0;
-/// And this much longer: it has a layer to load, and its machine may have other things to do for a while.
-const LEAST_PATIENCE: Duration = Duration::from_secs(30);
+/// And this much longer, if nothing else is configured: it has a layer to load, and its machine may have other things to do for a
+/// while.
+pub const LEAST_PATIENCE: Duration = Duration::from_secs(30);
 /// What lines may take to end once they are hung up.
 const HANG_UP: Duration = Duration::from_secs(1);
 /// How long an owner that solves looks for answers at a time.
@@ -54,6 +55,8 @@ pub struct Help {
     pub lease: Lease,
     /// Endpoints of workers that are idle meanwhile.
     pub assistants: Vec<String>,
+    /// Speeds of the owner and of these, in GFLOP/s, by which sequences are lent out; all alike if they are not as many.
+    pub gflops: Vec<f64>,
     /// With the strategy `data`: the share that each of them keeps. Otherwise they are lent theirs.
     pub leaves: Option<Vec<Range<usize>>>,
 }
@@ -61,7 +64,7 @@ pub struct Help {
 impl Help {
     /// Help of nobody.
     pub fn none(lease: Lease) -> Self {
-        Self { lease, assistants: Vec::new(), leaves: None }
+        Self { lease, assistants: Vec::new(), gflops: Vec::new(), leaves: None }
     }
 
     /// Who helps, and with which leaves. Nobody is lent an empty share: there are at least as many sequences as leaves with some.
@@ -70,7 +73,9 @@ impl Help {
             return self.assistants.iter().zip(leaves.iter().cloned()).collect();
         }
         let hands = (1 + self.assistants.len()).min(LEAVES).min(sequences);
-        let leaves_of = |hand: usize| hand * LEAVES / hands..(hand + 1) * LEAVES / hands;
+        let dealt = deal(&self.gflops, hands, sequences);
+        let first_of = |hand: usize| dealt[..hand].iter().sum::<usize>();
+        let leaves_of = |hand: usize| first_of(hand)..first_of(hand + 1);
         self.assistants.iter().zip((1..hands).map(leaves_of)).collect()
     }
 }
@@ -100,6 +105,8 @@ pub(crate) struct Crew<'a> {
     answers: Option<mpsc::Receiver<Received>>,
     lines: TaskGroup,
     pub(super) lost: u32,
+    /// Seconds of solving that were spent waiting for assistants.
+    pub(super) waited: f64,
     next_order: u32,
 }
 
@@ -145,6 +152,7 @@ impl<'a> Crew<'a> {
             answers: (!shared.is_empty()).then_some(answers),
             lines: TaskGroup::new(),
             lost: 0,
+            waited: 0.0,
             next_order: 0,
         };
         let streams = crew.input.streams();
@@ -206,6 +214,11 @@ impl<'a> Crew<'a> {
     /// Assistants that were given up on.
     pub(crate) fn lost(&self) -> u32 {
         self.lost
+    }
+
+    /// Seconds of solving that were spent waiting for assistants since this was asked last.
+    pub(crate) fn take_waited(&mut self) -> f64 {
+        std::mem::take(&mut self.waited)
     }
 
     /// What joined the owner with its assistants.
@@ -285,7 +298,7 @@ impl<'a> Crew<'a> {
             let is_on_its_way = late.iter().any(|&number| self.assistants[number].threads.is_none());
             let groups = if is_on_its_way { 1 + self.input.behind() * self.outline.groups.len() } else { 1 };
             let takes = own.1 * groups as f64 * most as f64 / own.0.max(1) as f64;
-            let allowed = LEAST_PATIENCE.as_secs_f64() + PATIENCE * takes;
+            let allowed = self.place.patience.as_secs_f64() + PATIENCE * takes;
             if watch.seconds() > allowed {
                 late.into_iter().for_each(|number| self.lose(number, "it is too slow"));
                 return Ok(());
@@ -458,6 +471,7 @@ impl<'a> Crew<'a> {
                 (0..self.assistants.len()).for_each(|number| self.order(number, group, board, &mut orders));
             }
             if orders.is_empty() {
+                self.waited += idle.map_or(0.0, |idle| idle.seconds());
                 return Ok(());
             }
             let letter = self.next_letter(GLANCE).map_err(|_| TaskCancelled)?;
@@ -472,7 +486,7 @@ impl<'a> Crew<'a> {
                 let watch = idle.get_or_insert_with(Stopwatch::start);
                 let rows = |order: &Order| order.tasks.iter().map(|&task| board.task(task).block.rows).sum::<usize>();
                 let most = orders.iter().map(rows).max().unwrap_or(0) * ORDERS;
-                if watch.seconds() > LEAST_PATIENCE.as_secs_f64() + PATIENCE * board.own_seconds(most) {
+                if watch.seconds() > self.place.patience.as_secs_f64() + PATIENCE * board.own_seconds(most) {
                     let late: Vec<usize> = orders.iter().map(|order| order.assistant).collect();
                     late.into_iter().for_each(|number| self.lose(number, "it is too slow"));
                 }

@@ -5,11 +5,12 @@ use std::ops::Range;
 use candle_core::Tensor;
 use espalier_common::clock::Stopwatch;
 use espalier_common::outline::SublayerOutline;
+use espalier_common::shares::shares;
 
 use crate::calibrate::cache::Entry;
 use crate::calibrate::capture::{Lane, capture_group, finish_layer};
 use crate::calibrate::room::Room;
-use crate::calibrate::tree::{Forest, Gatherer, Sampling};
+use crate::calibrate::tree::{Forest, Gatherer, LEAVES, Sampling};
 use crate::model::DecoderLayer;
 use crate::prune::Statistics;
 use crate::run::Run;
@@ -26,6 +27,12 @@ pub(crate) fn sampling(run: &Run, columns: usize) -> Sampling {
         calibrating: sequences - run.job.held_out_samples().min(sequences - 1),
         tokens: run.tokens.sequence_length(),
     }
+}
+
+/// Leaves of the owner and of each assistant: the faster has more, if there are sequences in each.
+pub(crate) fn deal(gflops: &[f64], hands: usize, sequences: usize) -> Vec<usize> {
+    let known = gflops.get(..hands).filter(|_| sequences >= LEAVES);
+    known.map_or_else(|| shares(&vec![1.0; hands], LEAVES), |gflops| shares(gflops, LEAVES))
 }
 
 /// Brings the sequences of some leaves before a group and sums up its inputs; `constant` puts a 1 after each input.
@@ -154,5 +161,19 @@ impl Share {
         let groups = self.layer().groups();
         self.catch_up(place, groups, phases)?;
         finish_layer(self.lanes, place.cache, place.control)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_faster_has_more_leaves_if_there_are_sequences_in_each() {
+        assert_eq!(deal(&[300.0, 100.0], 2, 32), [6, 2]);
+        assert_eq!(deal(&[300.0, 100.0], 2, 7), [4, 4]);
+        // Of more speeds than hands the first count; of fewer, none.
+        assert_eq!(deal(&[100.0, 300.0, 100.0], 2, 32), [2, 6]);
+        assert_eq!(deal(&[100.0], 2, 32), [4, 4]);
     }
 }

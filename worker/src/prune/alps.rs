@@ -6,10 +6,11 @@
 
 use std::sync::Arc;
 
+use espalier_common::outline::Effort;
 use espalier_common::pattern::Pattern;
 use serde::{Deserialize, Serialize};
 
-use super::admm::{Budget, Inverses, Search};
+use super::admm::{self, Budget, Inverses, Search};
 use super::condition::{Conditioned, admit, supports_valid};
 use super::{
     Built, GroupSolver, InputStats, Method, ParamsError, Problem, Solution, SolveCtx, SolveError, Solver, Statistics,
@@ -83,6 +84,12 @@ impl Solver for Alps {
         let conditioned = Arc::new(conditioned);
         let inverses = Inverses::new(Arc::clone(&conditioned));
         Ok(Box::new(Group { conditioned, inverses, params: self.params }))
+    }
+
+    /// Most searches settle as soon as they may.
+    fn effort(&self, columns: usize) -> Effort {
+        let iterations = (self.params.switch_iter as usize + 3).min(self.params.max_iters as usize);
+        admm::effort(columns, iterations.div_ceil(CHECK_EVERY as usize), iterations + self.params.cg_iters)
     }
 }
 

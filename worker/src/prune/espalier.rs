@@ -7,11 +7,12 @@
 use std::sync::Arc;
 
 use candle_core::Device;
+use espalier_common::outline::Effort;
 use espalier_common::pattern::Pattern;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::admm::{Budget, Inverses, Search};
+use super::admm::{self, Budget, Inverses, Search};
 use super::blend::least_held_out;
 use super::condition::{Conditioned, admit, supports_valid};
 use super::on_device::OnDevice;
@@ -66,6 +67,15 @@ impl Profile {
             Self::Fast => (1.5, 1.5),
             Self::Balanced => (1.25, 1.0),
             Self::Best => (1.12, 1.0),
+        }
+    }
+
+    /// Steps of the ramp that a search takes at most times.
+    fn usual_steps(self) -> usize {
+        match self {
+            Self::Fast => 7,
+            Self::Balanced => 11,
+            Self::Best => 20,
         }
     }
 
@@ -215,6 +225,32 @@ impl Solver for Espalier {
     fn needs_held_out(&self) -> bool {
         self.params.alpha > 0.0
     }
+
+    fn effort(&self, columns: usize) -> Effort {
+        let Params { profile, alpha, row_block, refit_steps, .. } = self.params;
+        let steps = profile.usual_steps();
+        let is_remembered = Inverses::remembers(columns, RAMP_STEPS);
+        let is_cut = row_block > 0 && alpha <= 0.0 && is_remembered;
+        let parts = if is_laid(columns) { profile.least_steps().min(steps) } else { 0 };
+        // A look at the gradient comes before the refit, and one at the end.
+        let products = steps * Ramp::CHECK_EVERY as usize + refit_steps + 2;
+        // With a target blend there are three targets to choose from.
+        let targets = if alpha > 0.0 { 3 } else { 1 };
+        let effort = admm::effort(columns, steps, products * targets);
+        Effort {
+            common_flops: (steps - parts) as u64 * effort.part_flops,
+            parts,
+            block_rows: if is_cut { row_block } else { 0 },
+            is_shared: alpha <= 0.0,
+            kept_bytes: if is_remembered { effort.kept_bytes } else { admm::effort(columns, 1, 0).kept_bytes },
+            ..effort
+        }
+    }
+}
+
+/// Whether the inverses of groups so wide are made by all workers.
+fn is_laid(columns: usize) -> bool {
+    columns >= WORTH_SENDING && Inverses::remembers(columns, RAMP_STEPS)
 }
 
 /// `(K − G)ᵀD⁻¹ [n, n]`, so that `α·W` times it is `T = (C_α − W·G)D⁻¹`; zero for dead channels.
@@ -377,8 +413,7 @@ impl Groundwork for Group {
 
 impl GroupSolver for Group {
     fn groundwork(&self) -> Option<&dyn Groundwork> {
-        let n = self.conditioned.n;
-        (n >= WORTH_SENDING && Inverses::remembers(n, RAMP_STEPS)).then_some(self)
+        is_laid(self.conditioned.n).then_some(self)
     }
 
     /// The zeros are dealt out beforehand: a block gets as many as it has among the smallest values of the whole V̂°, which is

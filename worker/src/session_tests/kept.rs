@@ -40,6 +40,7 @@ impl TestWorker {
             pattern: share.pattern,
             keeps_output: share.keeps_output,
             assistants: share.assistants.to_vec(),
+            gflops: Vec::new(),
             shares,
         };
         match self.outcome(run, Unit::Prune(layer), work).await {
@@ -176,6 +177,7 @@ async fn an_assistant_with_a_share_costs_nothing_whenever_it_goes_and_its_output
         pattern: HALF,
         keeps_output: false,
         assistants: vec![endpoint],
+        gflops: Vec::new(),
         shares: Some(Shares { leaves: vec![5..8], predecessor: Some(second.clone()) }),
     };
     let mut late = TestWorker::prepared(&run, u64::MAX);
@@ -197,6 +199,7 @@ async fn what_cannot_be_shared_is_refused() {
         pattern: HALF,
         keeps_output: false,
         assistants: Vec::new(),
+        gflops: Vec::new(),
         shares,
     };
     worker.session.start(&run.id, lease, work).unwrap();

@@ -1,0 +1,187 @@
+//! Memory that a layer takes of a worker: what is allocated at the place where most is, group by group.
+
+use espalier_common::calibration::LEAVES;
+use serde::Serialize;
+
+use super::cost::{F32, GroupCost, LayerCost};
+
+/// What a worker that does nothing takes: the program, its threads and buffers, and the model's headers.
+pub const PROCESS_BYTES: u64 = 48 << 20;
+/// One part in so many comes on top: what the allocator has been given back and keeps.
+const SLACK: u64 = 8;
+
+/// What a worker needs at most, by what it needs it for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct Memory {
+    /// The layer's weights in f32, those that are pruned as they will be stored, and the group under way once more.
+    pub weights_bytes: u64,
+    /// Statistics of a group's inputs, or the sums that they come from.
+    pub gram_bytes: u64,
+    /// What the method holds while it solves.
+    pub solver_bytes: u64,
+    /// What is on its way to and from workers that share the layer.
+    pub letters_bytes: u64,
+    /// Hidden states of one sequence as they pass the layer: what must be in memory however small the budget is.
+    pub sequence_bytes: u64,
+    /// Hidden states of calibration sequences; what does not fit goes to the scratch folder.
+    pub activation_bytes: u64,
+}
+
+impl Memory {
+    /// What cannot go to disk.
+    pub fn resident_bytes(&self) -> u64 {
+        [self.weights_bytes, self.gram_bytes, self.solver_bytes, self.letters_bytes, self.sequence_bytes]
+            .into_iter()
+            .fold(0, u64::saturating_add)
+    }
+
+    /// What the process has at its peak, if so many bytes of hidden states may be in memory.
+    pub fn peak_bytes(&self, budget_bytes: u64) -> u64 {
+        let taken = self.resident_bytes().saturating_add(self.activation_bytes.min(budget_bytes));
+        PROCESS_BYTES.saturating_add(taken).saturating_add(taken / SLACK)
+    }
+
+    /// The one of which more cannot go to disk, with the most hidden states of both.
+    pub fn larger(self, other: Self) -> Self {
+        let more = if other.resident_bytes() > self.resident_bytes() { other } else { self };
+        Self { activation_bytes: self.activation_bytes.max(other.activation_bytes), ..more }
+    }
+}
+
+/// What goes into the memory that a layer takes, besides its groups.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Room {
+    /// Weights of all sublayers.
+    pub weights: u64,
+    /// Streams of hidden states.
+    pub streams: u64,
+    /// Bytes of the hidden states before the layer, all sequences and streams.
+    pub boundary_bytes: u64,
+    /// Bytes of the inputs of each group.
+    pub input_bytes: Vec<u64>,
+    /// Bytes of one sequence on its way through the layer.
+    pub sequence_bytes: u64,
+}
+
+/// A worker's part in a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// How many of the eight leaves of the sequences it has.
+    pub leaves: u64,
+    /// How many others share the layer.
+    pub others: u64,
+    /// Whether the layer is its own.
+    pub is_owner: bool,
+    /// Of how many leaves it keeps the layer's input to the end: all if it lends, its own if it has them from layer to layer.
+    pub kept: u64,
+}
+
+impl Part {
+    /// Everything.
+    pub const ALONE: Self = Self { leaves: LEAVES as u64, others: 0, is_owner: true, kept: LEAVES as u64 };
+}
+
+impl LayerCost {
+    /// What it takes of a worker that has a part in it.
+    pub fn memory(&self, part: Part) -> Memory {
+        let mut stored_bytes = 0;
+        let mut most = Memory::default();
+        for (group, &input_bytes) in self.groups.iter().zip(&self.room.input_bytes) {
+            stored_bytes += group.stored_bytes;
+            most = most.larger(self.while_gathered(group, input_bytes, part));
+            most = most.larger(self.while_solved(group, (input_bytes, stored_bytes), part));
+        }
+        most
+    }
+
+    /// The layer's input as far as it is kept to the end, for whoever is lost; beside it the residual stream and the group's input.
+    fn hidden(&self, input_bytes: u64, part: Part) -> u64 {
+        let carried = self.room.boundary_bytes.saturating_add(input_bytes).saturating_mul(part.leaves) / LEAVES as u64;
+        carried.saturating_add(self.room.boundary_bytes.saturating_mul(part.kept) / LEAVES as u64)
+    }
+
+    fn while_gathered(&self, group: &GroupCost, input_bytes: u64, part: Part) -> Memory {
+        // As many sums as the tree is deep, and the one that is being summed.
+        let own = 1 + u64::from(part.leaves.max(1).ilog2());
+        // Those that come from others, as a letter and as numbers; those that go, the same.
+        let travelling = if part.others == 0 { 0 } else { 2 };
+        Memory {
+            weights_bytes: self.room.weights.saturating_mul(F32 * self.room.streams),
+            gram_bytes: group.sums_bytes.saturating_mul(own),
+            letters_bytes: group.sums_bytes.saturating_mul(travelling),
+            sequence_bytes: self.room.sequence_bytes,
+            activation_bytes: self.hidden(input_bytes, part),
+            solver_bytes: 0,
+        }
+    }
+
+    fn while_solved(&self, group: &GroupCost, (input_bytes, stored_bytes): (u64, u64), part: Part) -> Memory {
+        let weights_bytes = self.room.weights.saturating_mul(F32 * self.room.streams);
+        let solved_bytes = group.weights().saturating_mul(F32);
+        // A mean of the sums in f32, and both triangles of what is symmetric.
+        let gram_bytes = group.statistics_bytes.saturating_mul(2);
+        let widest = group.blocks().max().unwrap_or(0);
+        let solver_bytes = group.effort.kept_bytes.saturating_add(widest.saturating_mul(group.effort.row_bytes));
+        let is_shared = part.others > 0 && group.solving_bytes(part.others) > 0;
+        if !part.is_owner && !is_shared {
+            // It waits for what comes of it.
+            return Memory { weights_bytes, activation_bytes: self.hidden(input_bytes, part), ..Memory::default() };
+        }
+        let parts_bytes = (group.effort.parts as u64).saturating_mul(group.triangle_bytes());
+        let letters_bytes = match (is_shared, part.is_owner) {
+            (false, _) => 0,
+            // Parts of others are kept as letters until they are with everybody; its own go while it makes the next.
+            (true, true) => group.statistics_bytes.saturating_add(parts_bytes / 2),
+            // One after another.
+            (true, false) => group.statistics_bytes.max(group.triangle_bytes()).saturating_mul(2),
+        };
+        Memory {
+            // Whoever owns the layer keeps what it becomes.
+            weights_bytes: weights_bytes.saturating_add(if part.is_owner {
+                stored_bytes.saturating_add(solved_bytes)
+            } else {
+                0
+            }),
+            gram_bytes,
+            solver_bytes,
+            letters_bytes,
+            sequence_bytes: 0,
+            activation_bytes: self.hidden(input_bytes, part),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::cluster::Solver;
+    use super::super::cost::tests::{job, outline};
+    use super::super::cost::{self, LayerCost};
+    use super::*;
+
+    fn layer() -> LayerCost {
+        cost::count(&outline(1), &job("pruned"), Solver::default()).layers.remove(0)
+    }
+
+    #[test]
+    fn the_widest_group_counts_where_it_takes_most() {
+        let memory = layer().memory(Part::ALONE);
+        let (weights, down) = (64 * 64 + 2 * 256 * 64, 64 * 256);
+        // Sums in f64 weigh more than what SparseGPT keeps: three matrices.
+        let solved = 4 * (weights + down) + 2 * weights + 2 * 4 * (256 * 257 / 2) + 3 * 4 * 256 * 256 + 64 * 12 * 256;
+        let gathered = 4 * weights + 4 * 8 * (256 * 257 / 2) + 32 * 4 * (2 * 64 + 3 * 256);
+        assert_eq!(memory.resident_bytes(), solved.max(gathered));
+        // The input, the residual stream and the widest input: 320 tokens.
+        assert_eq!(memory.activation_bytes, 320 * 4 * (64 + 64 + 256));
+    }
+
+    #[test]
+    fn an_assistant_holds_its_share_of_the_hidden_states_and_no_input() {
+        let layer = layer();
+        let owner = layer.memory(Part { leaves: 4, others: 1, is_owner: true, kept: 8 });
+        let assistant = layer.memory(Part { leaves: 4, others: 1, is_owner: false, kept: 0 });
+        assert_eq!(assistant.activation_bytes, 320 * 4 * (64 + 256) / 2);
+        assert_eq!(owner.activation_bytes, assistant.activation_bytes + 320 * 4 * 64);
+        assert!(assistant.resident_bytes() <= owner.resident_bytes());
+        assert!(owner.activation_bytes < layer.memory(Part::ALONE).activation_bytes);
+    }
+}
