@@ -157,6 +157,7 @@ impl Standalone {
         let shares = shares_for(setting.roster.members().len(), count);
         let block = put_block(self.store.as_ref(), &self.block)?;
         let tokens = block.sha256;
+        let span = setting.tracer.begin(TraceId::random(), "evaluation").with("espalier.model", self.uri.clone());
         let purpose = Evaluation {
             model: EvaluatedModel::Dense,
             uri: self.uri,
@@ -177,10 +178,13 @@ impl Standalone {
             committed: BTreeMap::new(),
             stored: BTreeMap::new(),
             store: Arc::clone(&self.store),
+            trace: UnitSpans::of_stage(&span, "evaluate"),
         };
         let scheduler =
             Scheduler::new(Shape::Evaluate { first: EvaluatedModel::Dense.first_share(), shares }, setting.limits);
-        let outcomes = driver.drive(scheduler, Arc::new(purpose)).await?;
+        let outcomes = driver.drive(scheduler, Arc::new(purpose)).await;
+        span.close(outcomes.as_ref().map(drop));
+        let outcomes = outcomes?;
         let mut measured = Measured { tokens, window_nll: Vec::new(), seconds: 0.0, peak_rss_bytes: 0 };
         for outcome in outcomes.into_values() {
             if let Outcome::Evaluated { window_nll, phases } = outcome {

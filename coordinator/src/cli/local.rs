@@ -8,6 +8,7 @@ use std::time::Duration;
 use espalier_common::clock::SystemClock;
 use espalier_common::config::Overrides;
 use espalier_common::tasks::TaskGroup;
+use espalier_gate::trace::Sending;
 use espalier_gate::web::Readiness;
 use espalier_gate::{Entrance, Web};
 use tokio_util::sync::CancellationToken;
@@ -30,15 +31,16 @@ use crate::schedule::Limits;
 /// or is asked a second time, does.
 const WITHOUT_WORKERS: Duration = Duration::from_secs(10);
 
-/// The setting of a run on this machine.
+/// The setting of a run on this machine, and what sends its spans.
 pub(crate) fn setting(
     run_url: &str,
     local: &LocalArgs,
     roster: Roster,
     stop: CancellationToken,
-) -> Result<Setting, CliError> {
+) -> Result<(Setting, Sending), CliError> {
     let config = CoordinatorConfig::load(None, Overrides::default()).map_err(|error| CliError::rejected(&error))?;
-    Ok(Setting {
+    let (tracer, sending) = config.tracer().map_err(|error| CliError::rejected(&error))?;
+    let setting = Setting {
         run_url: run_url.to_owned(),
         roster,
         workers_wanted: local.workers,
@@ -48,7 +50,9 @@ pub(crate) fn setting(
         limits: Limits { without_workers: WITHOUT_WORKERS, ..config.limits() },
         workers_return: false,
         stop,
-    })
+        tracer,
+    };
+    Ok((setting, sending))
 }
 
 /// A token that Ctrl-C (or SIGTERM) sets. A second one ends the process at once.

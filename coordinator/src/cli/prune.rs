@@ -109,7 +109,9 @@ async fn run_here(
     let roster = Roster::default();
     let metrics = CoordinatorMetrics::default();
     let events = EventLog::counted(metrics.clone());
-    let setting = Setting { events: events.clone(), ..local::setting(run_url, local, roster.clone(), stop)? };
+    let (setting, sending) = local::setting(run_url, local, roster.clone(), stop)?;
+    let setting = Setting { events: events.clone(), ..setting };
+    metrics.watch(setting.tracer.clone());
     let pages = TaskGroup::new();
     if let Some(address) = http {
         local::serve_page(address, &setting, &metrics, &pages).await?;
@@ -123,6 +125,7 @@ async fn run_here(
     })
     .await;
     pages.shut_down(FAREWELL).await;
+    sending.finish().await;
     match result {
         Ok(report) => {
             print_report(&report, run_url, json);

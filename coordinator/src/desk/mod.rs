@@ -12,6 +12,7 @@ use espalier_common::fault::FaultClass;
 use espalier_common::ids::RunId;
 use espalier_common::job::JobSpec;
 use espalier_common::store;
+use espalier_gate::Tracer;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -105,6 +106,8 @@ pub struct Setup {
     pub workers_patience: Duration,
     /// Its patience.
     pub limits: Limits,
+    /// What their spans are told to.
+    pub tracer: Tracer,
 }
 
 /// Why a job is not taken, or the desk not opened.
@@ -364,6 +367,7 @@ impl JobDesk {
             limits: self.setup.limits,
             workers_return: true,
             stop: ticket.stop.clone(),
+            tracer: self.setup.tracer.clone(),
         };
         let job = ticket.entry.job.clone();
         info!(job = %ticket.id, "run begins");
