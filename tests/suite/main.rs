@@ -22,3 +22,4 @@ mod spread;
 mod structured;
 mod tidy;
 mod tls;
+mod trace;

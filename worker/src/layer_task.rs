@@ -44,7 +44,7 @@ pub fn prune_layer(
     keeps_output: bool,
     help: &Help,
 ) -> Result<Outcome, TaskError> {
-    let mut phases = Phases::default();
+    let mut phases = Phases::of(place.control);
     let run = place.run;
     let (shortages, seconds_making_room) = place.cache.shortages();
     if place.is_chain() {
@@ -117,6 +117,7 @@ fn prune_groups(
     let run = place.run;
     let (mut done, mut gathered, mut draft) = (Vec::new(), Vec::new(), None);
     for (group, members) in outline.groups.iter().enumerate() {
+        phases.enter(Some(group));
         let stats = Arc::new(crew.gather(group, phases)?);
         if run.method.reconstruct.is_some() {
             draft = draft.or_else(|| Draft::begin(group, crew.alone().lanes()));
@@ -144,6 +145,7 @@ fn prune_groups(
             gathered.clear();
         }
     }
+    phases.enter(None);
     Ok(done)
 }
 
@@ -152,7 +154,7 @@ fn prune_groups(
 /// # Errors
 /// See [`TaskError`].
 pub fn run_dense_layer(place: &Workplace<'_>, layer: LayerIndex, source: &Source) -> Result<Outcome, TaskError> {
-    let mut phases = Phases::default();
+    let mut phases = Phases::of(place.control);
     let input = place.input(layer, source, &mut phases)?;
     let decoder = &place.run.model.decoder;
     let outline = decoder.outline(layer)?;

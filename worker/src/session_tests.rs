@@ -12,7 +12,7 @@ use espalier_common::report::{Artifact, LinkKind, LinkUse, Outcome, SublayerRepo
 use espalier_common::store::{BlobStore, LocalStore};
 use espalier_common::tasks::TaskGroup;
 use espalier_common::wire::{Source, SourceFrom};
-use espalier_gate::Dialer;
+use espalier_gate::{Dialer, Tracer};
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::io::AsyncReadExt as _;
@@ -103,7 +103,7 @@ impl TestWorker {
             cache,
             sender,
             Handle::current(),
-            (Dialer::default(), carrier.map(Joining::by)),
+            (Dialer::default(), carrier.map(Joining::by), Tracer::default()),
         );
         Self { session, reports, attempt: 0 }
     }

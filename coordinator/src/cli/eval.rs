@@ -78,7 +78,8 @@ impl<'a> Passes<'a> {
         let folder = tempfile::tempdir().map_err(|source| CliError::rejected(&source))?;
         let run_url = folder.path().to_string_lossy().into_owned();
         let roster = Roster::default();
-        let setting = local::setting(&run_url, &args.local, roster.clone(), stop.clone())?;
+        let (tracer, sending) = local::tracer()?;
+        let setting = Setting { tracer, ..local::setting(&run_url, &args.local, roster.clone(), stop.clone())? };
         let events = setting.events.clone();
         let measured = local::shown(&events, silent, async {
             let store = config::open_store(&run_url).map_err(RunError::from)?;
@@ -92,8 +93,9 @@ impl<'a> Passes<'a> {
             )
             .await
         })
-        .await?;
-        self.passes.push(measured);
+        .await;
+        sending.finish().await;
+        self.passes.push(measured?);
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use espalier_common::config::Overrides;
 use espalier_common::tasks::TaskGroup;
 use espalier_gate::trace::Sending;
 use espalier_gate::web::Readiness;
-use espalier_gate::{Entrance, Web};
+use espalier_gate::{Entrance, Tracer, Web};
 use tokio_util::sync::CancellationToken;
 
 use super::CliError;
@@ -31,16 +31,15 @@ use crate::schedule::Limits;
 /// or is asked a second time, does.
 const WITHOUT_WORKERS: Duration = Duration::from_secs(10);
 
-/// The setting of a run on this machine, and what sends its spans.
+/// The setting of a run on this machine, untraced.
 pub(crate) fn setting(
     run_url: &str,
     local: &LocalArgs,
     roster: Roster,
     stop: CancellationToken,
-) -> Result<(Setting, Sending), CliError> {
+) -> Result<Setting, CliError> {
     let config = CoordinatorConfig::load(None, Overrides::default()).map_err(|error| CliError::rejected(&error))?;
-    let (tracer, sending) = config.tracer().map_err(|error| CliError::rejected(&error))?;
-    let setting = Setting {
+    Ok(Setting {
         run_url: run_url.to_owned(),
         roster,
         workers_wanted: local.workers,
@@ -50,9 +49,14 @@ pub(crate) fn setting(
         limits: Limits { without_workers: WITHOUT_WORKERS, ..config.limits() },
         workers_return: false,
         stop,
-        tracer,
-    };
-    Ok((setting, sending))
+        tracer: Tracer::default(),
+    })
+}
+
+/// What spans of a run on this machine are told to, and what sends them.
+pub(crate) fn tracer() -> Result<(Tracer, Sending), CliError> {
+    let config = CoordinatorConfig::load(None, Overrides::default()).map_err(|error| CliError::rejected(&error))?;
+    config.tracer().map_err(|error| CliError::rejected(&error))
 }
 
 /// A token that Ctrl-C (or SIGTERM) sets. A second one ends the process at once.

@@ -109,9 +109,9 @@ async fn run_here(
     let roster = Roster::default();
     let metrics = CoordinatorMetrics::default();
     let events = EventLog::counted(metrics.clone());
-    let (setting, sending) = local::setting(run_url, local, roster.clone(), stop)?;
-    let setting = Setting { events: events.clone(), ..setting };
-    metrics.watch(setting.tracer.clone());
+    let (tracer, sending) = local::tracer()?;
+    metrics.watch(tracer.clone());
+    let setting = Setting { events: events.clone(), tracer, ..local::setting(run_url, local, roster.clone(), stop)? };
     let pages = TaskGroup::new();
     if let Some(address) = http {
         local::serve_page(address, &setting, &metrics, &pages).await?;

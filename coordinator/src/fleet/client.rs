@@ -108,13 +108,7 @@ pub trait WorkerClient: Send + Sync {
     /// Attaches the worker to a run.
     async fn prepare(&self, run: &RunId, job_json: String, run_url: String, tokens: Artifact) -> Result<(), CallError>;
     /// Starts a unit, whose spans belong to that of its lease, if it is traced.
-    async fn start(
-        &self,
-        run: &RunId,
-        lease: Lease,
-        call: UnitCall,
-        trace: Option<Context>,
-    ) -> Result<(), CallError>;
+    async fn start(&self, run: &RunId, lease: Lease, call: UnitCall, trace: Option<Context>) -> Result<(), CallError>;
     /// Stops a unit.
     async fn abandon(&self, run: &RunId, lease: Lease) -> Result<(), CallError>;
     /// Drops hidden states, or the whole run if no boundary is named.
@@ -194,13 +188,7 @@ impl WorkerClient for GrpcWorkerClient {
         fault_or_ok(self.answer("Prepare", self.stub.clone().prepare(Self::request(message, LONG)).await)?.fault)
     }
 
-    async fn start(
-        &self,
-        run: &RunId,
-        lease: Lease,
-        call: UnitCall,
-        trace: Option<Context>,
-    ) -> Result<(), CallError> {
+    async fn start(&self, run: &RunId, lease: Lease, call: UnitCall, trace: Option<Context>) -> Result<(), CallError> {
         let wire_lease = Some(wire::lease_to_wire(run, lease));
         let mut stub = self.stub.clone();
         let started = match call {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use espalier_common::checkpoint::cast;
 use espalier_common::clock::Stopwatch;
+use espalier_common::fault::Fault;
 use espalier_common::ids::LayerIndex;
 use espalier_common::outline::LayerOutline;
 use espalier_proto::v1 as pb;
@@ -31,8 +32,11 @@ pub struct OwnerLine {
     pub answers: mpsc::Sender<Outgoing>,
 }
 
-/// Assists with a layer until the owner hangs up; says so if it cannot.
-pub fn assist(place: &Workplace<'_>, layer: LayerIndex, leaves: Range<usize>, line: OwnerLine) {
+/// Assists with a layer until the owner hangs up; tells the owner if it cannot.
+///
+/// # Errors
+/// What it told the owner.
+pub fn assist(place: &Workplace<'_>, layer: LayerIndex, leaves: Range<usize>, line: OwnerLine) -> Result<(), Fault> {
     let answers = line.answers.clone();
     let assisted = Assistant::begin(place, layer, leaves, line).and_then(Assistant::serve);
     match assisted {
@@ -42,9 +46,11 @@ pub fn assist(place: &Workplace<'_>, layer: LayerIndex, leaves: Range<usize>, li
             let fault = error.fault();
             tracing::warn!(%layer, %fault, "cannot assist");
             // The owner may be gone; then it needs no answer.
-            let _ = answers.blocking_send(Outgoing::of(Matter::Fault(fault.into())));
+            let _ = answers.blocking_send(Outgoing::of(Matter::Fault(fault.clone().into())));
+            return Err(fault);
         }
     }
+    Ok(())
 }
 
 struct Assistant<'a> {
@@ -86,7 +92,8 @@ impl<'a> Assistant<'a> {
         mut line: OwnerLine,
     ) -> Result<Self, TaskError> {
         let decoder = &place.run.model.decoder;
-        let (outline, loaded) = (decoder.outline(layer)?, decoder.load_layer(layer)?);
+        let mut phases = Phases::of(place.control);
+        let (outline, loaded) = (decoder.outline(layer)?, phases.time("load", || decoder.load_layer(layer))?);
         let sizes = LayerSizes::new(place.run, layer, leaves.clone())?;
         let shape = (place.run.tokens.sequence_length(), decoder.hidden_size());
         let mut streams = Vec::new();
@@ -104,7 +111,7 @@ impl<'a> Assistant<'a> {
             streams.push((loaded.share(), entries));
         }
         let share = Share::new(leaves, streams);
-        let assistant = Self { place, line, outline, sizes, share, solver: None, phases: Phases::default() };
+        let assistant = Self { place, line, outline, sizes, share, solver: None, phases };
         assistant.answer(Outgoing::of(Matter::Ready(pb::Ready { threads: rayon::current_num_threads() as u32 })))?;
         Ok(assistant)
     }
@@ -132,6 +139,7 @@ impl<'a> Assistant<'a> {
 
     fn gather(&mut self, group: usize) -> Result<(), TaskError> {
         self.solver = None;
+        self.phases.enter(Some(group));
         let forest = self.share.gather(self.place, group, &self.outline.groups[group], &mut self.phases)?;
         for (branch, sums) in forest.into_branches() {
             let (first_leaf, leaves) = (branch.first as u32, branch.leaves as u32);
@@ -144,7 +152,8 @@ impl<'a> Assistant<'a> {
     fn prepare(&mut self, group: usize, body: &[u8]) -> Result<(), TaskError> {
         let first = &self.outline.groups[group][0];
         let stats = statistics::unpack(&sampling(self.place.run, first.columns), body, &Device::Cpu)?;
-        let solver = self.place.run.method.solver.prepare(Arc::new(stats), &self.place.control.solve_ctx());
+        let (solver, ctx) = (&self.place.run.method.solver, self.place.control.solve_ctx());
+        let solver = self.phases.time("solve", || solver.prepare(Arc::new(stats), &ctx));
         let failed = |source| TaskError::Solve { tensor: first.tensor.clone(), source };
         self.solver = Some((group, solver.map_err(failed)?));
         Ok(())
@@ -184,7 +193,14 @@ impl<'a> Assistant<'a> {
         sampling(self.place.run, self.outline.groups[group as usize][0].columns).columns
     }
 
-    fn solve(&self, order: &pb::Solve) -> Result<(), TaskError> {
+    fn solve(&mut self, order: &pb::Solve) -> Result<(), TaskError> {
+        let watch = Stopwatch::start();
+        let solved = self.solve_blocks(order);
+        self.phases.add("solve", watch.seconds(), 0.0);
+        solved
+    }
+
+    fn solve_blocks(&self, order: &pb::Solve) -> Result<(), TaskError> {
         let (group, solver) = (order.group as usize, self.prepared(order.group, "an order to solve")?);
         let pattern = Run::layer_pattern(&order.pattern_json)?;
         let (place, ctx, layer) = (self.place, self.place.control.solve_ctx(), self.share.layer());
@@ -225,6 +241,7 @@ impl<'a> Assistant<'a> {
 
     fn finish(self) -> Result<(), TaskError> {
         let Self { place, line, sizes, share, mut phases, .. } = self;
+        phases.enter(None);
         for (stream, entries) in share.finish(place, &mut phases)?.into_iter().enumerate() {
             for (sequence, entry) in sizes.sequences().zip(entries) {
                 let matter = Matter::Output(pb::Hidden { stream: stream as u32, sequence: sequence as u32 });

@@ -84,7 +84,8 @@ impl Context {
         let is_lower_hex = |text: &str| text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
         let more = header.get(55..)?;
         // Version 0 ends here; later ones may say more behind another dash.
-        if !is_lower_hex(version) || version == "ff" || !(more.is_empty() || (version != "00" && more.starts_with('-'))) {
+        if !is_lower_hex(version) || version == "ff" || !(more.is_empty() || (version != "00" && more.starts_with('-')))
+        {
             return None;
         }
         let [nothing, trace, span, flags] = rest.split('-').collect::<Vec<_>>().try_into().ok()?;
@@ -153,9 +154,8 @@ mod tests {
         let forbidden = EXAMPLE.replacen("00", "ff", 1);
         let shifted = EXAMPLE.replace("-00f0", "0-0f0");
         let others = ["", "00", "é0-4bf92f", &EXAMPLE[..54], "0é-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-0"];
-        for header in [&zero_trace[..], &zero_span, &upper, &unrecorded, &longer, &forbidden, &shifted]
-            .into_iter()
-            .chain(others)
+        for header in
+            [&zero_trace[..], &zero_span, &upper, &unrecorded, &longer, &forbidden, &shifted].into_iter().chain(others)
         {
             assert_eq!(Context::parse(header), None, "{header}");
         }

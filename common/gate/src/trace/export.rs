@@ -44,7 +44,8 @@ impl Collector {
     /// `Url`, `PlainUrl`, `NoTls`.
     pub fn new(endpoint: &str, dialer: &Dialer) -> Result<Self, GateError> {
         dialer.connector_to_collector(endpoint)?;
-        let wrong = |error: tonic::transport::Error| GateError::Url { url: endpoint.to_owned(), reason: error.to_string() };
+        let wrong =
+            |error: tonic::transport::Error| GateError::Url { url: endpoint.to_owned(), reason: error.to_string() };
         let channel = Endpoint::from_shared(endpoint.to_owned()).map_err(wrong)?;
         let channel = channel.connect_timeout(DEADLINE).timeout(DEADLINE);
         Ok(Self { endpoint: endpoint.to_owned(), channel, dialer: dialer.clone() })

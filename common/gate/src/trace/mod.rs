@@ -288,7 +288,10 @@ mod tests {
         let [there, before, run] = &ended[..] else { panic!("{ended:?}") };
         assert!(ended.iter().all(|span| span.context.trace == TraceId::of("run") && span.start <= span.end));
         assert_eq!((there.parent, there.error.as_deref()), (Some(run.context.span), Some("no room")));
-        assert_eq!((before.parent, &before.attributes[..]), (Some(run.context.span), &[("group", Value::Number(1))][..]));
+        assert_eq!(
+            (before.parent, &before.attributes[..]),
+            (Some(run.context.span), &[("group", Value::Number(1))][..])
+        );
         assert!(before.end - before.start >= 500_000_000);
         assert_eq!((run.parent, run.error.as_ref()), (None, None));
         assert_eq!(run.attributes, [("layers", Value::Number(4))]);
