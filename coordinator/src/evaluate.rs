@@ -12,6 +12,7 @@ use espalier_common::job::EvaluationSpec;
 use espalier_common::report::{Artifact, Outcome};
 use espalier_common::store::{self, BlobStore};
 use espalier_common::wire::Source;
+use espalier_gate::trace::TraceId;
 
 use crate::calibration;
 use crate::driver::{Driver, Preparation, Purpose};
@@ -20,6 +21,7 @@ use crate::events::{Phase, RunEvent};
 use crate::fleet::UnitCall;
 use crate::journal::{EvaluatedModel, Journal, JournalError, JournalRecord};
 use crate::run::{Setting, wait_for_workers};
+use crate::trace::UnitSpans;
 use crate::schedule::{Record, Scheduler, Shape};
 
 /// Puts a token block into a store under its digest.

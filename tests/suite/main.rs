@@ -5,6 +5,7 @@ mod cluster;
 mod deploy;
 mod export;
 mod foreign;
+mod fuzz;
 mod kill;
 mod network;
 mod observe;

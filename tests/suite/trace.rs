@@ -86,6 +86,22 @@ impl Tree {
     }
 }
 
+/// Without parts of what was never told to have ended: a worker that is killed, or ends within a unit, takes that with it.
+fn whole(mut spans: Vec<Span>) -> Vec<Span> {
+    loop {
+        let ids: BTreeSet<_> = spans.iter().map(|span| span.id.clone()).collect();
+        let before = spans.len();
+        spans.retain(|span| {
+            let has_parent = span.parent.is_empty() || ids.contains(&span.parent);
+            assert!(has_parent || span.from.0 == "espalier-worker", "no parent of {span:?}");
+            has_parent
+        });
+        if spans.len() == before {
+            return spans;
+        }
+    }
+}
+
 /// Checks a unit that pruned a layer: what its worker did for each group, and what another did for it. Gives the workers.
 fn pruned<'a>(tree: &'a Tree, unit: &'a Span) -> BTreeSet<&'a str> {
     assert_eq!((unit.get("espalier.outcome"), &unit.error), ("committed", &None), "{unit:?}");
@@ -159,21 +175,7 @@ fn a_lost_attempt_is_a_span_with_an_error() {
     let layer = kill_one_at_work(&mut cluster).unwrap();
     submitted.finish(PATIENCE).unwrap().success().unwrap();
     end(cluster).unwrap();
-    // What the killed worker had not sent is gone, and with it the parent of what was done for it.
-    let spans = collector.spans();
-    let orphans = |spans: &[Span]| -> BTreeSet<Vec<u8>> {
-        let ids: BTreeSet<_> = spans.iter().map(|span| &span.id).collect();
-        let lost = spans.iter().filter(|span| !span.parent.is_empty() && !ids.contains(&span.parent));
-        lost.map(|span| span.id.clone()).collect()
-    };
-    let (mut kept, mut without) = (spans.clone(), orphans(&spans));
-    while !without.is_empty() {
-        kept.retain(|span| !without.contains(&span.id));
-        without = orphans(&kept);
-    }
-    let lost = spans.iter().filter(|span| !kept.iter().any(|other| other.id == span.id));
-    assert!(lost.clone().all(|span| span.from.0 == "espalier-worker"), "{:?}", lost.collect::<Vec<_>>());
-    let tree = Tree::of(kept);
+    let tree = Tree::of(whole(collector.spans()));
     let [run] = tree.roots()[..] else { panic!("{:?}", tree.roots()) };
     for number in 0..LAYERS as u32 {
         let (name, unit) = (format!("layer {number}"), format!("prune {number}"));
@@ -202,7 +204,7 @@ fn a_run_that_is_taken_up_again_goes_on_with_its_trace() {
     running.interrupt().unwrap();
     assert_eq!(running.finish(PATIENCE).unwrap().code(), Some(75));
     workplace.run(["resume", "run", "--workers", "2"]).unwrap().success().unwrap();
-    let tree = Tree::of(collector.spans());
+    let tree = Tree::of(whole(collector.spans()));
     let mut lives = tree.roots();
     lives.sort_by_key(|life| life.start);
     let [first, second] = lives[..] else { panic!("{lives:?}") };

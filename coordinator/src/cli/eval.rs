@@ -11,6 +11,7 @@ use crate::error::RunError;
 use crate::evaluate::{Measured, Standalone};
 use crate::fleet::Roster;
 use crate::metrics::CoordinatorMetrics;
+use crate::run::Setting;
 use crate::report;
 
 /// Measures perplexity on workers of this machine.
