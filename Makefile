@@ -30,8 +30,8 @@ test: build ## Run every test, the integration tests against the real binaries i
 soak: build ## Run under random trouble for SECONDS=1800, drawn from SEED; the first loss fails (needs root for bad networks)
 	SECONDS="$(SECONDS)" SEED="$(SEED)" $(CARGO) test --release -p espalier-tests --test suite -- --ignored --exact --nocapture soak::nothing_is_lost
 
-fuzz: ## Try every reader of foreign bytes for SECONDS=60 each, with inputs drawn from SEED; TARGET=gguf for one of them
-	SECONDS="$(SECONDS)" SEED="$(SEED)" TARGET="$(TARGET_READER)" $(CARGO) test --release -p espalier-tests --test suite -- --ignored --exact --nocapture fuzz::nothing_breaks_a_reader
+fuzz: ## Try every reader of foreign bytes for SECONDS=60 each, with inputs drawn from SEED; READER=gguf for one
+	SECONDS="$(SECONDS)" SEED="$(SEED)" READER="$(READER)" $(CARGO) test --release -p espalier-tests --test suite -- --ignored --exact --nocapture fuzz::nothing_breaks_a_reader
 
 # An S3 server for tests: moto's. It is there whole or not at all.
 $(TARGET)/s3/venv/bin/python:

@@ -21,7 +21,7 @@ fn number(variable: &str, otherwise: u64) -> u64 {
 #[expect(clippy::print_stderr, reason = "the seed and the counts are for the reader")]
 fn nothing_breaks_a_reader() {
     let (seconds, seed) = (number("SECONDS", SECONDS), number("SEED", unix_seconds()));
-    let only = env::var("TARGET").unwrap_or_default();
+    let only = env::var("READER").unwrap_or_default();
     watch_for_hangs();
     eprintln!("fuzz: {seconds} s a target from SEED={seed}");
     let mut found = 0;
@@ -31,5 +31,5 @@ fn nothing_breaks_a_reader() {
         eprintln!("fuzz: {name}: {count} inputs in {:.0} s", watch.seconds());
         found += 1;
     }
-    assert!(found > 0, "no target is named like TARGET={only}");
+    assert!(found > 0, "no reader is named like READER={only}");
 }

@@ -43,6 +43,11 @@ impl Collector {
     /// # Errors
     /// `Url`, `PlainUrl`, `NoTls`.
     pub fn new(endpoint: &str, dialer: &Dialer) -> Result<Self, GateError> {
+        if endpoint.split('/').nth(2).is_some_and(|authority| authority.contains('@')) {
+            // Nor is it shown, in this message or any other.
+            let reason = "a user or password in a URL is not kept secret: let a collector on loopback add it".to_owned();
+            return Err(GateError::Url { url: "trace.endpoint".to_owned(), reason });
+        }
         dialer.connector_to_collector(endpoint)?;
         let wrong =
             |error: tonic::transport::Error| GateError::Url { url: endpoint.to_owned(), reason: error.to_string() };
@@ -213,4 +218,49 @@ fn is_passing(code: Code) -> bool {
             | Code::DataLoss
             | Code::ResourceExhausted
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{TraceId, Tracer};
+    use super::*;
+
+    fn service() -> Service {
+        Service { name: "test", version: "0", instance: None }
+    }
+
+    #[test]
+    fn a_url_with_a_password_is_refused_and_not_shown() {
+        let error = Collector::new("http://bob:hunter2@127.0.0.1:1", &Dialer::default()).unwrap_err().to_string();
+        assert!(error.contains("trace.endpoint") && !error.contains("hunter2"), "{error}");
+    }
+
+    /// It accepts, and says nothing.
+    #[tokio::test]
+    async fn nobody_waits_for_a_collector_that_is_silent() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let (tracer, sending) = Tracer::start(Some(Collector::new(&url, &Dialer::default()).unwrap()), service());
+        let watch = Stopwatch::start();
+        for _ in 0..20_000 {
+            drop(tracer.begin(TraceId::of("run"), "run").with("key", "value"));
+        }
+        assert!(watch.seconds() < 2.0, "{} s", watch.seconds());
+        let (sent, lost) = tracer.counts();
+        assert!(sent == 0 && lost >= 20_000 - 2 * 4096, "{sent} {lost}");
+        let watch = Stopwatch::start();
+        sending.finish().await;
+        assert!(watch.seconds() < 5.0, "{} s", watch.seconds());
+    }
+
+    #[tokio::test]
+    async fn what_nobody_takes_is_counted() {
+        // A port that was free a moment ago.
+        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let collector = Collector::new(&format!("http://{address}"), &Dialer::default()).unwrap();
+        let (tracer, sending) = Tracer::start(Some(collector), service());
+        drop(tracer.begin(TraceId::of("run"), "run"));
+        sending.finish().await;
+        assert_eq!(tracer.counts(), (0, 1));
+    }
 }
