@@ -21,8 +21,8 @@ use crate::events::{Phase, RunEvent};
 use crate::fleet::UnitCall;
 use crate::journal::{EvaluatedModel, Journal, JournalError, JournalRecord};
 use crate::run::{Setting, wait_for_workers};
-use crate::trace::UnitSpans;
 use crate::schedule::{Record, Scheduler, Shape};
+use crate::trace::UnitSpans;
 
 /// Puts a token block into a store under its digest.
 ///

@@ -188,7 +188,7 @@ impl Run {
         self.note_workers()?;
         let assembling = self.span.scope().open("assemble");
         let assembled = self.assemble(&outline, &layers);
-        assembling.close(assembled.as_ref());
+        assembling.close(assembled.as_ref().copied());
         assembled?;
         if let Some(spec) = self.job.evaluation.clone() {
             let dense = self.job.model.source.clone();

@@ -66,7 +66,10 @@ impl Tree {
             assert!(span.start <= span.end, "{span:?}");
             assert!(span.parent.is_empty() || ids.contains(&span.parent), "no parent of {span:?}");
             let parent = tree.0.iter().find(|parent| parent.id == span.parent);
-            assert!(parent.is_none_or(|parent| span.start + SLACK_NANOS >= parent.start), "{span:?} began before {parent:?}");
+            assert!(
+                parent.is_none_or(|parent| span.start + SLACK_NANOS >= parent.start),
+                "{span:?} began before {parent:?}"
+            );
         }
         tree
     }
@@ -187,7 +190,10 @@ fn a_lost_attempt_is_a_span_with_an_error() {
         assert_eq!(attempts.len(), usize::from(number == layer), "{attempts:?}");
         for attempt in attempts {
             let error = attempt.error.as_deref().unwrap_or_default();
-            assert!(error.starts_with("the worker is lost: ") && attempt.get("espalier.outcome") == "failed", "{attempt:?}");
+            assert!(
+                error.starts_with("the worker is lost: ") && attempt.get("espalier.outcome") == "failed",
+                "{attempt:?}"
+            );
             assert_ne!(attempt.get("espalier.worker"), last.get("espalier.worker"));
             assert!(attempt.end <= last.start, "{attempt:?} {last:?}");
         }

@@ -11,8 +11,8 @@ use crate::error::RunError;
 use crate::evaluate::{Measured, Standalone};
 use crate::fleet::Roster;
 use crate::metrics::CoordinatorMetrics;
-use crate::run::Setting;
 use crate::report;
+use crate::run::Setting;
 
 /// Measures perplexity on workers of this machine.
 pub(crate) async fn run(args: EvalArgs, json: bool) -> Result<(), CliError> {

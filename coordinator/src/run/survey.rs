@@ -21,6 +21,7 @@ use crate::fleet::UnitCall;
 use crate::journal::JournalRecord;
 use crate::plan::{allocate, measured, owl};
 use crate::schedule::{Record, Scheduler, Shape};
+use crate::trace::UnitSpans;
 
 /// The plans that `measured` tries, first the one that treats all layers alike.
 pub(crate) struct Candidates {

@@ -49,7 +49,7 @@ impl Effort {
                 cases.into()
             }
             Self::For { seconds, seed } => {
-                let (watch, mut done) = (Stopwatch::start(), 0);
+                let (watch, mut done) = (Stopwatch::start(), 0_u64);
                 while watch.seconds() < *seconds {
                     let drawn_from = format!("SEED={seed}, inputs from {done}");
                     reading(drawn_from.clone());

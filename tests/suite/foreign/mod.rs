@@ -181,7 +181,10 @@ fn journal_records() -> Vec<Vec<u8>> {
     let nll = Outcome::Evaluated { window_nll: vec![1.5; 4], phases: Vec::new() };
     let records = [
         JournalRecord::Prune(Record::Leased { lease }),
-        JournalRecord::Prune(Record::Failed { lease, fault: Fault { class: FaultClass::Bug, message: "é".to_owned() } }),
+        JournalRecord::Prune(Record::Failed {
+            lease,
+            fault: Fault { class: FaultClass::Bug, message: "é".to_owned() },
+        }),
         JournalRecord::Survey(Record::Committed { lease, outcome: Outcome::Forwarded { phases: Vec::new() } }),
         JournalRecord::Evaluate { model: EvaluatedModel::Pruned, record: Record::Committed { lease, outcome: nll } },
         JournalRecord::Shared { model: EvaluatedModel::Dense, shares: 3 },
@@ -234,16 +237,17 @@ fn activation_chunk(effort: &Effort) -> u64 {
         })
     });
     let sizes = (any::<usize>(), any::<usize>(), any::<usize>(), any::<usize>());
-    tried + effort.split(2).check(500, sizes, |(streams, sequences, tokens, hidden)| {
-        let expected = Expected { streams, sequences, tokens, hidden };
-        // Whoever wants more than this has been refused before: see what a worker expects of a job's own sizes.
-        if expected.tokens.saturating_mul(expected.hidden) > 1 << 20
-            && tokens.checked_mul(hidden).is_some_and(|n| n.checked_mul(4).is_some())
-        {
-            return Ok(());
-        }
-        survives(4 << 20, || drop(Assembler::new(expected)))
-    })
+    tried
+        + effort.split(2).check(500, sizes, |(streams, sequences, tokens, hidden)| {
+            let expected = Expected { streams, sequences, tokens, hidden };
+            // Whoever wants more than this has been refused before: see what a worker expects of a job's own sizes.
+            if expected.tokens.saturating_mul(expected.hidden) > 1 << 20
+                && tokens.checked_mul(hidden).is_some_and(|n| n.checked_mul(4).is_some())
+            {
+                return Ok(());
+            }
+            survives(4 << 20, || drop(Assembler::new(expected)))
+        })
 }
 
 fn messages(effort: &Effort) -> u64 {
@@ -266,9 +270,10 @@ fn messages(effort: &Effort) -> u64 {
             let _ = message.outcome.map(wire::outcome_from_wire);
         })
     });
-    tried + effort.split(2).check(2000, prop::collection::vec(any::<u8>(), 0..512), |bytes| {
-        survives(bytes.len(), || pb::ModelOutline::decode(&bytes[..]).ok().map(ModelOutline::try_from)).map(drop)
-    })
+    tried
+        + effort.split(2).check(2000, prop::collection::vec(any::<u8>(), 0..512), |bytes| {
+            survives(bytes.len(), || pb::ModelOutline::decode(&bytes[..]).ok().map(ModelOutline::try_from)).map(drop)
+        })
 }
 
 fn token_block(effort: &Effort) -> u64 {

@@ -45,7 +45,8 @@ impl Collector {
     pub fn new(endpoint: &str, dialer: &Dialer) -> Result<Self, GateError> {
         if endpoint.split('/').nth(2).is_some_and(|authority| authority.contains('@')) {
             // Nor is it shown, in this message or any other.
-            let reason = "a user or password in a URL is not kept secret: let a collector on loopback add it".to_owned();
+            let reason =
+                "a user or password in a URL is not kept secret: let a collector on loopback add it".to_owned();
             return Err(GateError::Url { url: "trace.endpoint".to_owned(), reason });
         }
         dialer.connector_to_collector(endpoint)?;
