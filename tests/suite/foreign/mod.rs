@@ -40,8 +40,11 @@ pub(crate) use self::watch::watch_for_hangs;
 /// Files of the test's own.
 const OWN: &str = "the test's own files can be written and read";
 
-/// Every reader of what comes from elsewhere, by name.
-pub(crate) const TARGETS: [(&str, fn(&Effort) -> u64); 11] = [
+/// A reader's name, and what tries it: says with how many inputs.
+pub(crate) type Target = (&'static str, fn(&Effort) -> u64);
+
+/// Every reader of what comes from elsewhere.
+pub(crate) const TARGETS: [Target; 11] = [
     ("safetensors header", safetensors_header),
     ("safetensors index and config", index_and_config),
     ("gguf", gguf),
