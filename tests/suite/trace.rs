@@ -238,7 +238,7 @@ fn a_collector_that_is_not_there_costs_nothing_but_its_spans() {
         let watch = Stopwatch::start();
         workplace.run(prune(&["--workers", "2"])).unwrap().success().unwrap();
         // Coordinator and workers say farewell for two seconds each; the rest is a busy machine's.
-        assert!(watch.seconds() < 3.0 * undisturbed + 10.0, "{} s, not {undisturbed}", watch.seconds());
+        assert!(watch.seconds() < 3.0 * undisturbed + 30.0, "{} s, not {undisturbed}", watch.seconds());
         same_files(&reference.path().join("out"), &workplace.path().join("out")).unwrap();
     }
 }
