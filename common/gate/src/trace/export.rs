@@ -246,12 +246,12 @@ mod tests {
         for _ in 0..20_000 {
             drop(tracer.begin(TraceId::of("run"), "run").with("key", "value"));
         }
-        assert!(watch.seconds() < 10.0, "{} s", watch.seconds());
+        assert!(watch.seconds() < 2.0, "{} s", watch.seconds());
         let (sent, lost) = tracer.counts();
         assert!(sent == 0 && lost >= 20_000 - 2 * 4096, "{sent} {lost}");
         let watch = Stopwatch::start();
         sending.finish().await;
-        assert!(watch.seconds() < 10.0, "{} s", watch.seconds());
+        assert!(watch.seconds() < 5.0, "{} s", watch.seconds());
     }
 
     #[tokio::test]
