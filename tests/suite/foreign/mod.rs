@@ -31,6 +31,7 @@ use harness::authority::{Authority, write_secret};
 use harness::{golden, tiny};
 use proptest::prelude::*;
 use prost::Message as _;
+use tempfile::TempDir;
 
 use self::damage::foreign;
 pub(crate) use self::effort::Effort;
@@ -109,6 +110,11 @@ fn what_a_call_says_of_its_trace_may_be_anything() {
     traceparent(&Effort::Some);
 }
 
+/// A folder for damaged files: in memory where that can be had, for a disk makes whoever replaces a file wait.
+fn scratch() -> TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect(OWN)
+}
+
 /// Opens a checkpoint and reads all that it says it has.
 fn read_all(path: &Path) -> usize {
     let Ok(checkpoint) = checkpoint::open(path) else { return 0 };
@@ -132,7 +138,7 @@ fn safetensors_of_other_shapes() -> Vec<u8> {
 }
 
 fn safetensors_header(effort: &Effort) -> u64 {
-    let folder = tempfile::tempdir().expect(OWN);
+    let folder = scratch();
     fs::copy(tiny("llama-tiny").join("config.json"), folder.path().join("config.json")).expect(OWN);
     let (front, data) = safetensors();
     let whole = [front.clone(), data.clone()].concat();
@@ -146,7 +152,7 @@ fn safetensors_header(effort: &Effort) -> u64 {
 }
 
 fn index_and_config(effort: &Effort) -> u64 {
-    let folder = tempfile::tempdir().expect(OWN);
+    let folder = scratch();
     let (front, data) = safetensors();
     fs::write(folder.path().join("model-00001-of-00001.safetensors"), [front, data].concat()).expect(OWN);
     let good = br#"{"metadata":{"total_size":160},"weight_map":{"a.weight":"model-00001-of-00001.safetensors","b.bias":"model-00001-of-00001.safetensors"}}"#;
@@ -162,7 +168,7 @@ fn index_and_config(effort: &Effort) -> u64 {
 }
 
 fn gguf(effort: &Effort) -> u64 {
-    let folder = tempfile::tempdir().expect(OWN);
+    let folder = scratch();
     let path = folder.path().join("model.gguf");
     let good = fs::read(golden().join("gguf/llama.gguf")).expect(OWN);
     fs::write(&path, &good).expect(OWN);
@@ -200,7 +206,7 @@ fn journal_records() -> Vec<Vec<u8>> {
 }
 
 fn journal(effort: &Effort) -> u64 {
-    let folder = tempfile::tempdir().expect(OWN);
+    let folder = scratch();
     let path = folder.path().join("journal");
     let records = journal_records();
     let line = |json: &[u8]| [format!("{:08x} ", crc32fast::hash(json)).as_bytes(), json, b"\n"].concat();
@@ -310,7 +316,7 @@ fn configurations(effort: &Effort) -> u64 {
         })
         .map(drop)
     });
-    let folder = tempfile::tempdir().expect(OWN);
+    let folder = scratch();
     for (name, good) in [
         (
             "worker.toml",
@@ -333,7 +339,7 @@ fn configurations(effort: &Effort) -> u64 {
 
 fn keys_certificates_and_tokens(effort: &Effort) -> u64 {
     let effort = effort.split(4);
-    let folder = tempfile::tempdir().expect(OWN);
+    let folder = scratch();
     let tokens = folder.path().join("tokens");
     let good = "# people\nsubmitter 3f0c4a-submitters-token-for-a-test-0001 alice\nviewer sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855 bob\n";
     write_secret(&tokens, good).expect(OWN);
