@@ -5,7 +5,7 @@ TEXT := tests/golden/text
 ROWS ?= methods:: seeds_
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo cluster test test-s3 test-deploy test-metrics soak lint cuda-check cuda-kernels cuda-build bench \
+.PHONY: help build demo cluster test test-s3 test-deploy test-metrics soak fuzz lint cuda-check cuda-kernels cuda-build bench \
 	bench-peers docs real real-methods real-structured
 
 help: ## List the targets
@@ -29,6 +29,9 @@ test: build ## Run every test, the integration tests against the real binaries i
 
 soak: build ## Run under random trouble for SECONDS=1800, drawn from SEED; the first loss fails (needs root for bad networks)
 	SECONDS="$(SECONDS)" SEED="$(SEED)" $(CARGO) test --release -p espalier-tests --test suite -- --ignored --exact --nocapture soak::nothing_is_lost
+
+fuzz: ## Try every reader of foreign bytes for SECONDS=60 each, with inputs drawn from SEED; READER=gguf for one
+	SECONDS="$(SECONDS)" SEED="$(SEED)" READER="$(READER)" $(CARGO) test --release -p espalier-tests --test suite -- --ignored --exact --nocapture fuzz::nothing_breaks_a_reader
 
 # An S3 server for tests: moto's. It is there whole or not at all.
 $(TARGET)/s3/venv/bin/python:

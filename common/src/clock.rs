@@ -86,3 +86,9 @@ pub fn unix_seconds() -> u64 {
 pub fn unix_millis() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
+
+/// Nanoseconds since 1970, as spans of a trace are stamped; never for decisions.
+#[allow(clippy::disallowed_methods, reason = "this is the place")]
+pub fn unix_nanos() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
+}

@@ -24,13 +24,15 @@ pub use explain::{Origin, Setting, reference};
 pub const ENV_PREFIX: &str = "ESPALIER";
 
 /// Top-level sections of all the programs and of a job; in the environment, those of another program are passed over.
-const SECTIONS: [&str; 13] = [
+const SECTIONS: [&str; 15] = [
     "coordinator",
     "worker",
     "log",
     "tls",
     "auth",
     "client",
+    "http",
+    "trace",
     "model",
     "calibration",
     "method",
@@ -40,7 +42,7 @@ const SECTIONS: [&str; 13] = [
     "evaluation",
 ];
 /// How many of [`SECTIONS`] are not a job's.
-const PROGRAM_SECTIONS: usize = 6;
+const PROGRAM_SECTIONS: usize = 8;
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -406,6 +408,8 @@ mod tests {
             ("ESPALIER__METHOD__NAME", "wanda"),
             ("ESPALIER__CALIBRATION__SAMPLES", "16"),
             ("ESPALIER__WORKER__THREADS", "3"),
+            ("ESPALIER__HTTP__LISTEN", "127.0.0.1:0"),
+            ("ESPALIER__TRACE__ENDPOINT", "http://127.0.0.1:4317"),
             ("PATH", "/bin"),
         ]))
         .unwrap();

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use espalier_common::config::{self, ConfigError, Overrides, Setting};
 use espalier_common::telemetry::LogConfig;
-use espalier_gate::{AuthSection, Entrance, GateError, HttpSection, Role, TlsSection};
+use espalier_gate::trace::{Sending, Service};
+use espalier_gate::{AuthSection, Entrance, GateError, HttpSection, Role, TlsSection, TraceSection, Tracer};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +31,8 @@ pub struct CoordinatorConfig {
     pub http: HttpSection,
     /// Its logs.
     pub log: LogConfig,
+    /// Where its spans go.
+    pub trace: TraceSection,
 }
 
 /// What the command line is configured with when it calls a coordinator; there is no file, only environment and flags.
@@ -133,6 +136,16 @@ impl CoordinatorConfig {
             stored_every: self.coordinator.stored_every,
             ..Limits::default()
         }
+    }
+
+    /// What is told of runs, and what sends it to the collector, if one is named.
+    ///
+    /// # Errors
+    /// See [`GateError`].
+    pub fn tracer(&self) -> Result<(Tracer, Sending), GateError> {
+        let collector = self.trace.collector(&self.tls)?;
+        let service = Service { name: "espalier", version: env!("CARGO_PKG_VERSION"), instance: None };
+        Ok(Tracer::start(collector, service))
     }
 
     /// Who is let in: the files of `[tls]` and `[auth]`, read.

@@ -22,6 +22,7 @@ use crate::journal::{Journal, JournalError, JournalRecord};
 use crate::plan::megaflops;
 use crate::report::entry;
 use crate::schedule::{Action, Event, Failure, Origin, Record, Scheduler};
+use crate::trace::UnitSpans;
 
 /// How often time passes for the scheduler.
 const TICK: Duration = Duration::from_millis(500);
@@ -112,6 +113,8 @@ pub struct Driver<'a> {
     pub stored: BTreeMap<Boundary, Artifact>,
     /// The run's store.
     pub store: Arc<dyn BlobStore>,
+    /// The spans of its units.
+    pub trace: UnitSpans,
 }
 
 /// What the loop's own tasks tell it.
@@ -191,6 +194,9 @@ impl Driver<'_> {
         let calls = TaskGroup::new();
         let result = self.steps(&mut scheduler, &purpose, &calls).await;
         calls.shut_down(Duration::from_secs(5)).await;
+        if let Err(error) = &result {
+            self.trace.end(&error.to_string());
+        }
         result
     }
 
@@ -248,22 +254,23 @@ impl Driver<'_> {
     }
 
     fn name_of(&self, worker: WorkerId) -> String {
-        self.roster.everyone().get(&worker).map_or_else(|| format!("worker {worker}"), |m| m.offer.name.clone())
+        name_of(self.roster, worker)
     }
 
     /// Workers that the scheduler gave up on when time passed. One that only paused registers again.
-    fn forget_silent(&self, there: &[WorkerId], scheduler: &Scheduler) {
+    fn forget_silent(&mut self, there: &[WorkerId], scheduler: &Scheduler) {
         let left: BTreeSet<WorkerId> = scheduler.workers().collect();
         for &worker in there.iter().filter(|worker| !left.contains(worker)) {
             let name = self.name_of(worker);
             warn!(%worker, name, "worker is silent");
             self.roster.forget(worker);
+            self.trace.lose(worker, "it is silent");
             self.events.note(RunEvent::WorkerLost { worker, name, reason: "it is silent".to_owned() });
         }
     }
 
     fn hear(
-        &self,
+        &mut self,
         said: FleetEvent,
         purpose: &Arc<dyn Purpose>,
         calls: &TaskGroup,
@@ -277,6 +284,7 @@ impl Driver<'_> {
             FleetEvent::Lost(worker) => {
                 let name = self.name_of(worker);
                 warn!(%worker, name, "worker lost");
+                self.trace.lose(worker, "it is gone");
                 self.events.note(RunEvent::WorkerLost { worker, name, reason: "it is gone".to_owned() });
                 Some(Event::WorkerLost { worker })
             }
@@ -384,6 +392,8 @@ impl Driver<'_> {
         outcomes: &mut BTreeMap<Unit, Outcome>,
     ) -> Result<(), DriveError> {
         self.journal.append(&purpose.record(record.clone()))?;
+        let roster = self.roster;
+        self.trace.note(&record, |worker| name_of(roster, worker));
         self.events.note(match &record {
             Record::Leased { lease } => RunEvent::Started { unit: lease.unit, worker: lease.worker },
             Record::Committed { lease, outcome } => committed(lease, outcome),
@@ -406,9 +416,9 @@ impl Driver<'_> {
     fn start(&self, lease: Lease, call: Option<UnitCall>, calls: &TaskGroup, answer: &mpsc::Sender<Answer>) {
         // A worker that is not there any more will be reported as lost; its leases go with it.
         let Some((member, call)) = self.roster.member(lease.worker).zip(call) else { return };
-        let (run, answer) = (self.run.clone(), answer.clone());
+        let (run, answer, trace) = (self.run.clone(), answer.clone(), self.trace.context(&lease));
         calls.spawn(async move {
-            if let Err(error) = member.client.start(&run, lease, call).await {
+            if let Err(error) = member.client.start(&run, lease, call, trace).await {
                 let _ = answer.send(Answer::NotStarted(lease, error.into_fault())).await;
             }
         });
@@ -470,6 +480,10 @@ impl Driver<'_> {
         };
         Some(Source { from, replay })
     }
+}
+
+fn name_of(roster: &Roster, worker: WorkerId) -> String {
+    roster.everyone().get(&worker).map_or_else(|| format!("worker {worker}"), |member| member.offer.name.clone())
 }
 
 /// Deletes what is stored of a boundary.

@@ -12,6 +12,7 @@ use espalier_common::job::EvaluationSpec;
 use espalier_common::report::{Artifact, Outcome};
 use espalier_common::store::{self, BlobStore};
 use espalier_common::wire::Source;
+use espalier_gate::trace::TraceId;
 
 use crate::calibration;
 use crate::driver::{Driver, Help, Preparation, Purpose};
@@ -21,6 +22,7 @@ use crate::fleet::UnitCall;
 use crate::journal::{EvaluatedModel, Journal, JournalError, JournalRecord};
 use crate::run::{Setting, wait_for_workers};
 use crate::schedule::{Record, Scheduler, Shape};
+use crate::trace::UnitSpans;
 
 /// Puts a token block into a store under its digest.
 ///
@@ -157,6 +159,7 @@ impl Standalone {
         let shares = shares_for(setting.roster.members().len(), count);
         let block = put_block(self.store.as_ref(), &self.block)?;
         let tokens = block.sha256;
+        let span = setting.tracer.begin(TraceId::random(), "evaluation").with("espalier.model", self.uri.clone());
         let purpose = Evaluation {
             model: EvaluatedModel::Dense,
             uri: self.uri,
@@ -177,10 +180,13 @@ impl Standalone {
             committed: BTreeMap::new(),
             stored: BTreeMap::new(),
             store: Arc::clone(&self.store),
+            trace: UnitSpans::of_stage(&span, "evaluate"),
         };
         let scheduler =
             Scheduler::new(Shape::Evaluate { first: EvaluatedModel::Dense.first_share(), shares }, setting.limits);
-        let outcomes = driver.drive(scheduler, Arc::new(purpose)).await?;
+        let outcomes = driver.drive(scheduler, Arc::new(purpose)).await;
+        span.close(outcomes.as_ref().map(drop));
+        let outcomes = outcomes?;
         let mut measured = Measured { tokens, window_nll: Vec::new(), seconds: 0.0, peak_rss_bytes: 0 };
         for outcome in outcomes.into_values() {
             if let Outcome::Evaluated { window_nll, phases } = outcome {

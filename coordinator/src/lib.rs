@@ -29,5 +29,6 @@ pub mod report;
 pub mod rpc;
 pub mod run;
 pub mod schedule;
+pub mod trace;
 pub mod verify;
 pub mod view;

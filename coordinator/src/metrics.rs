@@ -1,7 +1,7 @@
 //! Everything that a coordinator exports for Prometheus, by name. `deploy/observability` uses these names, and a test holds the
 //! two against each other.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use espalier_common::clock::Stopwatch;
 use espalier_common::families;
@@ -10,6 +10,7 @@ use espalier_common::ids::Unit;
 use espalier_common::memory;
 use espalier_common::metric::{Family, Kind, MILLISECONDS, Metrics, SECONDS};
 use espalier_common::report::PhaseSeconds;
+use espalier_gate::Tracer;
 
 use crate::events::RunEvent;
 use crate::view::{State, kind};
@@ -58,6 +59,7 @@ families! {
         kind: Kind::Histogram(MILLISECONDS),
         labels: &["method"],
     };
+    SPANS = Family::counter("espalier_trace_spans_total", &["outcome"], "Spans of traces by outcome: sent to the collector, or lost.");
     FOLLOWERS = Family::gauge("espalier_http_followers", &[], "Browsers that follow /api/events now.");
 }
 
@@ -66,6 +68,7 @@ families! {
 pub struct CoordinatorMetrics {
     metrics: Arc<Metrics>,
     started: Stopwatch,
+    tracer: Arc<OnceLock<Tracer>>,
 }
 
 impl Default for CoordinatorMetrics {
@@ -87,9 +90,12 @@ impl Default for CoordinatorMetrics {
         for outcome in ["done", "interrupted", "rejected", "failed"] {
             metrics.add(&RUNS_ENDED, &[outcome], 0.0);
         }
+        for outcome in ["sent", "lost"] {
+            metrics.add(&SPANS, &[outcome], 0.0);
+        }
         metrics.set(&BUILD, &[env!("CARGO_PKG_VERSION")], 1.0);
         metrics.set(&FOLLOWERS, &[], 0.0);
-        Self { metrics: Arc::new(metrics), started: Stopwatch::start() }
+        Self { metrics: Arc::new(metrics), started: Stopwatch::start(), tracer: Arc::default() }
     }
 }
 
@@ -132,6 +138,11 @@ pub struct Now {
 }
 
 impl CoordinatorMetrics {
+    /// Tells from now on what came of a tracer's spans; of the first that it is told of.
+    pub fn watch(&self, tracer: Tracer) {
+        let _ = self.tracer.set(tracer);
+    }
+
     /// Counts an event, and the leases that came to nothing with it.
     pub fn observe(&self, event: &RunEvent, retries: u64) {
         let metrics = &self.metrics;
@@ -231,6 +242,9 @@ impl CoordinatorMetrics {
         }
         metrics.raise(&MOVED, &[], now.bytes_received as f64);
         metrics.set(&FOLLOWERS, &[], now.followers as f64);
+        let (sent, lost) = self.tracer.get().map(Tracer::counts).unwrap_or_default();
+        metrics.raise(&SPANS, &["sent"], sent as f64);
+        metrics.raise(&SPANS, &["lost"], lost as f64);
         metrics.render()
     }
 }

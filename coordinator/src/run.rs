@@ -20,6 +20,8 @@ use espalier_common::report::{Artifact, Outcome};
 use espalier_common::store::{BlobStore, Placed};
 use espalier_common::structure::Kept;
 use espalier_common::wire::Source;
+use espalier_gate::Tracer;
+use espalier_gate::trace::Open;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -35,7 +37,8 @@ use crate::plan::strategy::{Asked, Strategy};
 use crate::plan::widths::{self, WidthError};
 use crate::report::{self, Report};
 use crate::schedule::{Limits, Record, Scheduler, Shape};
-use crate::{assemble, calibration, evaluate, page, preflight};
+use crate::trace::UnitSpans;
+use crate::{assemble, calibration, evaluate, page, preflight, trace};
 pub(crate) use told::about;
 use told::{Remembering, append_timed, pruned_before};
 
@@ -61,6 +64,8 @@ pub struct Setting {
     pub workers_return: bool,
     /// Set when somebody wants it to stop.
     pub stop: CancellationToken,
+    /// What its spans are told to.
+    pub tracer: Tracer,
 }
 
 /// When things happened, which the journal does not tell: kept beside the report.
@@ -78,6 +83,7 @@ pub struct Run {
     journal: Timed,
     past: Vec<JournalRecord>,
     watch: Stopwatch,
+    span: Open,
 }
 
 impl Run {
@@ -140,15 +146,17 @@ impl Run {
         let id = past.iter().find_map(created_run).ok_or_else(|| RunError::Headless(setting.run_url.clone()))?;
         let committed = prune_records(&past).filter_map(committed_layer).count();
         let (sublayers, phases) = pruned_before(&past);
+        let about = about(&job)?;
+        let span = trace::run(&setting.tracer, &id, &about, committed);
         setting.events.note(RunEvent::Opened {
             run: id.clone(),
             url: setting.run_url.clone(),
             committed,
-            about: Some(Box::new(about(&job)?)),
+            about: Some(Box::new(about)),
             sublayers,
             phases,
         });
-        Ok(Self { setting, id, job, dense, tokens, fingerprint: fingerprint.model, store, journal, past, watch })
+        Ok(Self { setting, id, job, dense, tokens, fingerprint: fingerprint.model, store, journal, past, watch, span })
     }
 
     /// The run's id.
@@ -162,6 +170,7 @@ impl Run {
     /// See [`RunError`]. What is committed stays committed: the run can be taken up again unless its input was wrong.
     pub async fn execute(mut self) -> Result<Report, RunError> {
         let result = self.execute_steps().await;
+        self.span.close(result.as_ref().map(drop));
         let seconds = self.watch.seconds();
         match &result {
             Ok(_) => {}
@@ -176,12 +185,18 @@ impl Run {
     }
 
     async fn execute_steps(&mut self) -> Result<Report, RunError> {
-        let (outline, patterns) = self.plan().await?;
+        let planning = self.span.scope().open("plan");
+        let planned = self.plan().await;
+        planning.close(planned.as_ref().map(drop));
+        let (outline, patterns) = planned?;
         let pattern = report::overall_pattern(&self.job, &outline)?.to_string();
         self.setting.events.note(RunEvent::Planned { pattern });
         let layers = self.prune(&outline, &patterns).await?;
         self.note_workers()?;
-        self.assemble(&outline, &layers)?;
+        let assembling = self.span.scope().open("assemble");
+        let assembled = self.assemble(&outline, &layers);
+        assembling.close(assembled.as_ref().copied());
+        assembled?;
         if let Some(spec) = self.job.evaluation.clone() {
             let dense = self.job.model.source.clone();
             self.evaluate(&spec, EvaluatedModel::Dense, dense).await?;
@@ -277,7 +292,7 @@ impl Run {
                 tokens: self.tokens.clone(),
             },
         };
-        self.drive(scheduler, Arc::new(purpose)).await
+        self.drive(scheduler, Arc::new(purpose), UnitSpans::of_layers(&self.span)).await
     }
 
     /// Drives a schedule; what the journal got meanwhile is in `self.past` afterwards.
@@ -285,6 +300,7 @@ impl Run {
         &mut self,
         scheduler: Scheduler,
         purpose: Arc<dyn Purpose>,
+        trace: UnitSpans,
     ) -> Result<BTreeMap<LayerIndex, Artifact>, RunError> {
         let committed = prune_records(&self.past).filter_map(committed_layer).collect();
         let stored = prune_records(&self.past).filter_map(stored_boundary).collect();
@@ -301,6 +317,7 @@ impl Run {
             committed,
             stored,
             store: Arc::clone(&self.store),
+            trace,
         };
         driver.drive(scheduler, purpose).await?;
         Ok(driver.committed)
@@ -357,7 +374,11 @@ impl Run {
         };
         let shape = Shape::Evaluate { first: model.first_share(), shares };
         let scheduler = Scheduler::replay(shape, self.setting.limits, &done);
-        self.drive(scheduler, Arc::new(purpose)).await?;
+        let stage = match model {
+            EvaluatedModel::Dense => "evaluate dense",
+            EvaluatedModel::Pruned => "evaluate pruned",
+        };
+        self.drive(scheduler, Arc::new(purpose), UnitSpans::of_stage(&self.span, stage)).await?;
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 
 pub mod authority;
 pub mod checkpoint;
+pub mod collector;
 mod compiled;
 pub mod fault;
 pub mod http;

@@ -191,6 +191,8 @@ fn overrides(args: &ServeArgs) -> Overrides {
 
 fn run_worker(args: ServeArgs) -> anyhow::Result<()> {
     let mut config: WorkerConfig = config::load(args.config.as_deref(), ENV_PREFIX, overrides(&args))?;
+    // Before what follows: a launcher on this machine may send its spans to another.
+    let collector = config.collector()?;
     if args.local {
         config.tls = TlsSection::default();
         config.auth = AuthSection::default();
@@ -200,7 +202,7 @@ fn run_worker(args: ServeArgs) -> anyhow::Result<()> {
     }
     telemetry::init(&config.log)
         .map_err(|error| ConfigError::Invalid { origin: "configuration".to_owned(), reason: error.to_string() })?;
-    serve::run(&config, args.exit_with_stdin)?;
+    serve::run(&config, collector, args.exit_with_stdin)?;
     Ok(())
 }
 
@@ -303,7 +305,7 @@ mod tests {
         let mut config = WorkerConfig::default();
         config.worker.coordinator = Some("http://127.0.0.1:1".to_owned());
         config.worker.listen = "0.0.0.0:0".parse().unwrap();
-        let error = serve::run(&config, false).unwrap_err();
+        let error = serve::run(&config, None, false).unwrap_err();
         assert!(error.to_string().contains("worker.listen is 0.0.0.0:0"), "{error}");
         assert_eq!(exit_code(&error.into()), 65);
     }

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use espalier_common::device::DeviceChoice;
 use espalier_common::telemetry::LogConfig;
-use espalier_gate::{AuthSection, HttpSection, TlsSection};
+use espalier_gate::trace::Collector;
+use espalier_gate::{AuthSection, GateError, HttpSection, TlsSection, TraceSection};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +27,18 @@ pub struct WorkerConfig {
     pub http: HttpSection,
     /// Its logs.
     pub log: LogConfig,
+    /// Where its spans go.
+    pub trace: TraceSection,
+}
+
+impl WorkerConfig {
+    /// How the collector of traces is reached, if one is named.
+    ///
+    /// # Errors
+    /// See [`GateError`].
+    pub fn collector(&self) -> Result<Option<Collector>, GateError> {
+        self.trace.collector(&self.tls)
+    }
 }
 
 /// `[worker]`

@@ -27,7 +27,7 @@ pub struct Evaluation {
 /// # Errors
 /// See [`TaskError`].
 pub fn evaluate(work: &Evaluation, device: &Device, control: &UnitControl) -> Result<Outcome, TaskError> {
-    let mut phases = Phases::default();
+    let mut phases = Phases::of(control);
     let block = read_tokens(&*config::open_store(&work.run_url)?, &work.tokens)?;
     let model = phases.time("load", || open_model(&work.model, device))?;
     let windows = work

@@ -50,7 +50,7 @@ pub fn prune_layer(
         let help = Help { leaves: Some(shares.leaves.clone()), ..help };
         return prune_kept(place, layer, keeping, pattern, keeps_output, &help);
     }
-    let mut phases = Phases::default();
+    let mut phases = Phases::of(place.control);
     let run = place.run;
     let (shortages, seconds_making_room) = place.cache.shortages();
     if place.is_chain() {
@@ -122,7 +122,7 @@ fn prune_kept(
     if !place.is_chain() || run.method.reconstruct.is_some() || run.structure.is_some() {
         return Err(TaskError::NotShared);
     }
-    let mut phases = Phases::default();
+    let mut phases = Phases::of(place.control);
     let shortages = place.cache.shortages();
     let outline = run.model.decoder.outline(layer)?;
     let loaded = phases.time("load", || run.model.decoder.load_layer(layer))?;
@@ -168,6 +168,7 @@ fn prune_groups(
     let run = place.run;
     let (mut done, mut gathered, mut draft) = (Vec::new(), Vec::new(), None);
     for (group, members) in outline.groups.iter().enumerate() {
+        phases.enter(Some(group));
         let stats = Arc::new(crew.gather(group, phases)?);
         if run.method.reconstruct.is_some() {
             draft = draft.or_else(|| Draft::begin(group, crew.alone().lanes()));
@@ -195,6 +196,7 @@ fn prune_groups(
             gathered.clear();
         }
     }
+    phases.enter(None);
     Ok(done)
 }
 
@@ -203,7 +205,7 @@ fn prune_groups(
 /// # Errors
 /// See [`TaskError`].
 pub fn run_dense_layer(place: &Workplace<'_>, layer: LayerIndex, source: &Source) -> Result<Outcome, TaskError> {
-    let mut phases = Phases::default();
+    let mut phases = Phases::of(place.control);
     let input = place.input(layer, source, &mut phases)?;
     let decoder = &place.run.model.decoder;
     let outline = decoder.outline(layer)?;

@@ -39,6 +39,7 @@ families! {
     BUDGET = Family::gauge("espalier_worker_cache_budget_bytes", &[], "Bytes of hidden states that may be kept in memory.");
     GFLOPS = Family::gauge("espalier_worker_gemm_gflops", &[], "Speed of f32 matrix products that the worker offers, in 10^9 operations a second.");
     THREADS = Family::gauge("espalier_worker_threads", &[], "Compute threads.");
+    SPANS = Family::counter("espalier_worker_trace_spans_total", &["outcome"], "Spans of traces by outcome: sent to the collector, or lost.");
     CALLS = Family {
         name: "espalier_worker_rpc_duration_seconds",
         help: "Seconds until a call was answered, by method; for streams, until they began.",
@@ -60,6 +61,9 @@ impl Default for WorkerMetrics {
         let metrics = Metrics::new(FAMILIES);
         for family in [MISSED, ASSISTANTS, RECEIVED] {
             metrics.add(&family, &[], 0.0);
+        }
+        for outcome in ["sent", "lost"] {
+            metrics.add(&SPANS, &[outcome], 0.0);
         }
         for unit in ["prune", "forward", "evaluate"] {
             for outcome in ["done", "failed", "abandoned"] {
@@ -155,6 +159,9 @@ impl WorkerMetrics {
         metrics.set(&UNITS, &[], units as f64);
         metrics.set(&ASSISTING, &[], f64::from(u8::from(is_assisting)));
         metrics.raise(&RECEIVED, &[], session.bytes_received() as f64);
+        let (sent, lost) = session.tracer().counts();
+        metrics.raise(&SPANS, &["sent"], sent as f64);
+        metrics.raise(&SPANS, &["lost"], lost as f64);
         metrics.set(&CACHE, &["memory"], in_memory as f64);
         metrics.set(&CACHE, &["disk"], on_disk as f64);
         metrics.render()

@@ -7,7 +7,8 @@ use std::time::Duration;
 use espalier_common::fault::FaultClass;
 use espalier_common::tasks::TaskGroup;
 use espalier_gate::settings::check_listener;
-use espalier_gate::{Dialer, Entrance, GateError, Role, Web};
+use espalier_gate::trace::{Collector, Service};
+use espalier_gate::{Dialer, Entrance, GateError, Role, Tracer, Web};
 use espalier_proto::v1 as pb;
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
@@ -71,11 +72,11 @@ impl ServeError {
     }
 }
 
-/// Works until a signal (or the end of standard input, if `exit_with_stdin`) says stop.
+/// Works until a signal (or the end of standard input, if `exit_with_stdin`) says stop. Its spans go to `collector`.
 ///
 /// # Errors
 /// See [`ServeError`].
-pub fn run(config: &WorkerConfig, exit_with_stdin: bool) -> Result<(), ServeError> {
+pub fn run(config: &WorkerConfig, collector: Option<Collector>, exit_with_stdin: bool) -> Result<(), ServeError> {
     let credentials = config.tls.open(Some(Role::Worker))?;
     let tokens = config.auth.open(credentials.is_some())?;
     check_listener("worker.listen", config.worker.listen, credentials.is_some())?;
@@ -91,7 +92,7 @@ pub fn run(config: &WorkerConfig, exit_with_stdin: bool) -> Result<(), ServeErro
         .build()
         .map_err(ServeError::Runtime)?;
     let entrance = Entrance { credentials, tokens };
-    let ended = runtime.block_on(live(config, entrance, (chosen, threads), exit_with_stdin, &runtime));
+    let ended = runtime.block_on(live(config, (entrance, collector), (chosen, threads), exit_with_stdin, &runtime));
     // A unit deep in a product does not hear of cancellation at once; the process does not wait for it.
     runtime.shutdown_background();
     ended
@@ -99,7 +100,7 @@ pub fn run(config: &WorkerConfig, exit_with_stdin: bool) -> Result<(), ServeErro
 
 async fn live(
     config: &WorkerConfig,
-    entrance: Entrance,
+    (entrance, collector): (Entrance, Option<Collector>),
     (chosen, threads): (Chosen, usize),
     exit_with_stdin: bool,
     runtime: &Runtime,
@@ -129,19 +130,25 @@ async fn live(
         Some(arithmetic) => format!("{instruction_set}/{arithmetic}"),
         None => instruction_set,
     };
+    let name = config.name.clone().unwrap_or_else(default_name);
+    let service = Service { name: "espalier-worker", version: env!("CARGO_PKG_VERSION"), instance: Some(name.clone()) };
+    let (tracer, sending) = Tracer::start(collector, service);
     let session = Session::with_peers(
         DeviceThread::start(chosen.device.clone())?,
         cache,
         reporter,
         runtime.handle().clone(),
-        Peers {
-            dialer,
-            joining: carrier.map(Joining::by),
-            patience: Duration::from_secs(config.assistant_patience_seconds.get().into()),
-        },
+        (
+            Peers {
+                dialer,
+                joining: carrier.map(Joining::by),
+                patience: Duration::from_secs(config.assistant_patience_seconds.get().into()),
+            },
+            tracer,
+        ),
     );
     let offer = pb::RegisterRequest {
-        name: config.name.clone().unwrap_or_else(default_name),
+        name,
         endpoint: listener.endpoint(),
         build: env!("CARGO_PKG_VERSION").to_owned(),
         instruction_set,
@@ -173,6 +180,7 @@ async fn live(
     if !tasks.shut_down(GRACE / 2).await {
         tracing::warn!("transfers did not end in time");
     }
+    sending.finish().await;
     ended
 }
 

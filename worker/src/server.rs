@@ -11,6 +11,7 @@ use espalier_common::pattern::Pattern;
 use espalier_common::tasks::TaskGroup;
 use espalier_common::wire::{WireError, lease_from_wire, leaves_from_wire, run_from_wire};
 use espalier_gate::settings::advertised;
+use espalier_gate::trace::Context;
 use espalier_gate::web::Readiness;
 use espalier_gate::{Entrance, GateError, Guard};
 use espalier_proto::v1 as pb;
@@ -164,6 +165,7 @@ impl Assistance for AssistanceService {
     type AssistStream = Pin<Box<dyn Stream<Item = Result<pb::Parcel, Status>> + Send>>;
 
     async fn assist(&self, request: Request<Streaming<pb::Parcel>>) -> Result<Response<Self::AssistStream>, Status> {
+        let trace = Context::of_call(request.metadata());
         let mut parcels = request.into_inner();
         let first = tokio::time::timeout(INACTIVITY, parcels.message()).await;
         let first = first.map_err(|_| Status::deadline_exceeded("the owner is silent"))??;
@@ -181,7 +183,7 @@ impl Assistance for AssistanceService {
         let session = Arc::clone(&self.session);
         let begun = blocking(move || {
             let mut answered = None;
-            let control = session.assist(&run, (lease, part), |sizes| {
+            let control = session.assist(&run, (lease, part, trace), |sizes| {
                 let (line, owner) = owner_line(lease, sizes, session.joining().cloned());
                 answered = Some(line);
                 owner
@@ -213,7 +215,8 @@ fn owner_line(
     let (received, orders) = mpsc::channel(ORDERS);
     let endpoint = format!("the owner of {lease}");
     let size_of = move |matter: &Matter| sizes.of_order(matter);
-    let line = Line { endpoint, number: 0, size_of, letters, received, joining, joined_by: Arc::default() };
+    let joined_by = Arc::default();
+    let line = Line { endpoint, number: 0, size_of, letters, received, joining, trace: None, joined_by };
     (line, OwnerLine { orders, answers })
 }
 
@@ -238,12 +241,13 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 impl WorkerService {
     fn start(
         &self,
+        trace: Option<Context>,
         lease: Option<pb::Lease>,
         work: impl FnOnce(Unit) -> Result<Work, Status>,
     ) -> Result<Response<pb::Started>, Status> {
         let lease = lease.ok_or(WireError::Missing("lease")).and_then(lease_from_wire);
         let (run, lease) = lease.map_err(|error| malformed(&error))?;
-        Ok(started(self.session.start(&run, lease, work(lease.unit)?)))
+        Ok(started(self.session.start_traced(&run, lease, work(lease.unit)?, trace)))
     }
 }
 
@@ -288,16 +292,16 @@ impl Worker for WorkerService {
     }
 
     async fn forward_layer(&self, request: Request<pb::ForwardLayerRequest>) -> Result<Response<pb::Started>, Status> {
-        let request = request.into_inner();
+        let (trace, request) = (Context::of_call(request.metadata()), request.into_inner());
         let source = source(request.source)?;
-        self.start(request.lease, |unit| match unit {
+        self.start(trace, request.lease, |unit| match unit {
             Unit::Forward(layer) => Ok(Work::Forward(layer, source)),
             other => Err(wrong_kind(other)),
         })
     }
 
     async fn prune_layer(&self, request: Request<pb::PruneLayerRequest>) -> Result<Response<pb::Started>, Status> {
-        let request = request.into_inner();
+        let (trace, request) = (Context::of_call(request.metadata()), request.into_inner());
         let (source, keeps_output) = (source(request.source)?, request.keep_output);
         let (assistants, gflops) = (request.assistants, request.gflops);
         let shares = request.shares.map(TryInto::try_into).transpose().map_err(|error| malformed(&error))?;
@@ -305,42 +309,42 @@ impl Worker for WorkerService {
             Ok(pattern) => pattern,
             Err(error) => return Ok(started(Err(error.into()))),
         };
-        self.start(request.lease, |unit| match unit {
+        self.start(trace, request.lease, |unit| match unit {
             Unit::Prune(layer) => Ok(Work::Prune { layer, source, pattern, keeps_output, assistants, gflops, shares }),
             other => Err(wrong_kind(other)),
         })
     }
 
     async fn survey_layer(&self, request: Request<pb::SurveyLayerRequest>) -> Result<Response<pb::Started>, Status> {
-        let request = request.into_inner();
+        let (trace, request) = (Context::of_call(request.metadata()), request.into_inner());
         let (source, sparsities) = (source(request.source)?, request.sparsities);
         let patterns = sparsities.iter().map(|&sparsity| Pattern::Unstructured { sparsity }.validate());
         if let Err(error) = patterns.collect::<Result<(), _>>() {
             return Ok(started(Err(RunError::from(error).into())));
         }
-        self.start(request.lease, |unit| match unit {
+        self.start(trace, request.lease, |unit| match unit {
             Unit::Forward(layer) => Ok(Work::Survey(layer, source, sparsities)),
             other => Err(wrong_kind(other)),
         })
     }
 
     async fn r#try(&self, request: Request<pb::TryRequest>) -> Result<Response<pb::Started>, Status> {
-        let request = request.into_inner();
+        let (trace, request) = (Context::of_call(request.metadata()), request.into_inner());
         let patterns = match request.pattern_json.iter().map(|json| Run::layer_pattern(json)).collect() {
             Ok(patterns) => patterns,
             Err(error) => return Ok(started(Err(RunError::into(error)))),
         };
-        self.start(request.lease, |unit| match unit {
+        self.start(trace, request.lease, |unit| match unit {
             Unit::Evaluate(_) => Ok(Work::Try(patterns)),
             other => Err(wrong_kind(other)),
         })
     }
 
     async fn evaluate(&self, request: Request<pb::EvaluateRequest>) -> Result<Response<pb::Started>, Status> {
-        let request = request.into_inner();
+        let (trace, request) = (Context::of_call(request.metadata()), request.into_inner());
         let (model, run_url, windows) = (request.model, request.run_url, request.windows);
         let evaluation = Evaluation { model, tokens: artifact(request.tokens)?, run_url, windows };
-        self.start(request.lease, |unit| match unit {
+        self.start(trace, request.lease, |unit| match unit {
             Unit::Evaluate(_) => Ok(Work::Evaluate(evaluation)),
             other => Err(wrong_kind(other)),
         })

@@ -14,8 +14,9 @@ use espalier_common::job::Propagation;
 use espalier_common::pattern::Pattern;
 use espalier_common::report::{Artifact, Outcome};
 use espalier_common::wire::{Shares, Source};
-use espalier_gate::Dialer;
+use espalier_gate::trace::{Context, Open, Side};
 use espalier_gate::web::Readiness;
+use espalier_gate::{Dialer, Tracer};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
@@ -63,6 +64,19 @@ pub enum Work {
     Try(Vec<Pattern>),
     /// Evaluate windows.
     Evaluate(Evaluation),
+}
+
+impl Work {
+    /// What it is called in a trace.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Forward(..) => "forward",
+            Self::Prune { .. } => "prune",
+            Self::Survey(..) => "survey",
+            Self::Try(_) => "try",
+            Self::Evaluate(_) => "evaluate",
+        }
+    }
 }
 
 /// How a unit ended.
@@ -174,6 +188,7 @@ pub struct Session {
     reports: mpsc::Sender<UnitReport>,
     runtime: Handle,
     peers: Peers,
+    tracer: Tracer,
     bytes_received: AtomicU64,
     metrics: WorkerMetrics,
     /// Whether the coordinator knows this worker, as far as it is known here.
@@ -195,17 +210,17 @@ impl Session {
         reports: mpsc::Sender<UnitReport>,
         runtime: Handle,
     ) -> Arc<Self> {
-        Self::with_peers(device, cache, reports, runtime, Peers::default())
+        Self::with_peers(device, cache, reports, runtime, (Peers::default(), Tracer::default()))
     }
 
     /// A session that is attached to nothing. Ends of units go to `reports`; `runtime` fetches from peers, which are called
-    /// through the dialer, and joined where that is agreed on.
+    /// through the dialer, and joined where that is agreed on; spans of units are told to the tracer.
     pub fn with_peers(
         device: DeviceThread,
         cache: ActivationCache,
         reports: mpsc::Sender<UnitReport>,
         runtime: Handle,
-        peers: Peers,
+        (peers, tracer): (Peers, Tracer),
     ) -> Arc<Self> {
         let state = State { attachment: Attachment::Nothing, assistance: None, units: BTreeMap::new() };
         Arc::new(Self {
@@ -215,6 +230,7 @@ impl Session {
             reports,
             runtime,
             peers,
+            tracer,
             bytes_received: AtomicU64::new(0),
             metrics: WorkerMetrics::default(),
             readiness: Readiness::not_yet("it is not registered yet"),
@@ -250,6 +266,11 @@ impl Session {
     /// Whether the coordinator knows this worker.
     pub fn readiness(&self) -> &Readiness {
         &self.readiness
+    }
+
+    /// What spans of its units are told to.
+    pub fn tracer(&self) -> &Tracer {
+        &self.tracer
     }
 
     /// Its numbers.
@@ -295,12 +316,26 @@ impl Session {
         Ok(())
     }
 
+    /// Starts a unit that is not traced, as [`Self::start_traced`] does.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start(self: &Arc<Self>, run: &RunId, lease: Lease, work: Work) -> Result<(), SessionError> {
+        self.start_traced(run, lease, work, None)
+    }
+
     /// Starts a unit, and returns. Under a lease that was started before, nothing changes; a newer lease for a unit puts an
-    /// end to the older one first.
+    /// end to the older one first. Its spans belong to that of whoever asked for it.
     ///
     /// # Errors
     /// `NotPrepared`, `Draining`, `Device`.
-    pub fn start(self: &Arc<Self>, run: &RunId, lease: Lease, work: Work) -> Result<(), SessionError> {
+    pub fn start_traced(
+        self: &Arc<Self>,
+        run: &RunId,
+        lease: Lease,
+        work: Work,
+        trace: Option<Context>,
+    ) -> Result<(), SessionError> {
         let mut state = self.state();
         let attached = match &state.attachment {
             Attachment::Draining => return Err(SessionError::Draining),
@@ -318,9 +353,13 @@ impl Session {
             }
             given.control.cancel();
         }
-        let control = Arc::new(UnitControl::default());
+        let span = self.tracer.below(trace).open(work.name()).on(Side::Called);
+        let span = span.with("espalier.unit", lease.unit.to_string()).with("espalier.attempt", lease.attempt.0);
+        let control = Arc::new(UnitControl::traced(span.scope()));
         let (session, unit_run, unit_control) = (Arc::clone(self), run.clone(), Arc::clone(&control));
-        let job = move |device: &Device| session.carry_out(unit_run, lease, attached, &work, &unit_control, device);
+        let job = move |device: &Device| {
+            session.carry_out((unit_run, lease), attached, &work, (&unit_control, span), device);
+        };
         self.device.submit(Box::new(job))?;
         // Whoever gives this worker a unit has no further use for its help.
         if let Some(assistance) = state.assistance.take() {
@@ -334,11 +373,10 @@ impl Session {
     /// Runs on the device thread: does the unit and reports its end, unless nobody wants it any more.
     fn carry_out(
         &self,
-        run: RunId,
-        lease: Lease,
+        (run, lease): (RunId, Lease),
         attached: Option<Arc<Run>>,
         work: &Work,
-        control: &UnitControl,
+        (control, mut span): (&UnitControl, Open),
         device: &Device,
     ) {
         let done = || self.execute(attached.as_deref(), lease, work, control, device);
@@ -357,9 +395,11 @@ impl Session {
         }
         self.metrics.observe_unit(lease.unit, &result, control.is_cancelled(), watch.seconds());
         if control.is_cancelled() {
+            span.fail("abandoned");
             tracing::info!(%run, %lease, "abandoned");
             return;
         }
+        span.close(result.as_ref().map(drop));
         match &result {
             Ok(_) => tracing::info!(%run, %lease, "done"),
             Err(fault) => tracing::warn!(%run, %lease, class = ?fault.class, %fault, "failed"),
@@ -415,7 +455,7 @@ impl Session {
     pub fn assist(
         self: &Arc<Self>,
         run: &RunId,
-        (lease, part): (Lease, Part),
+        (lease, part, trace): (Lease, Part, Option<Context>),
         line: impl FnOnce(LayerSizes) -> OwnerLine,
     ) -> Result<Arc<UnitControl>, SessionError> {
         let attached = match &self.state().attachment {
@@ -428,12 +468,17 @@ impl Session {
             return Err(TaskError::NotShared.into());
         };
         let line = line(LayerSizes::new(&attached, layer, part.leaves.clone())?);
-        let control = Arc::new(UnitControl::default());
+        let mut span = self.tracer.below(trace).open("assist").on(Side::Called).with("espalier.layer", layer.0);
+        let control = Arc::new(UnitControl::traced(span.scope()));
         let (session, unit_control) = (Arc::clone(self), Arc::clone(&control));
         let job = move |_: &Device| {
             let place = session.place(&attached, &unit_control, false);
-            if catch_unwind(AssertUnwindSafe(|| assist(&place, layer, part, line))).is_err() {
-                tracing::error!(%lease, "assistance panicked");
+            match catch_unwind(AssertUnwindSafe(|| assist(&place, layer, part, line))) {
+                Ok(ended) => span.close(ended),
+                Err(_) => {
+                    span.fail("panicked");
+                    tracing::error!(%lease, "assistance panicked");
+                }
             }
         };
         let mut state = self.state();

@@ -14,6 +14,7 @@ use espalier_common::report::{Artifact, LinkKind, LinkUse, Outcome, SublayerRepo
 use espalier_common::store::{BlobStore, LocalStore};
 use espalier_common::tasks::TaskGroup;
 use espalier_common::wire::{Source, SourceFrom};
+use espalier_gate::Tracer;
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::io::AsyncReadExt as _;
@@ -105,7 +106,7 @@ impl TestWorker {
             cache,
             sender,
             Handle::current(),
-            Peers { joining: carrier.map(Joining::by), ..Peers::default() },
+            (Peers { joining: carrier.map(Joining::by), ..Peers::default() }, Tracer::default()),
         );
         Self { session, reports, attempt: 0 }
     }

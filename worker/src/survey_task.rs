@@ -48,7 +48,7 @@ pub fn survey_layer(
     source: &Source,
     sparsities: &[f64],
 ) -> Result<Outcome, TaskError> {
-    let mut phases = Phases::default();
+    let mut phases = Phases::of(place.control);
     let stream = place.input(layer, source, &mut phases)?.streams.swap_remove(0);
     let decoder = &place.run.model.decoder;
     let outline = decoder.outline(layer)?;

@@ -24,7 +24,7 @@ use crate::unit::{Phases, TaskError};
 /// # Errors
 /// `PlanLength`, and whatever the layers and the cache say.
 pub fn try_patterns(place: &Workplace<'_>, patterns: &[Pattern]) -> Result<Outcome, TaskError> {
-    let (run, mut phases) = (place.run, Phases::default());
+    let (run, mut phases) = (place.run, Phases::of(place.control));
     let decoder = &run.model.decoder;
     if patterns.len() != decoder.layers() {
         return Err(TaskError::PlanLength { patterns: patterns.len(), layers: decoder.layers() });

@@ -11,6 +11,7 @@ use espalier_common::ids::{Boundary, LayerIndex};
 use espalier_common::pattern::Pattern;
 use espalier_common::report::PhaseSeconds;
 use espalier_common::store::StoreError;
+use espalier_gate::trace::Scope;
 use tokio_util::sync::CancellationToken;
 
 use crate::artifact::ArtifactError;
@@ -41,9 +42,20 @@ pub struct UnitControl {
     cancelled: Arc<AtomicBool>,
     token: CancellationToken,
     progress: Mutex<Progress>,
+    trace: Scope,
 }
 
 impl UnitControl {
+    /// The handle of a unit whose spans belong there.
+    pub fn traced(trace: Scope) -> Self {
+        Self { trace, ..Self::default() }
+    }
+
+    /// Where spans of the unit belong.
+    pub fn trace(&self) -> &Scope {
+        &self.trace
+    }
+
     /// Asks the unit to end soon and say nothing.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
@@ -252,11 +264,25 @@ impl TaskError {
     }
 }
 
-/// Seconds and operations by phase, added up over a unit.
+/// Seconds and operations by phase, added up over a unit; and a span of its trace for each time that something is booked.
 #[derive(Debug, Default)]
-pub struct Phases(BTreeMap<&'static str, (f64, f64)>);
+pub struct Phases {
+    booked: BTreeMap<&'static str, (f64, f64)>,
+    trace: Scope,
+    group: Option<usize>,
+}
 
 impl Phases {
+    /// Those of a unit.
+    pub fn of(control: &UnitControl) -> Self {
+        Self { trace: control.trace().clone(), ..Self::default() }
+    }
+
+    /// What is booked from now on is for this group, or for the layer as a whole.
+    pub fn enter(&mut self, group: Option<usize>) {
+        self.group = group;
+    }
+
     /// Runs `work` and books its time on `phase`.
     pub fn time<T>(&mut self, phase: &'static str, work: impl FnOnce() -> T) -> T {
         let watch = Stopwatch::start();
@@ -267,13 +293,18 @@ impl Phases {
 
     /// Books seconds and floating-point operations on `phase`.
     pub fn add(&mut self, phase: &'static str, seconds: f64, flops: f64) {
-        let entry = self.0.entry(phase).or_default();
+        let entry = self.booked.entry(phase).or_default();
         *entry = (entry.0 + seconds, entry.1 + flops);
+        // Operations that are booked alone took no time of their own.
+        if seconds > 0.0 {
+            let group = self.group.map(|group| ("espalier.group", group.into()));
+            self.trace.note_past(phase, seconds, group.into_iter().collect());
+        }
     }
 
     /// The report, in order of name.
     pub fn finish(self) -> Vec<PhaseSeconds> {
         let phase = |(phase, (seconds, flops)): (&str, _)| PhaseSeconds { phase: phase.to_owned(), seconds, flops };
-        self.0.into_iter().map(phase).collect()
+        self.booked.into_iter().map(phase).collect()
     }
 }

@@ -94,20 +94,49 @@ impl Dialer {
     /// # Errors
     /// `Url`; `PlainUrl`, `PlainUrlDespiteTls`, `NoTls` for a URL that does not go with the certificates.
     pub fn connector(&self, url: &str, server: Role) -> Result<Connector, GateError> {
-        let wrong = |reason: &str| GateError::Url { url: url.to_owned(), reason: reason.to_owned() };
-        let uri: Uri = url.parse().map_err(|error: http::uri::InvalidUri| wrong(&error.to_string()))?;
-        let host = host(&uri).ok_or_else(|| wrong("it names no host"))?;
+        let (uri, host) = parse(url)?;
         let url = || url.to_owned();
         match (uri.scheme_str(), &self.credentials) {
             (Some("https"), Some(_)) => {}
             (Some("https"), None) => return Err(GateError::NoTls { url: url() }),
             (Some("http"), Some(_)) => return Err(GateError::PlainUrlDespiteTls { url: url() }),
-            (Some("http"), None) if is_loopback(host) => {}
+            (Some("http"), None) if is_loopback(&host) => {}
             (Some("http"), None) => return Err(GateError::PlainUrl { url: url() }),
-            _ => return Err(wrong("it begins with neither https:// nor http://")),
+            _ => return Err(scheme_of_neither_kind(url())),
         }
-        Ok(Connector { credentials: self.credentials.clone(), server })
+        Ok(Connector { credentials: self.credentials.clone(), server: Some(server) })
     }
+
+    /// How to reach a server that is none of ours, whose certificate names a host and no role: a collector of traces. One on
+    /// loopback may be called without encryption, whatever the certificates.
+    ///
+    /// # Errors
+    /// `Url`, `PlainUrl`, `NoTls`.
+    pub fn connector_to_collector(&self, url: &str) -> Result<Connector, GateError> {
+        let (uri, host) = parse(url)?;
+        let url = || url.to_owned();
+        match (uri.scheme_str(), &self.credentials) {
+            (Some("https"), Some(credentials)) => {
+                Ok(Connector { credentials: Some(Arc::clone(credentials)), server: None })
+            }
+            (Some("https"), None) => Err(GateError::NoTls { url: url() }),
+            (Some("http"), _) if is_loopback(&host) => Ok(Connector { credentials: None, server: None }),
+            (Some("http"), _) => Err(GateError::PlainUrl { url: url() }),
+            _ => Err(scheme_of_neither_kind(url())),
+        }
+    }
+}
+
+/// A URL, and its host.
+fn parse(url: &str) -> Result<(Uri, String), GateError> {
+    let wrong = |reason: String| GateError::Url { url: url.to_owned(), reason };
+    let uri: Uri = url.parse().map_err(|error: http::uri::InvalidUri| wrong(error.to_string()))?;
+    let host = host(&uri).ok_or_else(|| wrong("it names no host".to_owned()))?.to_owned();
+    Ok((uri, host))
+}
+
+fn scheme_of_neither_kind(url: String) -> GateError {
+    GateError::Url { url, reason: "it begins with neither https:// nor http://".to_owned() }
 }
 
 /// The host of a URL, an IPv6 address without its brackets.
@@ -124,7 +153,8 @@ fn is_loopback(host: &str) -> bool {
 #[derive(Debug, Clone)]
 pub struct Connector {
     credentials: Option<Arc<Credentials>>,
-    server: Role,
+    /// The role that the server's certificate must name, if it is one of ours.
+    server: Option<Role>,
 }
 
 impl Connector {
@@ -159,12 +189,11 @@ impl Connector {
             let mut stream = TlsConnector::from(config).connect(name, stream).await.map_err(failed)?;
             let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
             let named = certificates.first().and_then(holder);
-            if !named.as_ref().is_some_and(|holder| holder.roles.contains(&self.server)) {
+            if let Some(wanted) = self.server
+                && !named.as_ref().is_some_and(|holder| holder.roles.contains(&wanted))
+            {
                 let subject = named.map(|holder| holder.subject).unwrap_or_default();
-                return Err(untrusted(format!(
-                    "the server's certificate ({subject}) has not the role {}",
-                    self.server
-                )));
+                return Err(untrusted(format!("the server's certificate ({subject}) has not the role {wanted}")));
             }
             // In TLS 1.3 a server judges the client's certificate after the client has finished. An HTTP/2 server speaks
             // first, so that a refusal is seen here and not as a call that fails for no reason.
@@ -216,6 +245,16 @@ mod tests {
         for url in ["coordinator:7433", "ftp://localhost", "/path", "", "http://", "a b"] {
             assert!(matches!(refused(url), GateError::Url { .. }), "{url}");
         }
+    }
+
+    #[test]
+    fn a_collector_is_called_in_plain_on_loopback_only() {
+        let dialer = Dialer::default();
+        dialer.connector_to_collector("http://127.0.0.1:4317").unwrap();
+        let refused = |url: &str| dialer.connector_to_collector(url).unwrap_err();
+        assert!(matches!(refused("http://collector:4317"), GateError::PlainUrl { .. }));
+        assert!(matches!(refused("https://collector:4317"), GateError::NoTls { .. }));
+        assert!(matches!(refused("collector:4317"), GateError::Url { .. }));
     }
 
     #[tokio::test]

@@ -224,3 +224,20 @@ fn a_wildcard_covers_every_pod_of_a_service_and_nothing_else() {
         !covers("espalier.research.svc") && !covers("a.b.espalier.research.svc") && !covers("a.espalier.other.svc")
     );
 }
+
+#[tokio::test]
+async fn a_collector_needs_no_role_but_the_authority() {
+    let (ours, theirs) = (authority("ours"), authority("theirs"));
+    let collector = certificates(&ours, &ours, &[]);
+    let entrance = Entrance { credentials: Some(open(collector.path(), None).unwrap()), tokens: None };
+    let mut greeter = Greeter::start(entrance).await;
+    let dial = async |dialer: Dialer| {
+        let connector = dialer.connector_to_collector(&greeter.url).unwrap();
+        connector.connect(greeter.url.parse().unwrap()).await
+    };
+    let misled = reason(dial(dialer(&certificates(&theirs, &ours, &[Role::Worker]))).await);
+    assert!(misled.contains("the server's certificate is not believed"), "{misled}");
+    dial(dialer(&certificates(&ours, &ours, &[Role::Worker]))).await.unwrap();
+    greeter.came.recv().await.unwrap();
+    greeter.stop().await;
+}

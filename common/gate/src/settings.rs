@@ -7,7 +7,8 @@ use std::sync::Arc;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Credentials, GateError, Role, Tokens};
+use crate::trace::Collector;
+use crate::{Credentials, Dialer, GateError, Role, Tokens};
 
 /// `[tls]` of every program: its own certificate, and the authority that vouches for others. Files are PEM, and are read
 /// again when they change.
@@ -52,6 +53,27 @@ pub struct HttpSection {
     /// Where `/healthz`, `/readyz` and `/metrics` are, and the coordinator's page; nowhere if it is not set. Beyond loopback
     /// only with `[tls]`.
     pub listen: Option<SocketAddr>,
+}
+
+/// `[trace]` of every program: where spans are sent.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct TraceSection {
+    /// URL of a collector that takes OTLP over gRPC, e.g. `http://127.0.0.1:4317`; nothing is traced if it is not set. Beyond
+    /// loopback `https://` only, with a certificate that the authority of `[tls]` vouches for.
+    pub endpoint: Option<String>,
+}
+
+impl TraceSection {
+    /// How the collector is reached, if one is named: the files of `tls` are read for `https://` alone.
+    ///
+    /// # Errors
+    /// `Url`, `PlainUrl`, `NoTls`, and what is wrong with the files.
+    pub fn collector(&self, tls: &TlsSection) -> Result<Option<Collector>, GateError> {
+        let Some(endpoint) = &self.endpoint else { return Ok(None) };
+        let credentials = if endpoint.starts_with("https://") { tls.open(None)? } else { None };
+        Collector::new(endpoint, &Dialer::new(credentials)).map(Some)
+    }
 }
 
 /// Which files to read.

@@ -38,12 +38,14 @@ pub(crate) fn config(args: &CoordinatorArgs, log: Overrides) -> Result<Coordinat
 /// taken up again.
 pub(crate) async fn serve(args: CoordinatorArgs, config: CoordinatorConfig, json: bool) -> Result<(), CliError> {
     let entrance = config.entrance().map_err(|error| CliError::rejected(&error))?;
+    let (tracer, sending) = config.tracer().map_err(|error| CliError::rejected(&error))?;
     let limits = config.limits();
     let section = config.coordinator;
     let roster = Roster::new(Dialer::new(entrance.credentials.clone()));
     let (metrics, readiness) = (CoordinatorMetrics::default(), Readiness::not_yet("the runs are being read"));
     let stop = local::stop_on_signal();
     let tasks = TaskGroup::new();
+    metrics.watch(tracer.clone());
     let pages = Pages::new(roster.clone(), metrics.clone(), readiness.clone(), tasks.token());
     let mut web = None;
     if let Some(address) = config.http.listen {
@@ -58,6 +60,7 @@ pub(crate) async fn serve(args: CoordinatorArgs, config: CoordinatorConfig, json
         workers_patience: section.workers_patience(),
         limits,
         strategy: section.strategy,
+        tracer,
     };
     let opened = match &args.job {
         Some(path) => {
@@ -93,6 +96,7 @@ pub(crate) async fn serve(args: CoordinatorArgs, config: CoordinatorConfig, json
     // Longer than a run needs to write down that it was stopped.
     tasks.shut_down(Duration::from_secs(15)).await;
     service.stop().await;
+    sending.finish().await;
     if desk.lost().is_cancelled() {
         let message = format!("another coordinator has taken over the runs in {}", section.runs);
         return Err(CliError { message, code: exit::INTERRUPTED });

@@ -12,6 +12,7 @@ use crate::evaluate::{Measured, Standalone};
 use crate::fleet::Roster;
 use crate::metrics::CoordinatorMetrics;
 use crate::report;
+use crate::run::Setting;
 
 /// Measures perplexity on workers of this machine.
 pub(crate) async fn run(args: EvalArgs, json: bool) -> Result<(), CliError> {
@@ -78,7 +79,8 @@ impl<'a> Passes<'a> {
         let folder = tempfile::tempdir().map_err(|source| CliError::rejected(&source))?;
         let run_url = folder.path().to_string_lossy().into_owned();
         let roster = Roster::default();
-        let setting = local::setting(&run_url, &args.local, roster.clone(), stop.clone())?;
+        let (tracer, sending) = local::tracer()?;
+        let setting = Setting { tracer, ..local::setting(&run_url, &args.local, roster.clone(), stop.clone())? };
         let events = setting.events.clone();
         let measured = local::shown(&events, silent, async {
             let store = config::open_store(&run_url).map_err(RunError::from)?;
@@ -92,8 +94,9 @@ impl<'a> Passes<'a> {
             )
             .await
         })
-        .await?;
-        self.passes.push(measured);
+        .await;
+        sending.finish().await;
+        self.passes.push(measured?);
         Ok(())
     }
 

@@ -8,8 +8,9 @@ use std::time::Duration;
 use espalier_common::clock::SystemClock;
 use espalier_common::config::Overrides;
 use espalier_common::tasks::TaskGroup;
+use espalier_gate::trace::Sending;
 use espalier_gate::web::Readiness;
-use espalier_gate::{Entrance, Web};
+use espalier_gate::{Entrance, Tracer, Web};
 use tokio_util::sync::CancellationToken;
 
 use super::CliError;
@@ -30,7 +31,7 @@ use crate::schedule::Limits;
 /// or is asked a second time, does.
 const WITHOUT_WORKERS: Duration = Duration::from_secs(10);
 
-/// The setting of a run on this machine.
+/// The setting of a run on this machine, untraced.
 pub(crate) fn setting(
     run_url: &str,
     local: &LocalArgs,
@@ -49,7 +50,14 @@ pub(crate) fn setting(
         limits: Limits { without_workers: WITHOUT_WORKERS, ..config.limits() },
         workers_return: false,
         stop,
+        tracer: Tracer::default(),
     })
+}
+
+/// What spans of a run on this machine are told to, and what sends them.
+pub(crate) fn tracer() -> Result<(Tracer, Sending), CliError> {
+    let config = CoordinatorConfig::load(None, Overrides::default()).map_err(|error| CliError::rejected(&error))?;
+    config.tracer().map_err(|error| CliError::rejected(&error))
 }
 
 /// A token that Ctrl-C (or SIGTERM) sets. A second one ends the process at once.

@@ -114,7 +114,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
             Command::Render { what: RenderCommand::K8s(args) } => render::kubernetes(*args, cli.json).await,
             Command::Coordinator(args) => {
                 let config = served.expect("it was loaded for this very command");
-                cluster::serve(args, config, cli.json).await
+                Box::pin(cluster::serve(args, config, cli.json)).await
             }
             Command::Status(StatusArgs { run, watch: true, remote }) => watch::run(run, remote, cli.json).await,
             Command::Status(StatusArgs { run: Some(run), .. }) => kept::status(&run, cli.json),

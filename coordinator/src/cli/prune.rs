@@ -113,8 +113,11 @@ async fn run_here(
     let roster = Roster::default();
     let metrics = CoordinatorMetrics::default();
     let events = EventLog::counted(metrics.clone());
-    let mut setting = Setting { events: events.clone(), ..local::setting(run_url, local, roster.clone(), stop)? };
-    setting.strategy = strategy.map(Asked::from).or(setting.strategy);
+    let (tracer, sending) = local::tracer()?;
+    metrics.watch(tracer.clone());
+    let setting = local::setting(run_url, local, roster.clone(), stop)?;
+    let strategy = strategy.map(Asked::from).or(setting.strategy);
+    let setting = Setting { events: events.clone(), tracer, strategy, ..setting };
     let pages = TaskGroup::new();
     if let Some(address) = http {
         local::serve_page(address, &setting, &metrics, &pages).await?;
@@ -128,6 +131,7 @@ async fn run_here(
     })
     .await;
     pages.shut_down(FAREWELL).await;
+    sending.finish().await;
     match result {
         Ok(report) => {
             print_report(&report, run_url, json);

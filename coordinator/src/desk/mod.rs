@@ -12,6 +12,7 @@ use espalier_common::fault::FaultClass;
 use espalier_common::ids::RunId;
 use espalier_common::job::JobSpec;
 use espalier_common::store;
+use espalier_gate::Tracer;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -108,6 +109,8 @@ pub struct Setup {
     pub limits: Limits,
     /// How workers are to share the calibration, where a job does not say.
     pub strategy: Option<Asked>,
+    /// What their spans are told to.
+    pub tracer: Tracer,
 }
 
 /// Why a job is not taken, or the desk not opened.
@@ -374,6 +377,7 @@ impl JobDesk {
             strategy: ticket.entry.strategy.or(self.setup.strategy),
             workers_return: true,
             stop: ticket.stop.clone(),
+            tracer: self.setup.tracer.clone(),
         };
         let job = ticket.entry.job.clone();
         info!(job = %ticket.id, "run begins");

@@ -8,6 +8,7 @@ use espalier_common::outline::ModelOutline;
 use espalier_common::pattern::Pattern;
 use espalier_common::report::Artifact;
 use espalier_common::wire::{self, Shares, Source};
+use espalier_gate::trace::Context;
 use espalier_gate::{Dialer, Role};
 use espalier_proto::v1 as pb;
 use espalier_proto::v1::worker_client::WorkerClient as Stub;
@@ -106,8 +107,8 @@ pub trait WorkerClient: Send + Sync {
     async fn inspect(&self, job_json: String) -> Result<ModelOutline, CallError>;
     /// Attaches the worker to a run.
     async fn prepare(&self, run: &RunId, job_json: String, run_url: String, tokens: Artifact) -> Result<(), CallError>;
-    /// Starts a unit.
-    async fn start(&self, run: &RunId, lease: Lease, call: UnitCall) -> Result<(), CallError>;
+    /// Starts a unit, whose spans belong to that of its lease, if it is traced.
+    async fn start(&self, run: &RunId, lease: Lease, call: UnitCall, trace: Option<Context>) -> Result<(), CallError>;
     /// Stops a unit.
     async fn abandon(&self, run: &RunId, lease: Lease) -> Result<(), CallError>;
     /// Drops hidden states, or the whole run if no boundary is named.
@@ -142,6 +143,13 @@ impl GrpcWorkerClient {
     fn request<T>(message: T, deadline: Duration) -> tonic::Request<T> {
         let mut request = tonic::Request::new(message);
         request.set_timeout(deadline);
+        request
+    }
+
+    /// A call that starts a unit.
+    fn traced<T>(message: T, trace: Option<Context>) -> tonic::Request<T> {
+        let mut request = Self::request(message, SHORT);
+        Context::send_along(trace, &mut request);
         request
     }
 
@@ -180,13 +188,13 @@ impl WorkerClient for GrpcWorkerClient {
         fault_or_ok(self.answer("Prepare", self.stub.clone().prepare(Self::request(message, LONG)).await)?.fault)
     }
 
-    async fn start(&self, run: &RunId, lease: Lease, call: UnitCall) -> Result<(), CallError> {
+    async fn start(&self, run: &RunId, lease: Lease, call: UnitCall, trace: Option<Context>) -> Result<(), CallError> {
         let wire_lease = Some(wire::lease_to_wire(run, lease));
         let mut stub = self.stub.clone();
         let started = match call {
             UnitCall::Forward { source } => {
                 let message = pb::ForwardLayerRequest { lease: wire_lease, source: Some(source.into()) };
-                self.answer("ForwardLayer", stub.forward_layer(Self::request(message, SHORT)).await)?
+                self.answer("ForwardLayer", stub.forward_layer(Self::traced(message, trace)).await)?
             }
             UnitCall::Prune { source, pattern, keeps_output, help } => {
                 let message = pb::PruneLayerRequest {
@@ -198,21 +206,21 @@ impl WorkerClient for GrpcWorkerClient {
                     shares: help.shares.map(Into::into),
                     gflops: help.gflops,
                 };
-                self.answer("PruneLayer", stub.prune_layer(Self::request(message, SHORT)).await)?
+                self.answer("PruneLayer", stub.prune_layer(Self::traced(message, trace)).await)?
             }
             UnitCall::Survey { source, sparsities } => {
                 let message = pb::SurveyLayerRequest { lease: wire_lease, source: Some(source.into()), sparsities };
-                self.answer("SurveyLayer", stub.survey_layer(Self::request(message, SHORT)).await)?
+                self.answer("SurveyLayer", stub.survey_layer(Self::traced(message, trace)).await)?
             }
             UnitCall::Try { patterns } => {
                 let json = |pattern| serde_json::to_string(pattern).expect("a pattern is plain data");
                 let message = pb::TryRequest { lease: wire_lease, pattern_json: patterns.iter().map(json).collect() };
-                self.answer("Try", stub.r#try(Self::request(message, SHORT)).await)?
+                self.answer("Try", stub.r#try(Self::traced(message, trace)).await)?
             }
             UnitCall::Evaluate { model, tokens, run_url, windows } => {
                 let message =
                     pb::EvaluateRequest { lease: wire_lease, model, tokens: Some(tokens.into()), run_url, windows };
-                self.answer("Evaluate", stub.evaluate(Self::request(message, SHORT)).await)?
+                self.answer("Evaluate", stub.evaluate(Self::traced(message, trace)).await)?
             }
         };
         fault_or_ok(started.fault)

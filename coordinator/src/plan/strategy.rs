@@ -165,7 +165,7 @@ pub fn choose(
 fn costs(plan: &Prediction) -> String {
     let hidden = plan.workers.iter().map(|part| part.memory.activation_bytes).max().unwrap_or(0);
     format!(
-        "{:.1} s, {:.2} GB of hidden states moved and {:.2} GB at one worker",
+        "{:.1} s, {:.2} GB moved and {:.2} GB of hidden states at one worker",
         plan.seconds,
         plan.bytes_moved as f64 / 1e9,
         hidden as f64 / 1e9

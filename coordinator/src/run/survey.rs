@@ -21,6 +21,7 @@ use crate::fleet::UnitCall;
 use crate::journal::JournalRecord;
 use crate::plan::{allocate, measured, owl};
 use crate::schedule::{Record, Scheduler, Shape};
+use crate::trace::UnitSpans;
 
 /// The plans that `measured` tries, first the one that treats all layers alike.
 pub(crate) struct Candidates {
@@ -77,7 +78,7 @@ impl Run {
     async fn survey(&mut self, outline: &ModelOutline, sparsities: Vec<f64>) -> Result<Vec<LayerSurvey>, RunError> {
         self.setting.events.note(RunEvent::Phase { phase: Phase::Survey { layers: outline.layers.len() } });
         let shape = Shape::Survey { layer_bytes: outline.layers.iter().map(|layer| layer.bytes).collect() };
-        self.drive_survey(shape, sparsities, Vec::new()).await?;
+        self.drive_survey(shape, "survey", sparsities, Vec::new()).await?;
         let surveyed = |layer| {
             survey_records(&self.past).find_map(|record| match record {
                 Record::Committed { lease, outcome: Outcome::Surveyed { survey, .. } }
@@ -97,7 +98,7 @@ impl Run {
         let Candidates { depth_weights, mut plans } = candidates;
         self.setting.events.note(RunEvent::Phase { phase: Phase::Try { plans: plans.len() } });
         let shape = Shape::Evaluate { first: 0, shares: plans.len() as u32 };
-        self.drive_survey(shape, Vec::new(), plans.clone()).await?;
+        self.drive_survey(shape, "try", Vec::new(), plans.clone()).await?;
         let losses = trial_losses(&self.past, plans.len());
         let best = measured::best(&losses);
         match depth_weights[best] {
@@ -110,6 +111,7 @@ impl Run {
     async fn drive_survey(
         &mut self,
         shape: Shape,
+        stage: &'static str,
         sparsities: Vec<f64>,
         plans: Vec<Vec<Pattern>>,
     ) -> Result<(), RunError> {
@@ -134,6 +136,7 @@ impl Run {
             committed: Default::default(),
             stored: Default::default(),
             store: Arc::clone(&self.store),
+            trace: UnitSpans::of_stage(&self.span, stage),
         };
         driver.drive(scheduler, Arc::new(purpose)).await?;
         Ok(())

@@ -8,6 +8,7 @@ use candle_core::{Device, Tensor};
 use espalier_common::checkpoint::cast;
 use espalier_common::clock::Stopwatch;
 use espalier_common::digest::Digest;
+use espalier_common::fault::Fault;
 use espalier_common::ids::{Boundary, LayerIndex};
 use espalier_common::outline::LayerOutline;
 use espalier_proto::v1 as pb;
@@ -45,8 +46,11 @@ pub struct Part {
     pub keeping: Option<Keeping>,
 }
 
-/// Assists with a layer until the owner hangs up; says so if it cannot.
-pub fn assist(place: &Workplace<'_>, layer: LayerIndex, part: Part, line: OwnerLine) {
+/// Assists with a layer until the owner hangs up; tells the owner if it cannot.
+///
+/// # Errors
+/// What it told the owner.
+pub fn assist(place: &Workplace<'_>, layer: LayerIndex, part: Part, line: OwnerLine) -> Result<(), Fault> {
     let answers = line.answers.clone();
     let assisted = Assistant::begin(place, layer, part, line).and_then(Assistant::serve);
     match assisted {
@@ -56,9 +60,11 @@ pub fn assist(place: &Workplace<'_>, layer: LayerIndex, part: Part, line: OwnerL
             let fault = error.fault();
             tracing::warn!(%layer, %fault, "cannot assist");
             // The owner may be gone; then it needs no answer.
-            let _ = answers.blocking_send(Outgoing::of(Matter::Fault(fault.into())));
+            let _ = answers.blocking_send(Outgoing::of(Matter::Fault(fault.clone().into())));
+            return Err(fault);
         }
     }
+    Ok(())
 }
 
 struct Assistant<'a> {
@@ -101,9 +107,9 @@ impl<'a> Assistant<'a> {
     fn begin(place: &'a Workplace<'a>, layer: LayerIndex, part: Part, mut line: OwnerLine) -> Result<Self, TaskError> {
         let Part { leaves, keeping } = part;
         let decoder = &place.run.model.decoder;
-        let (outline, loaded) = (decoder.outline(layer)?, decoder.load_layer(layer)?);
+        let mut phases = Phases::of(place.control);
+        let (outline, loaded) = (decoder.outline(layer)?, phases.time("load", || decoder.load_layer(layer))?);
         let sizes = LayerSizes::new(place.run, layer, leaves.clone())?;
-        let mut phases = Phases::default();
         let streams = match &keeping {
             Some(keeping) => {
                 let streams = place.kept_input(layer, keeping, sizes.sequences(), &mut phases)?;
@@ -162,6 +168,7 @@ impl<'a> Assistant<'a> {
 
     fn gather(&mut self, group: usize) -> Result<(), TaskError> {
         self.solver = None;
+        self.phases.enter(Some(group));
         let forest = self.share.gather(self.place, group, &self.outline.groups[group], &mut self.phases)?;
         for (branch, sums) in forest.into_branches() {
             let (first_leaf, leaves) = (branch.first as u32, branch.leaves as u32);
@@ -174,7 +181,8 @@ impl<'a> Assistant<'a> {
     fn prepare(&mut self, group: usize, body: &[u8]) -> Result<(), TaskError> {
         let first = &self.outline.groups[group][0];
         let stats = statistics::unpack(&sampling(self.place.run, first.columns), body, &Device::Cpu)?;
-        let solver = self.place.run.method.solver.prepare(Arc::new(stats), &self.place.control.solve_ctx());
+        let (solver, ctx) = (&self.place.run.method.solver, self.place.control.solve_ctx());
+        let solver = self.phases.time("solve", || solver.prepare(Arc::new(stats), &ctx));
         let failed = |source| TaskError::Solve { tensor: first.tensor.clone(), source };
         self.solver = Some((group, solver.map_err(failed)?));
         Ok(())
@@ -214,7 +222,14 @@ impl<'a> Assistant<'a> {
         sampling(self.place.run, self.outline.groups[group as usize][0].columns).columns
     }
 
-    fn solve(&self, order: &pb::Solve) -> Result<(), TaskError> {
+    fn solve(&mut self, order: &pb::Solve) -> Result<(), TaskError> {
+        let watch = Stopwatch::start();
+        let solved = self.solve_blocks(order);
+        self.phases.add("solve", watch.seconds(), 0.0);
+        solved
+    }
+
+    fn solve_blocks(&self, order: &pb::Solve) -> Result<(), TaskError> {
         let (group, solver) = (order.group as usize, self.prepared(order.group, "an order to solve")?);
         let pattern = Run::layer_pattern(&order.pattern_json)?;
         let (place, ctx, layer) = (self.place, self.place.control.solve_ctx(), self.share.layer());
@@ -255,6 +270,7 @@ impl<'a> Assistant<'a> {
 
     fn finish(self) -> Result<(), TaskError> {
         let Self { place, layer, mut line, sizes, keeps, share, mut phases, .. } = self;
+        phases.enter(None);
         let output = share.finish(place, &mut phases)?;
         if keeps {
             // The owner says what the layer has become as soon as it knows.

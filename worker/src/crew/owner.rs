@@ -14,6 +14,7 @@ use espalier_common::pattern::Pattern;
 use espalier_common::report::LinkUse;
 use espalier_common::tasks::TaskGroup;
 use espalier_common::wire::lease_to_wire;
+use espalier_gate::trace::{Open, Side};
 use espalier_proto::v1 as pb;
 use espalier_proto::v1::head::Matter;
 use tokio::sync::mpsc;
@@ -122,6 +123,8 @@ pub(super) struct Assistant {
     is_there: bool,
     /// It has given all that it was asked for, and hangs up.
     is_through: bool,
+    /// Its help, in the trace of the layer.
+    span: Open,
 }
 
 impl<'a> Crew<'a> {
@@ -161,6 +164,7 @@ impl<'a> Crew<'a> {
             let share = sizes.sequences();
             let (letters, queue) = mpsc::channel(share.len() * streams + LETTERS);
             let joined_by = Arc::new(OnceLock::new());
+            let span = place.control.trace().open("lend").on(Side::Caller).with("espalier.peer", endpoint.as_str());
             let line = Line {
                 endpoint: endpoint.clone(),
                 number,
@@ -168,6 +172,7 @@ impl<'a> Crew<'a> {
                 letters: queue,
                 received: heard.clone(),
                 joining: place.joining.cloned(),
+                trace: span.scope().context(),
                 joined_by: Arc::clone(&joined_by),
             };
             let begin = pb::Begin {
@@ -193,6 +198,7 @@ impl<'a> Crew<'a> {
                 threads: None,
                 is_there: true,
                 is_through: false,
+                span,
             });
             for letter in crew.input.lent(share) {
                 crew.send(number, letter);
@@ -249,6 +255,7 @@ impl<'a> Crew<'a> {
             tracing::warn!(assistant = assistant.endpoint, reason, "going on without an assistant");
             // Its line ends when nothing can be sent any more.
             assistant.letters = mpsc::channel(1).0;
+            assistant.span.fail(reason);
             self.lost += 1;
         }
     }

@@ -8,6 +8,7 @@ use espalier_common::fault::FaultClass;
 use espalier_common::ids::{Boundary, RunId};
 use espalier_common::tasks::TaskGroup;
 use espalier_common::wire::run_from_wire;
+use espalier_gate::trace::Context;
 use espalier_gate::{Dialer, GateError, Role};
 use espalier_proto::v1::activations_client::ActivationsClient;
 use espalier_proto::v1::activations_server::Activations;
@@ -342,7 +343,9 @@ impl<S: Fn(&Matter) -> Option<u64>> Line<S> {
         let called = async {
             let channel = channel(&self.endpoint, peers)?;
             let mut client = AssistanceClient::new(channel).max_decoding_message_size(MESSAGE_LIMIT_BYTES);
-            client.assist(ReceiverStream::new(queue)).await.map_err(|source| self.shared(source))
+            let mut request = Request::new(ReceiverStream::new(queue));
+            Context::send_along(self.trace, &mut request);
+            client.assist(request).await.map_err(|source| self.shared(source))
         };
         let ended = match called.await {
             Ok(response) => self.carry_on(offer, response.into_inner(), &out).await,

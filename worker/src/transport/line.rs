@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use espalier_common::report::LinkUse;
+use espalier_gate::trace::Context;
 use espalier_proto::v1::head::Matter;
 use espalier_proto::v1::{
     Announced as AnnouncedParcel, Clear, Head, LinkAnswer, LinkOffer, Parcel, Piece, Turn as TurnParcel, parcel, turn,
@@ -47,6 +48,8 @@ pub struct Line<S> {
     pub received: mpsc::Sender<Received>,
     /// What could join the two besides the stream.
     pub joining: Option<Arc<Joining>>,
+    /// What an assistant's spans belong to, if its owner's unit is traced.
+    pub trace: Option<Context>,
     /// Where to note what joins them.
     pub joined_by: Arc<OnceLock<LinkUse>>,
 }
