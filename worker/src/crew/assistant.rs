@@ -170,8 +170,10 @@ impl<'a> Assistant<'a> {
 
     fn prepare(&mut self, group: usize, body: &[u8]) -> Result<(), TaskError> {
         let first = &self.outline.groups[group][0];
-        let stats = statistics::unpack(&sampling(self.place.run, first.columns), body, &Device::Cpu)?;
-        let solver = self.place.run.method.solver.prepare(Arc::new(stats), &self.place.control.solve_ctx());
+        let method = &self.place.run.method.solver;
+        let sampling = sampling(self.place.run, first.columns);
+        let stats = statistics::unpack(&sampling, method.needs_held_out(), body, &Device::Cpu)?;
+        let solver = method.prepare(Arc::new(stats), &self.place.control.solve_ctx());
         let failed = |source| TaskError::Solve { tensor: first.tensor.clone(), source };
         self.solver = Some((group, solver.map_err(failed)?));
         Ok(())
@@ -303,5 +305,6 @@ fn told(block: pb::Block, solved: &Solution, seconds: f64) -> pb::SolvedBlock {
         dead_channels: solved.dead_channels,
         flops: solved.flops,
         seconds,
+        alpha: solved.alpha,
     }
 }
