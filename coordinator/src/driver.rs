@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::events::{EventLog, RunEvent};
-use crate::fleet::{CallError, FleetEvent, Roster, UnitCall};
+use crate::fleet::{CallError, FleetEvent, Help, Roster, UnitCall};
 use crate::journal::{Journal, JournalError, JournalRecord};
 use crate::plan::megaflops;
 use crate::report::entry;
@@ -66,17 +66,6 @@ pub trait Purpose: Send + Sync {
     fn call(&self, lease: Lease, source: Source, keeps_output: bool, help: Help) -> UnitCall;
     /// What a worker must be told before its first unit; `None` if nothing.
     fn preparation(&self) -> Option<Preparation>;
-}
-
-/// Who may help with a unit.
-#[derive(Debug, Clone, Default)]
-pub struct Help {
-    /// Endpoints of workers that are idle meanwhile.
-    pub assistants: Vec<String>,
-    /// Speeds that the lease's worker and these offered, in GFLOP/s: by these sequences are lent out.
-    pub gflops: Vec<f64>,
-    /// With the strategy `data`: who keeps what.
-    pub shares: Option<Shares>,
 }
 
 /// What `Prepare` needs.

@@ -15,10 +15,10 @@ use espalier_common::wire::Source;
 use espalier_gate::trace::TraceId;
 
 use crate::calibration;
-use crate::driver::{Driver, Help, Preparation, Purpose};
+use crate::driver::{Driver, Preparation, Purpose};
 use crate::error::RunError;
 use crate::events::{Phase, RunEvent};
-use crate::fleet::UnitCall;
+use crate::fleet::{Help, UnitCall};
 use crate::journal::{EvaluatedModel, Journal, JournalError, JournalRecord};
 use crate::run::{Setting, wait_for_workers};
 use crate::schedule::{Record, Scheduler, Shape};

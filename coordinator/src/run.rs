@@ -25,11 +25,11 @@ use espalier_gate::trace::Open;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use crate::driver::{Driver, Help, Preparation, Purpose};
+use crate::driver::{Driver, Preparation, Purpose};
 use crate::error::RunError;
 use crate::events::{EventLog, Phase, RunEvent};
 use crate::fingerprint::{self, Fingerprint};
-use crate::fleet::{CallError, FleetEvent, Roster, UnitCall};
+use crate::fleet::{CallError, FleetEvent, Help, Roster, UnitCall};
 use crate::journal::{self, EvaluatedModel, Journal, JournalRecord, RunCreated, Timed, WorkerTotals};
 use crate::layout::StructuredRecord;
 use crate::plan::cost;

@@ -56,6 +56,17 @@ impl CallError {
     }
 }
 
+/// Who may help with a unit.
+#[derive(Debug, Clone, Default)]
+pub struct Help {
+    /// Endpoints of workers that are idle meanwhile.
+    pub assistants: Vec<String>,
+    /// Speeds that the lease's worker and these offered, in GFLOP/s: by these sequences are lent out.
+    pub gflops: Vec<f64>,
+    /// With the strategy `data`: who keeps what.
+    pub shares: Option<Shares>,
+}
+
 /// What a unit needs to be started with, besides its lease.
 #[derive(Debug, Clone)]
 pub enum UnitCall {

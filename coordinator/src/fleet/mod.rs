@@ -3,5 +3,5 @@
 mod client;
 mod roster;
 
-pub use client::{CallError, GrpcWorkerClient, UnitCall, WorkerClient};
+pub use client::{CallError, GrpcWorkerClient, Help, UnitCall, WorkerClient};
 pub use roster::{FleetEvent, Member, Offer, Roster, RosterError};

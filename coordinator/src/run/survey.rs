@@ -14,10 +14,10 @@ use espalier_common::wire::Source;
 use tracing::info;
 
 use super::Run;
-use crate::driver::{Driver, Help, Preparation, Purpose};
+use crate::driver::{Driver, Preparation, Purpose};
 use crate::error::RunError;
 use crate::events::{Phase, RunEvent};
-use crate::fleet::UnitCall;
+use crate::fleet::{Help, UnitCall};
 use crate::journal::JournalRecord;
 use crate::plan::{allocate, measured, owl};
 use crate::schedule::{Record, Scheduler, Shape};

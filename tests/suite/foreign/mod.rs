@@ -198,8 +198,13 @@ fn journal_records() -> Vec<Vec<u8>> {
         JournalRecord::Evaluate { model: EvaluatedModel::Pruned, record: Record::Committed { lease, outcome: nll } },
         JournalRecord::Shared { model: EvaluatedModel::Dense, shares: 3 },
         JournalRecord::Workers(WorkerTotals::default()),
-        JournalRecord::Stopped { reason: "interrupted".to_owned(), seconds: 1.5, exit_code: Some(75) },
-        JournalRecord::Finished { seconds: 2.5 },
+        JournalRecord::Stopped {
+            reason: "interrupted".to_owned(),
+            seconds: 1.5,
+            exit_code: Some(75),
+            journal_seconds: 0.25,
+        },
+        JournalRecord::Finished { seconds: 2.5, journal_seconds: 0.5 },
     ];
     let json = |record| serde_json::to_vec(record).expect("a record is plain data");
     [created.as_bytes().to_vec()].into_iter().chain(records.iter().map(json)).collect()

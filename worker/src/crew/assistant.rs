@@ -180,9 +180,11 @@ impl<'a> Assistant<'a> {
 
     fn prepare(&mut self, group: usize, body: &[u8]) -> Result<(), TaskError> {
         let first = &self.outline.groups[group][0];
-        let stats = statistics::unpack(&sampling(self.place.run, first.columns), body, &Device::Cpu)?;
-        let (solver, ctx) = (&self.place.run.method.solver, self.place.control.solve_ctx());
-        let solver = self.phases.time("solve", || solver.prepare(Arc::new(stats), &ctx));
+        let method = &self.place.run.method.solver;
+        let sampling = sampling(self.place.run, first.columns);
+        let stats = statistics::unpack(&sampling, method.needs_held_out(), body, &Device::Cpu)?;
+        let ctx = self.place.control.solve_ctx();
+        let solver = self.phases.time("solve", || method.prepare(Arc::new(stats), &ctx));
         let failed = |source| TaskError::Solve { tensor: first.tensor.clone(), source };
         self.solver = Some((group, solver.map_err(failed)?));
         Ok(())
@@ -322,5 +324,6 @@ fn told(block: pb::Block, solved: &Solution, seconds: f64) -> pb::SolvedBlock {
         dead_channels: solved.dead_channels,
         flops: solved.flops,
         seconds,
+        alpha: solved.alpha,
     }
 }

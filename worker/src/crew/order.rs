@@ -65,8 +65,7 @@ pub(super) fn take_solved(
             damping: told.damping,
             damping_raised: told.damping_raised,
             dead_channels: told.dead_channels,
-            // A method that chooses one is not shared.
-            alpha: None,
+            alpha: told.alpha,
             flops: told.flops,
         };
         done.push((index, solution, told.seconds));

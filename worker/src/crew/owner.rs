@@ -428,12 +428,10 @@ impl<'a> Crew<'a> {
             cut.into_iter().flat_map(|(member, blocks)| blocks.into_iter().map(move |block| Task { member, block }));
         let tasks: Vec<Task> = tasks.collect();
         // A method that looks at no more than norms is through before its statistics are sent.
-        // One that looks at held-out inputs, which are the owner's alone, has no blocks.
         let method = &self.place.run.method.solver;
         // Who solves on a device is faster than anybody whom blocks would have to be sent to, and takes them in order.
         let is_shared = device.is_none()
             && method.needs() >= Statistics::Gram
-            && !method.needs_held_out()
             && tasks.len() > 1
             && self.assistants.iter().any(|assistant| assistant.is_there);
         let board = Board::new(tasks);
@@ -445,7 +443,7 @@ impl<'a> Crew<'a> {
         };
         let backend = |error: candle_core::Error| (0, SolveError::from(error));
         if is_shared {
-            let packed = bytes_of(statistics::pack(stats).map_err(backend)?);
+            let packed = bytes_of(statistics::pack(stats, method.needs_held_out()).map_err(backend)?);
             let matter = || Matter::Statistics(group as u32);
             self.send_all(|| Outgoing { matter: matter(), body: Body::Bytes(packed.clone()) });
         }

@@ -24,6 +24,8 @@ pub struct LayerSizes {
     sequences: Range<usize>,
     states_bytes: u64,
     groups: Vec<Group>,
+    /// Whether the statistics that are sent are also those of held-out sequences.
+    with_held_out: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -59,6 +61,7 @@ impl LayerSizes {
             leaves,
             states_bytes: (states as u64).saturating_mul(4),
             groups,
+            with_held_out: run.method.solver.needs_held_out(),
         })
     }
 
@@ -78,7 +81,9 @@ impl LayerSizes {
             Matter::Hidden(hidden) => self.of_states(*hidden),
             Matter::Gather(group) => self.group(*group).map(|_| 0),
             Matter::Solve(solve) => self.of_blocks(solve.group, solve.blocks.iter().copied()).map(|_| 0),
-            Matter::Statistics(group) => self.group(*group).map(|group| statistics::bytes(&group.sampling)),
+            Matter::Statistics(group) => {
+                self.group(*group).map(|group| statistics::bytes(&group.sampling, self.with_held_out))
+            }
             Matter::Apply(group) => self.group(*group).map(|group| group.stored_bytes),
             Matter::Make(make) => {
                 (make.parts.len() <= MOST_PARTS).then_some(self.group(make.group)).flatten().map(|_| 0)

@@ -1,5 +1,7 @@
 //! A group's statistics as an owner sends them: f32, symmetric matrices as their upper triangles, row by row.
 
+use std::sync::Arc;
+
 use candle_core::Device;
 
 use crate::calibrate::tree::Sampling;
@@ -10,9 +12,15 @@ use crate::prune::problem::DenseStats;
 use crate::transport::parcel::numbers;
 
 /// Bytes of [`pack`].
-pub(super) fn bytes(sampling: &Sampling) -> u64 {
+pub(super) fn bytes(sampling: &Sampling, with_held_out: bool) -> u64 {
     let (n, triangle) = (sampling.columns as u64, triangle_bytes(sampling));
-    if sampling.with_dense { 2 * triangle + 4 * n * n } else { triangle }
+    let once = if sampling.with_dense { 2 * triangle + 4 * n * n } else { triangle };
+    if has_held_out(sampling, with_held_out) { 2 * once } else { once }
+}
+
+/// Whether there are statistics of held-out sequences, and they are asked for.
+fn has_held_out(sampling: &Sampling, with_held_out: bool) -> bool {
+    with_held_out && sampling.calibrating < sampling.sequences
 }
 
 /// Bytes of the upper triangle of a symmetric matrix of the group's width.
@@ -28,13 +36,16 @@ pub(super) fn triangle(matrix: &[f32]) -> Vec<f32> {
     packed
 }
 
-/// The numbers of the statistics over calibration sequences, in order.
-pub(super) fn pack(stats: &InputStats) -> candle_core::Result<Vec<f32>> {
+/// The numbers of the statistics over calibration sequences, in order, and of those over held-out ones if a method looks at them.
+pub(super) fn pack(stats: &InputStats, with_held_out: bool) -> candle_core::Result<Vec<f32>> {
     let mut packed = Vec::new();
-    push_triangle(&mut packed, &values(&stats.gram)?);
-    if let Some(dense) = &stats.dense {
-        packed.extend(values(&dense.cross)?);
-        push_triangle(&mut packed, &values(&dense.gram)?);
+    let held_out = stats.held_out.as_deref().filter(|_| with_held_out);
+    for stats in [stats].into_iter().chain(held_out) {
+        push_triangle(&mut packed, &values(&stats.gram)?);
+        if let Some(dense) = &stats.dense {
+            packed.extend(values(&dense.cross)?);
+            push_triangle(&mut packed, &values(&dense.gram)?);
+        }
     }
     Ok(packed)
 }
@@ -44,9 +55,30 @@ fn push_triangle(packed: &mut Vec<f32>, matrix: &[f32]) {
     (0..n).for_each(|row| packed.extend(&matrix[row * n + row..(row + 1) * n]));
 }
 
-/// The statistics from a body of the right size. Held-out ones are the owner's alone.
-pub(super) fn unpack(sampling: &Sampling, body: &[u8], device: &Device) -> candle_core::Result<InputStats> {
+/// The statistics from a body of the right size.
+pub(super) fn unpack(
+    sampling: &Sampling,
+    with_held_out: bool,
+    body: &[u8],
+    device: &Device,
+) -> candle_core::Result<InputStats> {
     let packed: Vec<f32> = numbers(body);
+    let has_held_out = has_held_out(sampling, with_held_out);
+    let (calibrating, held_out) = packed.split_at(if has_held_out { packed.len() / 2 } else { packed.len() });
+    let mut stats = unpack_one(sampling, sampling.calibrating, calibrating, device)?;
+    if has_held_out {
+        let sequences = sampling.sequences - sampling.calibrating;
+        stats.held_out = Some(Arc::new(unpack_one(sampling, sequences, held_out, device)?));
+    }
+    Ok(stats)
+}
+
+fn unpack_one(
+    sampling: &Sampling,
+    sequences: usize,
+    packed: &[f32],
+    device: &Device,
+) -> candle_core::Result<InputStats> {
     let n = sampling.columns;
     let (gram, rest) = packed.split_at(n * (n + 1) / 2);
     let gram = matrix(from_triangle(gram, n), n, device)?;
@@ -59,7 +91,7 @@ pub(super) fn unpack(sampling: &Sampling, body: &[u8], device: &Device) -> candl
     } else {
         None
     };
-    Ok(InputStats { gram, dense, tokens: sampling.calibrating * sampling.tokens, held_out: None })
+    Ok(InputStats { gram, dense, tokens: sequences * sampling.tokens, held_out: None })
 }
 
 /// The symmetric matrix of an upper triangle.
@@ -89,17 +121,21 @@ mod tests {
             matrix(from_triangle(&triangle(&gram), n), n, &Device::Cpu).unwrap()
         };
         let cross = matrix(oracle::random(3, n * n), n, &Device::Cpu).unwrap();
-        for with_dense in [false, true] {
+        for (with_dense, with_held_out) in [(false, false), (true, false), (false, true), (true, true)] {
             let sampling = Sampling { columns: n, with_dense, sequences: 5, calibrating: 4, tokens: 6 };
-            let dense = with_dense.then(|| DenseStats { cross: cross.clone(), gram: symmetric(2) });
-            let stats = InputStats { gram: symmetric(1), dense, tokens: 24, held_out: None };
-            let packed = pack(&stats).unwrap();
+            let of = |seed, tokens| {
+                let dense = with_dense.then(|| DenseStats { cross: cross.clone(), gram: symmetric(seed + 1) });
+                InputStats { gram: symmetric(seed), dense, tokens, held_out: None }
+            };
+            let stats = InputStats { held_out: Some(Arc::new(of(5, 6))), ..of(1, 24) };
+            let packed = pack(&stats, with_held_out).unwrap();
             let body: &[u8] = bytemuck::cast_slice(&packed);
-            assert_eq!(body.len() as u64, bytes(&sampling));
-            let found = unpack(&sampling, body, &Device::Cpu).unwrap();
-            assert_eq!(pack(&found).unwrap(), packed);
+            assert_eq!(body.len() as u64, bytes(&sampling, with_held_out));
+            let found = unpack(&sampling, with_held_out, body, &Device::Cpu).unwrap();
+            assert_eq!(pack(&found, with_held_out).unwrap(), packed);
             assert_eq!(values(&found.gram).unwrap(), values(&stats.gram).unwrap());
             assert_eq!((found.tokens, found.dense.is_some()), (24, with_dense));
+            assert_eq!(found.held_out.map(|held_out| held_out.tokens), with_held_out.then_some(6));
         }
     }
 }

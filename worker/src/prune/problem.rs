@@ -130,7 +130,8 @@ pub struct Solution {
 }
 
 impl Solution {
-    /// Puts the solutions of consecutive blocks of rows together. Iterations are those of the block that took most.
+    /// Puts the solutions of consecutive blocks of rows together. Iterations are those of the block that took most, α is the mean
+    /// over rows.
     ///
     /// # Errors
     /// `Backend` if there is no block, or blocks are not of one width.
@@ -142,8 +143,10 @@ impl Solution {
         let weight = Tensor::cat(&weights, 0)?;
         let iterations = blocks.iter().map(|block| block.iterations).max().unwrap_or(0);
         let flops = blocks.iter().map(|block| block.flops).sum();
+        let alphas = blocks.iter().map(|block| Some(block.alpha? * block.weight.dim(0).ok()? as f64));
+        let alpha = alphas.sum::<Option<f64>>().map(|sum| sum / weight.dim(0).map_or(1.0, |rows| rows as f64));
         let first = blocks.swap_remove(0);
-        Ok(Self { weight, iterations, flops, ..first })
+        Ok(Self { weight, iterations, alpha, flops, ..first })
     }
 }
 

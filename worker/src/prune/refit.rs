@@ -10,7 +10,7 @@ use std::sync::Arc;
 use espalier_common::pattern::Pattern;
 use serde::{Deserialize, Serialize};
 
-use super::blend::least_held_out;
+use super::blend::{between, least_held_out};
 use super::condition::{Conditioned, admit};
 use super::{
     Built, GroupSolver, InputStats, Method, ParamsError, Problem, RowBlock, Solution, SolveCtx, SolveError, Solver,
@@ -18,12 +18,12 @@ use super::{
 };
 use crate::linalg::pcg::{self, Limits, Quadratic};
 use crate::linalg::quadratic::{self, Correction};
-use crate::linalg::{gemm, values};
+use crate::linalg::{gemm, matrix, values};
 
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "3",
+    version: "4",
     summary: "keeps the zeros of another checkpoint (mask) and refits its weights to the dense model",
     build,
 };
@@ -202,14 +202,24 @@ impl Group {
 }
 
 impl GroupSolver for Group {
-    /// Rows have nothing in common but the inputs, and a target blend, which is chosen for all of them together.
+    /// Rows have nothing in common but the inputs.
     fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
-        if self.params.alpha > 0.0 { Ok(vec![RowBlock::whole(problem)?]) } else { RowBlock::each(problem, ROWS) }
+        RowBlock::each(problem, ROWS)
     }
 
     fn solve_block(&self, problem: &Problem<'_>, _: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {
-        let solve = |alpha| self.solve_towards(alpha, problem, ctx);
-        least_held_out(self.params.alpha, problem, self.held_out.as_deref(), solve)
+        let alpha = self.params.alpha;
+        let solved = self.solve_towards(alpha, problem, ctx)?;
+        if alpha <= 0.0 {
+            return Ok(solved);
+        }
+        let Some(held_out) = self.held_out.as_deref() else { return Ok(Solution { alpha: Some(alpha), ..solved }) };
+        let without = self.solve_towards(0.0, problem, ctx)?;
+        let (from, to) = (values(&without.weight)?, values(&solved.weight)?);
+        let share = least_held_out(&values(problem.weight)?, &from, &to, held_out)?;
+        let weight = matrix(between(&from, &to, share), self.conditioned.n, problem.weight.device())?;
+        let flops = solved.flops + without.flops;
+        Ok(Solution { weight, alpha: Some(share * alpha), flops, ..solved })
     }
 }
 
@@ -233,7 +243,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::linalg::matrix;
     use crate::prune::fixture::{self, LayerProblem};
 
     fn refit(problem: &LayerProblem, imported: &[f32], params: serde_json::Value) -> Vec<f32> {
