@@ -109,6 +109,11 @@ fn lines(event: &RunEvent, names: &BTreeMap<WorkerId, String>, layers: &mut usiz
             }
             eprintln!("{title}{}", if total > 0 { format!(" ({total})") } else { String::new() });
         }
+        RunEvent::Strategy(choice) => {
+            if let Some(told) = choice.told() {
+                eprintln!("{told}");
+            }
+        }
         RunEvent::WorkerLost { worker, name, reason } => eprintln!("worker {worker} ({name}) is lost: {reason}"),
         RunEvent::Committed { unit: Unit::Prune(layer), worker, mean_error: Some(error), .. } => {
             *committed += 1;
@@ -159,6 +164,11 @@ impl Bars {
                     bar.finish_and_clear();
                 }
                 let _ = self.all.println(format!("worker {worker} ({name}) is lost: {reason}"));
+            }
+            RunEvent::Strategy(choice) => {
+                if let Some(told) = choice.told() {
+                    let _ = self.all.println(told);
+                }
             }
             RunEvent::Failed { unit, worker, reason, .. } => {
                 let _ = self.all.println(format!("{unit} failed on {}: {reason}", name(names, *worker)));

@@ -6,7 +6,7 @@ use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
 use espalier_common::report::LinkUse;
 
-use crate::plan::strategy::Asked;
+use crate::plan::strategy::Choice;
 use crate::report::{LinkTotal, Report, SublayerEntry};
 use crate::view::kind;
 
@@ -70,8 +70,8 @@ pub(crate) fn summary(report: &Report, run_folder: &str) -> String {
     let method = format!("{} to {}", report.method.name, report.pattern);
     let spent = if phases.is_empty() { String::new() } else { format!("  (worker seconds: {})", phases.join(", ")) };
     text.push_str(&format!("{method} in {:.1} s{spent}\n", report.totals.seconds));
-    if let Some(choice) = report.strategy.as_ref().filter(|choice| choice.asked != Asked::Layers) {
-        text.push_str(&format!("strategy {}: {}\n", choice.strategy, choice.why));
+    if let Some(told) = report.strategy.as_ref().and_then(Choice::told) {
+        text.push_str(&format!("{told}\n"));
     }
     if let Some(allocation) = &report.allocation {
         let sparsities = allocation.layers.iter().map(|layer| 100.0 * layer.sparsity);

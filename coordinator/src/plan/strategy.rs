@@ -90,6 +90,13 @@ pub struct Choice {
     pub why: String,
 }
 
+impl Choice {
+    /// The choice as people are told of it; nothing of the usual.
+    pub fn told(&self) -> Option<String> {
+        (self.asked != Asked::Layers).then(|| format!("strategy {}: {}", self.strategy, self.why))
+    }
+}
+
 /// Why a strategy cannot be chosen.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum StrategyError {

@@ -5,7 +5,6 @@ use serde::{Deserialize, Serialize};
 
 use super::RunView;
 use crate::events::RunEvent;
-use crate::plan::strategy::{Asked, Choice};
 
 /// How much a line matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,9 +40,7 @@ pub(super) fn line(view: &RunView, at: u64, event: &RunEvent) -> Option<LogLine>
             let resumed = if *committed > 0 { format!(", {committed} layers committed before") } else { String::new() };
             (Level::Info, format!("run {run} in {url}{resumed}"))
         }
-        // Of the usual there is nothing to say.
-        RunEvent::Strategy(Choice { asked: Asked::Layers, .. }) => return None,
-        RunEvent::Strategy(Choice { strategy, why, .. }) => (Level::Info, format!("strategy {strategy}: {why}")),
+        RunEvent::Strategy(choice) => (Level::Info, choice.told()?),
         RunEvent::Phase { phase } => {
             let (title, total) = phase.title();
             (Level::Info, if total > 0 { format!("{title} ({total})") } else { title.to_owned() })

@@ -90,7 +90,10 @@ fn rest(shared: &[(&String, Range<usize>)]) -> Vec<Range<usize>> {
             None => runs.push(leaf..leaf + 1),
         }
     }
-    if runs.is_empty() { vec![0..0] } else { runs }
+    if runs.is_empty() {
+        runs.push(0..0);
+    }
+    runs
 }
 
 /// A layer's sequences, with whoever has them.

@@ -178,7 +178,7 @@ async fn an_assistant_with_a_share_costs_nothing_whenever_it_goes_and_its_output
         keeps_output: false,
         assistants: vec![endpoint],
         gflops: Vec::new(),
-        shares: Some(Shares { leaves: vec![5..8], predecessor: Some(second.clone()) }),
+        shares: Some(Shares { leaves: std::iter::once(5..8).collect(), predecessor: Some(second.clone()) }),
     };
     let mut late = TestWorker::prepared(&run, u64::MAX);
     let outcome = late.outcome(&run, Unit::Prune(LayerIndex(2)), work).await;

@@ -15,7 +15,7 @@ use rand::seq::IndexedRandom as _;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use self::process::{From, Message, Order, Process, States, TheirShares};
+use self::process::{From, Leaves, Message, Order, Process, States, TheirShares};
 use super::*;
 
 /// Steps with faults, before the calm in which everything must end.
@@ -249,11 +249,7 @@ impl World {
     }
 
     /// The leaves of each assistant's process, with the strategy `data` only.
-    fn told(
-        &mut self,
-        assistants: &[WorkerId],
-        shares: Option<Vec<Range<usize>>>,
-    ) -> Result<Option<Vec<(usize, Range<usize>)>>, String> {
+    fn told(&mut self, assistants: &[WorkerId], shares: Option<Vec<Range<usize>>>) -> Result<Option<Leaves>, String> {
         if shares.is_some() != (self.kind == Kind::Together) {
             return Err(format!("shares of {:?} are {shares:?}", self.kind));
         }
@@ -271,7 +267,7 @@ impl World {
         lease: Lease,
         origin: Origin,
         keeps_output: bool,
-        shares: Option<Vec<(usize, Range<usize>)>>,
+        shares: Option<Leaves>,
     ) -> Result<(), String> {
         if !self.journal.contains(&Record::Leased { lease }) {
             return Err(format!("{lease} is started before it is recorded"));

@@ -23,10 +23,13 @@ pub(super) enum Order {
     Release(Vec<Boundary>),
 }
 
+/// Processes, and the leaves that each has.
+pub(super) type Leaves = Vec<(usize, Range<usize>)>;
+
 /// With the strategy `data`: the leaves of each assistant's process, and what the layer before became.
 #[derive(Debug, Clone)]
 pub(super) struct TheirShares {
-    pub(super) leaves: Vec<(usize, Range<usize>)>,
+    pub(super) leaves: Leaves,
     pub(super) predecessor: Option<Digest>,
 }
 
