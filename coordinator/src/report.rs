@@ -177,7 +177,7 @@ pub struct Totals {
     pub peak_rss_bytes_by_worker: BTreeMap<String, u64>,
     /// Highest resident memory of the coordinator.
     pub coordinator_peak_rss_bytes: u64,
-    /// Hidden states that went from worker to worker.
+    /// Bytes of tensors that went from worker to worker.
     pub bytes_moved: u64,
     /// Leases that came to nothing: their unit was leased again.
     pub retries: u64,

@@ -227,27 +227,35 @@ pub(crate) fn troubled_run(
     let Some(server) = S3Server::start_troubled(trouble)? else { return Ok(None) };
     let (workplace, run) = (server.workplace(), url("run"));
     let replaced = |argument: String| if argument == "run" { run.clone() } else { argument };
-    let mut command: Vec<String> = job.prune("2").into_iter().map(replaced).collect();
+    let prune: Vec<String> = job.prune("2").into_iter().map(replaced).collect();
+    let resume = ["resume", &run, "--workers", "2"].map(str::to_owned).to_vec();
+    let next = || -> Result<&[String]> {
+        let is_created = |record: &JournalRecord| matches!(record, JournalRecord::Created(_));
+        Ok(if records(open(&server, "run")?.as_ref()).iter().any(is_created) { &resume } else { &prune })
+    };
+    let mut is_done = false;
     for _ in 0..rng.random_range(0..4) {
-        let mut running = workplace.start(&command)?;
+        let mut running = workplace.start(next()?)?;
         thread::sleep(Duration::from_millis(rng.random_range(200..6000)));
-        if running.ended()?.is_some() {
+        if running.ended()?.is_none() {
+            let workers = running.children()?;
+            match workers.first().filter(|_| rng.random_bool(0.5)) {
+                // It may have ended by itself.
+                Some(worker) => drop(kill(*worker)),
+                None => {
+                    running.kill()?;
+                    wait_for_end(&workers, PATIENCE)?;
+                }
+            }
+        }
+        is_done = running.finish(PATIENCE)?.code() == Some(0);
+        if is_done {
             break;
         }
-        let workers = running.children()?;
-        if let Some(worker) = workers.first().filter(|_| rng.random_bool(0.5)) {
-            // It may have ended by itself.
-            let _ = kill(*worker);
-        } else {
-            running.kill()?;
-        }
-        running.finish(PATIENCE)?;
-        wait_for_end(&workers, PATIENCE)?;
     }
-    if records(open(&server, "run")?.as_ref()).iter().any(|record| matches!(record, JournalRecord::Created(_))) {
-        command = ["resume", &run, "--workers", "2"].map(str::to_owned).to_vec();
+    if !is_done {
+        until_done(&workplace, next()?, &run)?;
     }
-    until_done(&workplace, &command, &run)?;
     each_layer_once(open(&server, "run")?.as_ref())?;
     same_files(&reference.path().join("out"), &workplace.path().join("out"))?;
     Ok(Some(server.troubles()?))
