@@ -13,6 +13,11 @@ use crate::transport::Outgoing;
 use crate::transport::parcel::{Body, bytes_of, numbers};
 
 impl Crew<'_> {
+    /// Seconds of solving that were spent waiting for assistants since this was asked last.
+    pub(crate) fn take_waited(&mut self) -> f64 {
+        std::mem::take(&mut self.waited)
+    }
+
     /// Makes what all blocks of a group need, each worker a share, and hands it round; returns the operations that it took. What
     /// an assistant does not give is made by whoever needs it.
     pub(super) fn lay(

@@ -225,11 +225,6 @@ impl<'a> Crew<'a> {
         self.lost
     }
 
-    /// Seconds of solving that were spent waiting for assistants since this was asked last.
-    pub(crate) fn take_waited(&mut self) -> f64 {
-        std::mem::take(&mut self.waited)
-    }
-
     /// What joined the owner with its assistants.
     pub(crate) fn links(&self) -> Vec<LinkUse> {
         self.assistants.iter().filter_map(|assistant| assistant.joined_by.get().cloned()).collect()
