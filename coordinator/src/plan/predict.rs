@@ -358,7 +358,7 @@ impl<'a> Rehearsal<'a> {
                 memory,
                 peak_bytes: memory.peak_bytes(worker.memory_bytes / HIDDEN_SHARE),
                 layers,
-                busy_seconds: own.iter().map(|step| step.to - step.from).sum(),
+                busy_seconds: own.iter().fold(0.0, |sum, step| sum + step.to - step.from),
             }
         });
         let step = |step: &&Running| Step {
