@@ -91,7 +91,8 @@ fn the_same_bytes_come_from_1_2_and_3_workers_and_nothing_tells_where_the_mask_l
     }
     assert_eq!(report["pattern"], "imported");
     let alphas: Vec<_> = report["sublayers"].as_array().unwrap().iter().map(|entry| entry["alpha"].as_f64()).collect();
-    assert!(alphas.iter().all(|alpha| [Some(0.5), Some(0.25), Some(0.0)].contains(alpha)), "{alphas:?}");
+    assert!(alphas.iter().all(|alpha| alpha.is_some_and(|alpha| (0.0..=0.5).contains(&alpha))), "{alphas:?}");
+    assert!(alphas.iter().any(|alpha| *alpha > Some(0.0)), "{alphas:?}");
     let card = fs::read_to_string(workplace.path().join("one/README.md")).unwrap();
     assert!(card.contains("the zeros of another checkpoint") && !card.contains(utf8(workplace.path())), "{card}");
 }
