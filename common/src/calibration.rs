@@ -1,10 +1,42 @@
 //! Token blocks: the calibration (or evaluation) tokens of a run, cut once, hashed, stored, and the same for every worker.
 
+use std::ops::Range;
+
 use crate::digest::Digest;
 
 /// Sums over calibration sequences are made by leaves, so many in all, and the leaves' sums are merged as a tree: as many workers
 /// can share them.
 pub const LEAVES: usize = 8;
+
+/// A whole subtree of the tree of leaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Branch {
+    /// Its first leaf, a multiple of their number.
+    pub first: usize,
+    /// Number of its leaves, a power of two.
+    pub leaves: usize,
+}
+
+impl Branch {
+    /// The fewest branches that some consecutive leaves are, in order.
+    pub fn of(leaves: &Range<usize>) -> Vec<Self> {
+        let (mut branches, mut first) = (Vec::new(), leaves.start);
+        while first < leaves.end {
+            let mut size = 1;
+            while first.is_multiple_of(2 * size) && first + 2 * size <= leaves.end {
+                size *= 2;
+            }
+            branches.push(Self { first, leaves: size });
+            first += size;
+        }
+        branches
+    }
+
+    /// The first leaf of the branch that this one is merged with.
+    pub fn sibling(self) -> usize {
+        self.first ^ self.leaves
+    }
+}
 
 /// Sequences of equal length, row-major.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -9,12 +9,13 @@ use anyhow::{Result, ensure};
 use espalier_common::ids::Lease;
 use espalier_coordinator::schedule::Record;
 use harness::checkpoint::same_files;
-use harness::process::{PATIENCE, Running, Workplace, kill, pause, proceed, wait_for_end};
+use harness::process::{PATIENCE, Running, Workplace, kill, pause, proceed};
 use harness::{golden, tiny};
 use serde_json::Value;
 
 use crate::cluster::Cluster;
 use crate::past::{LAYERS, commits, each_layer_once, files, outstanding, process_of, schedule};
+use crate::resume::killed_after;
 
 const GRACE: Duration = Duration::from_secs(20);
 const DATA: [&str; 2] = ["--strategy", "data"];
@@ -122,18 +123,6 @@ fn a_killed_worker_with_a_share_costs_no_byte() {
         each_layer_once(&run).unwrap();
         same_output(&reference, &workplace).unwrap();
     }
-}
-
-/// Starts a run and kills the program once so many layers are committed.
-fn killed_after(workplace: &Workplace, command: &[String], wanted: usize) -> Result<()> {
-    let run = workplace.path().join("run");
-    let mut running = workplace.start(command)?;
-    running.wait_until("the lease", || {
-        (commits(&run).len() >= wanted && matches!(schedule(&run).last(), Some(Record::Leased { .. }))).then_some(())
-    })?;
-    let workers = running.children()?;
-    running.kill()?;
-    wait_for_end(&workers, GRACE)
 }
 
 #[test]

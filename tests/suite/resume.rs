@@ -124,7 +124,7 @@ fn a_killed_worker_costs_no_byte_in_dense_propagation() {
 }
 
 /// Starts a run, kills it once `commits` layers are committed, and waits until its workers are gone too.
-fn killed_after(workplace: &Workplace, arguments: &[String], wanted: usize) -> Result<()> {
+pub(crate) fn killed_after(workplace: &Workplace, arguments: &[String], wanted: usize) -> Result<()> {
     let run = workplace.path().join("run");
     let mut running = workplace.start(arguments)?;
     running.wait_until("the lease", || {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-use espalier_common::calibration::LEAVES;
+use espalier_common::calibration::{Branch, LEAVES};
 use espalier_common::clock::Millis;
 use espalier_common::digest::Digest;
 use espalier_common::ids::{Boundary, LayerIndex, Lease, Unit, WorkerId};
@@ -400,19 +400,12 @@ fn solving_seconds(group: &GroupCost, speeds: &[f64]) -> f64 {
 /// Whole branches of the tree of leaves that the shares of assistants are.
 fn branches(leaves: &[usize]) -> u64 {
     let mut first = leaves[0];
-    let mut count = 0;
-    for &leaves in &leaves[1..] {
-        let end = first + leaves;
-        while first < end {
-            let mut size = 1;
-            while first.is_multiple_of(2 * size) && first + 2 * size <= end {
-                size *= 2;
-            }
-            first += size;
-            count += 1;
-        }
-    }
-    count
+    let of_share = leaves[1..].iter().map(|&leaves| {
+        let share = first..first + leaves;
+        first = share.end;
+        Branch::of(&share).len() as u64
+    });
+    of_share.sum()
 }
 
 #[cfg(test)]

@@ -14,41 +14,11 @@ use super::gram::{GramAccumulator, GramError};
 use crate::prune::InputStats;
 
 /// Leaves of the tree. At most four partial sums are held while leaves are summed one after another.
-pub use espalier_common::calibration::LEAVES;
+pub use espalier_common::calibration::{Branch, LEAVES};
 
 /// The sequences of some consecutive leaves, of `sequences` in all.
 pub fn sequences_of(leaves: &Range<usize>, sequences: usize) -> Range<usize> {
     leaves.start * sequences / LEAVES..leaves.end * sequences / LEAVES
-}
-
-/// A whole subtree.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Branch {
-    /// Its first leaf, a multiple of their number.
-    pub first: usize,
-    /// Number of its leaves, a power of two.
-    pub leaves: usize,
-}
-
-impl Branch {
-    /// The fewest branches that some consecutive leaves are, in order.
-    pub fn of(leaves: &Range<usize>) -> Vec<Self> {
-        let (mut branches, mut first) = (Vec::new(), leaves.start);
-        while first < leaves.end {
-            let mut size = 1;
-            while first.is_multiple_of(2 * size) && first + 2 * size <= leaves.end {
-                size *= 2;
-            }
-            branches.push(Self { first, leaves: size });
-            first += size;
-        }
-        branches
-    }
-
-    /// The branch that this one is merged with.
-    fn sibling(self) -> usize {
-        self.first ^ self.leaves
-    }
 }
 
 /// What is summed, and over what.

@@ -4,6 +4,8 @@
 //! Deviation from ALPS: ρ grows on a fixed ramp instead of following the support's changes, so that sublayers of a group share
 //! their factorisations; the support is that of the feasible copy D; the target may blend in the dense model's outputs (α).
 
+mod ramp;
+
 use std::sync::Arc;
 
 use candle_core::Device;
@@ -12,14 +14,16 @@ use espalier_common::pattern::Pattern;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+pub use self::ramp::Profile;
+pub(super) use self::ramp::Ramp;
 use super::admm::{self, Budget, Inverses, Search};
 use super::blend::{between, least_held_out};
 use super::condition::{Conditioned, admit, supports_valid};
 use super::on_device::OnDevice;
 use super::on_device::espalier::DeviceGroup;
 use super::{
-    Built, Groundwork, GroupSolver, InputStats, MOST_PARTS, Method, ParamsError, Problem, RowBlock, Solution, SolveCtx,
-    SolveError, Solver, Statistics, read_params,
+    Built, Groundwork, GroupSolver, InputStats, Method, ParamsError, Problem, RowBlock, Solution, SolveCtx, SolveError,
+    Solver, Statistics, read_params,
 };
 use crate::linalg::gemm::product;
 use crate::linalg::pcg::{self, Limits, Quadratic};
@@ -34,9 +38,6 @@ pub const METHOD: Method = Method {
 };
 
 pub(super) const NAME: &str = "espalier";
-/// First penalty; ten times more costs 9 % of error, ten times less only iterations.
-const FIRST_RHO: f64 = 0.1;
-const LARGEST_RHO: f64 = 1e6;
 /// Steps of the ramp that a search takes at most, but for the best of profiles.
 const RAMP_STEPS: usize = 16;
 /// From this width on an inverse takes longer to make than to send: n³ operations at 100 GFLOP/s against 2n² bytes at 1 GB/s,
@@ -47,47 +48,6 @@ const LOOK_AHEAD: usize = 3;
 pub(super) const MOST_ITERATIONS: u32 = 300;
 /// The largest block of rows: no matrix has as many.
 const MOST_ROWS: usize = 1 << 24;
-
-/// How much time to spend on the support.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Profile {
-    /// About 20 iterations.
-    Fast,
-    /// About 33 iterations.
-    Balanced,
-    /// About 60 iterations.
-    Best,
-}
-
-impl Profile {
-    /// The ramp's growth and the over-relaxation σ.
-    fn ramp(self) -> (f64, f32) {
-        match self {
-            Self::Fast => (1.5, 1.5),
-            Self::Balanced => (1.25, 1.0),
-            Self::Best => (1.12, 1.0),
-        }
-    }
-
-    /// Steps of the ramp that a search takes at most times.
-    fn usual_steps(self) -> usize {
-        match self {
-            Self::Fast => 7,
-            Self::Balanced => 11,
-            Self::Best => 20,
-        }
-    }
-
-    /// Steps of the ramp that a search takes at least, as seen on SmolLM2-135M; a step that is not taken costs time alone.
-    fn least_steps(self) -> usize {
-        match self {
-            Self::Fast => 6,
-            Self::Balanced => 10,
-            Self::Best => MOST_PARTS,
-        }
-    }
-}
 
 /// Parameters of Espalier.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
@@ -120,57 +80,6 @@ fn build(params: &serde_json::Value) -> Result<Built, ParamsError> {
         _ => Ok(()),
     })?;
     Ok((Box::new(Espalier { params }), filled))
-}
-
-/// The penalty ρ on its way up, and what else a search goes by.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Ramp {
-    rho: f64,
-    growth: f64,
-    sigma: f32,
-}
-
-impl Ramp {
-    /// Iterations between two looks at the support.
-    pub(super) const CHECK_EVERY: u32 = 3;
-    /// The search ends when fewer than this share of the kept weights changed places.
-    pub(super) const SETTLED: f64 = 2e-4;
-
-    fn new(profile: Profile) -> Self {
-        let (growth, sigma) = profile.ramp();
-        Self { rho: FIRST_RHO, growth, sigma }
-    }
-
-    /// ρ.
-    pub(super) fn rho(&self) -> f32 {
-        self.rho as f32
-    }
-
-    /// The over-relaxation σ.
-    pub(super) fn sigma(&self) -> f32 {
-        self.sigma
-    }
-
-    /// Goes a step up.
-    pub(super) fn advance(&mut self) {
-        self.rho = (self.rho * self.growth).min(LARGEST_RHO);
-    }
-
-    /// ρ so many steps further up.
-    fn rho_of(mut self, steps: usize) -> f32 {
-        (0..steps).for_each(|_| self.advance());
-        self.rho()
-    }
-
-    /// The steps after this one.
-    fn ahead(self) -> impl Iterator<Item = f32> {
-        let next = |ramp: &Self| {
-            let mut ramp = *ramp;
-            ramp.advance();
-            Some(ramp)
-        };
-        std::iter::successors(next(&self), next).map(|ramp| ramp.rho())
-    }
 }
 
 struct Espalier {
@@ -582,12 +491,24 @@ mod tests {
     }
 
     #[test]
-    fn blocks_with_a_blend_are_the_rows_of_the_whole_with_their_own_alpha() {
-        let (problem, _) = fixture::random_corrected(3, 12, 32, 160).split(24);
-        let params = json!({ "alpha": 1.0, "row_block": 4 });
-        let solution = fixture::solution(NAME, &params, &problem.problem, Pattern::NofM { keep: 2, of: 4 });
-        fixture::assert_obeys(&values(&solution.weight).unwrap(), 32, Pattern::NofM { keep: 2, of: 4 });
-        assert!((0.0..=1.0).contains(&solution.alpha.unwrap()));
+    fn a_block_takes_its_own_alpha_and_the_report_the_mean() {
+        let (problem, _) = fixture::random_corrected(3, 32, 32, 160).split(24);
+        let pattern = Pattern::NofM { keep: 2, of: 4 };
+        let solved = |problem: &LayerProblem| {
+            fixture::solution(NAME, &json!({ "alpha": 1.0, "row_block": 16 }), problem, pattern)
+        };
+        let whole = solved(&problem.problem);
+        let blocks = problem.problem.weight.chunks(16 * 32).map(|rows| {
+            let (mut part, _) = fixture::random_corrected(3, 16, 32, 160).split(24);
+            part.problem.weight = rows.to_vec();
+            solved(&part.problem)
+        });
+        let blocks: Vec<_> = blocks.collect();
+        let rows: Vec<f32> = blocks.iter().flat_map(|block| values(&block.weight).unwrap()).collect();
+        assert_eq!(values(&whole.weight).unwrap(), rows);
+        let alphas: Vec<f64> = blocks.iter().map(|block| block.alpha.unwrap()).collect();
+        assert!((alphas[0] - alphas[1]).abs() > 1e-9, "{alphas:?}");
+        assert!((whole.alpha.unwrap() - alphas.iter().sum::<f64>() / 2.0).abs() < 1e-12, "{alphas:?}");
     }
 
     #[test]
