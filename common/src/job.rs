@@ -52,9 +52,10 @@ pub struct CalibrationSpec {
     /// Chooses the windows.
     #[serde(default)]
     pub seed: u64,
-    /// Share of the sequences (the last ones) that is kept out of the grams and only measures; 0 for none.
-    #[serde(default)]
-    pub held_out: f64,
+    /// Share of the sequences (the last ones) that is kept out of the grams and only measures; 0 for none. What it is if
+    /// nothing is said: [`JobSpec::held_out`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_out: Option<f64>,
 }
 
 fn default_samples() -> usize {
@@ -79,6 +80,9 @@ pub struct MethodSpec {
 fn default_method() -> String {
     "espalier".to_owned()
 }
+
+/// Share of the sequences that the default method holds out.
+const HELD_OUT: f64 = 0.125;
 
 impl Default for MethodSpec {
     fn default() -> Self {
@@ -394,13 +398,21 @@ impl JobSpec {
         parse_size(&self.output.shard_size).ok_or_else(|| JobError::Size(self.output.shard_size.clone()))
     }
 
+    /// Share of the calibration sequences that is held out. If nothing is said, an eighth for the default method, which
+    /// chooses its targets on them, unless that is less than one sequence; and none for others.
+    pub fn held_out(&self) -> f64 {
+        let is_usual = self.method.name == default_method() && self.calibration.samples as f64 * HELD_OUT >= 1.0;
+        self.calibration.held_out.unwrap_or(if is_usual { HELD_OUT } else { 0.0 })
+    }
+
     /// Number of calibration sequences that are held out: the share, rounded, but at least 1 if any was asked for and at
     /// least 1 left over.
     pub fn held_out_samples(&self) -> usize {
-        if self.calibration.held_out <= 0.0 {
+        let held_out = self.held_out();
+        if held_out <= 0.0 {
             return 0;
         }
-        let asked = (self.calibration.samples as f64 * self.calibration.held_out).round() as usize;
+        let asked = (self.calibration.samples as f64 * held_out).round() as usize;
         asked.clamp(1, self.calibration.samples.saturating_sub(1).max(1))
     }
 
@@ -457,7 +469,7 @@ impl JobSpec {
         if self.pattern.allocation == Allocation::Measured && self.calibration.samples < 2 {
             return Err(JobError::NothingToTryOn);
         }
-        let held_out = self.calibration.held_out;
+        let held_out = self.held_out();
         if !(0.0..1.0).contains(&held_out) {
             return Err(JobError::ShareOutOfRange { key: "[calibration] held_out", value: held_out });
         }
@@ -552,7 +564,7 @@ mod tests {
             (128, 0.1, Some(8), (8, 8)),
             (2, 0.0, None, (1, 1)),
         ] {
-            (job.calibration.samples, job.calibration.held_out) = (samples, held_out);
+            (job.calibration.samples, job.calibration.held_out) = (samples, Some(held_out));
             job.pattern.allocation_samples = most;
             job.validate().unwrap();
             assert_eq!((job.survey_samples(), job.trial_samples()), expected, "{samples} {held_out} {most:?}");
@@ -562,9 +574,27 @@ mod tests {
     }
 
     #[test]
+    fn the_default_method_holds_an_eighth_out_where_that_is_a_sequence() {
+        for (method, samples, asked, expected) in [
+            ("espalier", 32, None, 4),
+            ("espalier", 8, None, 1),
+            ("espalier", 7, None, 0),
+            ("espalier", 32, Some(0.0), 0),
+            ("espalier", 32, Some(0.5), 16),
+            ("alps", 32, None, 0),
+            ("alps", 32, Some(0.25), 8),
+        ] {
+            let mut job = job();
+            method.clone_into(&mut job.method.name);
+            (job.calibration.samples, job.calibration.held_out) = (samples, asked);
+            assert_eq!(job.held_out_samples(), expected, "{method} {samples} {asked:?}");
+        }
+    }
+
+    #[test]
     fn one_sequence_cannot_be_held_out() {
         let mut job: JobSpec = toml::from_str(JOB).unwrap();
-        (job.calibration.samples, job.calibration.held_out) = (1, 0.9);
+        (job.calibration.samples, job.calibration.held_out) = (1, Some(0.9));
         assert_eq!(job.validate(), Err(JobError::NothingToHoldOut { held_out: 0.9, samples: 1 }));
         job.calibration.samples = 2;
         job.validate().unwrap();

@@ -227,7 +227,7 @@ fn told_job(parts: &Parts<'_>) -> serde_json::Value {
             "samples": job.calibration.samples,
             "sequence_length": job.calibration.sequence_length,
             "seed": job.calibration.seed,
-            "held_out": job.calibration.held_out,
+            "held_out": job.held_out(),
             "tokens_sha256": parts.tokens,
         },
         "method": { "name": job.method.name, "version": parts.method_version, "params": parts.method_params },

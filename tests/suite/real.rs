@@ -89,9 +89,8 @@ const HALF: [&str; 2] = ["--sparsity", "0.5"];
 const MOST: [&str; 2] = ["--sparsity", "0.7"];
 const TWO_OF_FOUR: [&str; 2] = ["--pattern", "2:4"];
 const BEST: &[&str] = &["--set", "method.profile=best"];
-/// Targets half of the way to the dense model's outputs, as far as an eighth of the sequences, which no solve sees, bears it out.
-const BLENDED: &[&str] = &["--held-out", "0.125", "--set", "method.alpha=0.5"];
-const BEST_BLENDED: &[&str] = &["--held-out", "0.125", "--set", "method.alpha=0.5", "--set", "method.profile=best"];
+/// All sequences are solved on, and no target but the dense weight's own is chosen on some of them.
+const PLAIN: &[&str] = &["--held-out", "0"];
 const DENSE_INPUTS: &[&str] = &["--propagation", "dense"];
 const RECONSTRUCTED: &[&str] = &["--set", "method.reconstruct=submodule"];
 const ALLOCATED: &[&str] = &["--set", "method.reconstruct=submodule", "--allocation", "measured"];
@@ -102,7 +101,7 @@ const BASELINES: [Run; 3] = [
 ];
 
 const ALPS: Run = Run::new("alps", HALF, &[], near(31.98, 0.01));
-const ESPALIER: Run = Run::new("espalier", HALF, &[], at_most(1.0, 31.98));
+const ESPALIER: Run = Run::new("espalier", HALF, &[], at_most(0.97, 31.98));
 const ESPALIER_RECONSTRUCTED: Run = Run::new("espalier", HALF, RECONSTRUCTED, at_most(0.94, 31.98));
 
 /// The model and the texts, as arguments.
@@ -206,8 +205,8 @@ fn smollm2_matches_the_reference() {
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
-/// ALPS' references are what Espalier's own method is held against. With the dense weight's own targets it is their equal at 70 %
-/// and 2:4, up to what chance does to models this far gone; with a target blend it is ahead. FISTA, on the dense model's inputs
+/// ALPS' references are what Espalier's own method is held against. It is ahead; with the dense weight's own targets it is
+/// their equal at 70 % and 2:4, up to what chance does to models this far gone. FISTA, on the dense model's inputs
 /// as its paper has it, has none, so it is held against SparseGPT's. A model that is this far gone as Wanda's at 2:4 and
 /// SparseGPT's at 70 % magnifies what differs in the last bits.
 mod methods {
@@ -231,13 +230,14 @@ mod methods {
         alps_70: Run::new("alps", MOST, &[], near(77.61, 0.01));
         alps_2of4: Run::new("alps", TWO_OF_FOUR, &[], near(47.41, 0.01));
         espalier_50: ESPALIER;
-        espalier_70: Run::new("espalier", MOST, &[], near(77.61, 0.02));
-        espalier_2of4: Run::new("espalier", TWO_OF_FOUR, &[], near(47.41, 0.02));
-        espalier_best_50: Run::new("espalier", HALF, BEST, at_most(1.0, 31.98));
-        espalier_blended_70: Run::new("espalier", MOST, BLENDED, at_most(0.9, 77.61));
-        espalier_blended_2of4: Run::new("espalier", TWO_OF_FOUR, BLENDED, at_most(0.97, 47.41));
-        espalier_best_blended_70: Run::new("espalier", MOST, BEST_BLENDED, at_most(0.9, 77.61));
-        espalier_best_blended_2of4: Run::new("espalier", TWO_OF_FOUR, BEST_BLENDED, at_most(0.97, 47.41));
+        espalier_70: Run::new("espalier", MOST, &[], at_most(0.9, 77.61));
+        espalier_2of4: Run::new("espalier", TWO_OF_FOUR, &[], at_most(0.97, 47.41));
+        espalier_best_50: Run::new("espalier", HALF, BEST, at_most(0.97, 31.98));
+        espalier_best_70: Run::new("espalier", MOST, BEST, at_most(0.9, 77.61));
+        espalier_best_2of4: Run::new("espalier", TWO_OF_FOUR, BEST, at_most(0.97, 47.41));
+        espalier_plain_50: Run::new("espalier", HALF, PLAIN, at_most(1.0, 31.98));
+        espalier_plain_70: Run::new("espalier", MOST, PLAIN, near(77.61, 0.02));
+        espalier_plain_2of4: Run::new("espalier", TWO_OF_FOUR, PLAIN, near(47.41, 0.02));
         espalier_reconstructed_50: ESPALIER_RECONSTRUCTED;
         espalier_reconstructed_2of4: Run::new("espalier", TWO_OF_FOUR, RECONSTRUCTED, at_most(0.9, 47.41));
         espalier_allocated_70: Run::new("espalier", MOST, ALLOCATED, at_most(0.9, 77.61));

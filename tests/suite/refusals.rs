@@ -438,7 +438,7 @@ fn wrong_jobs_are_refused() {
         },
         Case {
             name: "a target blend that nothing is held out for",
-            flags: &["--method", "espalier", "--set", "method.alpha=0.5"],
+            flags: &["--method", "espalier", "--set", "method.alpha=0.5", "--held-out", "0"],
             names: &["espalier", "held_out"],
             ..SOUND
         },

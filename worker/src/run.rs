@@ -151,6 +151,9 @@ pub fn build_method(job: &JobSpec) -> Result<Method, RunError> {
     let name = job.method.name.as_str();
     let mut own = job.method.params.clone();
     let reconstruct = reconstruct::Options::take(&mut own)?;
+    if let Some(alpha) = prune::usual_alpha(name, job.held_out_samples() > 0) {
+        own.entry("alpha").or_insert(alpha.into());
+    }
     let (solver, mut params) = prune::build(name, &serde_json::Value::Object(own))?;
     let mut version =
         prune::METHODS.iter().find(|method| method.name == name).expect("it was just built").version.to_owned();

@@ -226,7 +226,7 @@ pub(crate) struct PruneArgs {
     /// Chooses the calibration windows [default: 0].
     #[arg(long)]
     pub(crate) seed: Option<u64>,
-    /// Share of the calibration sequences that only measures [default: 0].
+    /// Share of the calibration sequences that is kept out of solving [default: 0.125 for espalier, 0 for others].
     #[arg(long)]
     pub(crate) held_out: Option<f64>,
     /// Which inputs a layer sees [default: pruned].

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 pub use self::ramp::Profile;
 pub(super) use self::ramp::Ramp;
 use super::admm::{self, Budget, Inverses, Search};
-use super::blend::{between, least_held_out};
+use super::blend::{self, between, least_held_out};
 use super::condition::{Conditioned, admit, supports_valid};
 use super::on_device::OnDevice;
 use super::on_device::espalier::DeviceGroup;
@@ -32,7 +32,7 @@ use crate::linalg::{select, values};
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "5",
+    version: "6",
     summary: "the default: ADMM on a continuation ramp, then a refit on its support",
     build,
 };
@@ -56,7 +56,7 @@ pub struct Params {
     /// Quality against time.
     pub profile: Profile,
     /// Target blend: 0 for the dense weight's outputs on the inputs at hand, 1 for the dense model's outputs. Above 0 it needs
-    /// held-out sequences: each block of rows takes as much of it as is best on them.
+    /// held-out sequences: each block of rows takes as much of it as is best on them. Where a job holds some out, 0.5 is usual.
     pub alpha: f64,
     /// Share of the gram's mean diagonal added to it, pulling towards the dense weight.
     pub damping: f64,
@@ -90,7 +90,7 @@ impl Espalier {
     fn group(&self, stats: &InputStats) -> Result<Group, SolveError> {
         let (conditioned, ()) = Conditioned::factored(&stats.gram, self.params.damping, |_| Ok(()))?;
         let towards_dense = match &stats.dense {
-            Some(dense) if self.params.alpha > 0.0 => Some(blend(&conditioned, &stats.gram, &dense.cross)?),
+            Some(dense) if self.params.alpha > 0.0 => Some(towards_dense(&conditioned, &stats.gram, &dense.cross)?),
             _ => None,
         };
         let conditioned = Arc::new(conditioned);
@@ -126,9 +126,8 @@ impl Solver for Espalier {
         Ok(Box::new(self.group(&stats)?))
     }
 
-    /// A target blend is chosen on held-out inputs, by the host.
     fn on_device(&self) -> Option<&dyn OnDevice> {
-        (self.params.alpha <= 0.0).then_some(self)
+        Some(self)
     }
 
     fn needs_held_out(&self) -> bool {
@@ -143,8 +142,8 @@ impl Solver for Espalier {
         let parts = if is_laid(columns) { profile.least_steps().min(steps) } else { 0 };
         // A look at the gradient comes before the refit, and one at the end.
         let products = steps * Ramp::CHECK_EVERY as usize + refit_steps + 2;
-        // A target blend: what it is and where it would lead, a second refit, and three products with held-out inputs.
-        let blended = if alpha > 0.0 { 2 + refit_steps + 2 + 3 } else { 0 };
+        // A target blend: what it is and where it would lead, a second refit, and two products with held-out inputs.
+        let blended = if alpha > 0.0 { 2 + refit_steps + 2 + 2 } else { 0 };
         let effort = admm::effort(columns, steps, products + blended);
         Effort {
             common_flops: (steps - parts) as u64 * effort.part_flops,
@@ -163,7 +162,7 @@ fn is_laid(columns: usize) -> bool {
 }
 
 /// `(K − G)ᵀD⁻¹ [n, n]`, so that `α·W` times it is `T = (C_α − W·G)D⁻¹`; zero for dead channels.
-fn blend(
+fn towards_dense(
     conditioned: &Conditioned,
     gram: &candle_core::Tensor,
     cross: &candle_core::Tensor,
@@ -186,9 +185,9 @@ fn blend(
 /// A group whose statistics are conditioned.
 pub(super) struct Group {
     conditioned: Arc<Conditioned>,
-    towards_dense: Option<Vec<f32>>,
+    pub(super) towards_dense: Option<Vec<f32>>,
     /// What decides how much of the way is gone.
-    held_out: Option<Arc<InputStats>>,
+    pub(super) held_out: Option<Arc<InputStats>>,
     inverses: Inverses,
     params: Params,
 }
@@ -202,6 +201,11 @@ impl Group {
     /// What a search begins with.
     pub(super) fn ramp(&self) -> Ramp {
         Ramp::new(self.params.profile)
+    }
+
+    /// The α that was asked for.
+    pub(super) fn alpha(&self) -> f64 {
+        self.params.alpha
     }
 
     /// Most steps of the refit.
@@ -286,7 +290,7 @@ impl Group {
             let without = refit(None, &towards.values);
             flops += without.flops;
             let without = restored(&without.values);
-            let share = least_held_out(weight, &without, &values, held_out)?;
+            let share = least_held_out(weight, &without, &values, held_out, blend::image)?;
             values = between(&without, &values, share);
             *taken *= share;
         }

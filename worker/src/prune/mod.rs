@@ -27,6 +27,7 @@ use espalier_common::pattern::Pattern;
 use serde::Serialize;
 use serde::de::{DeserializeOwned, Error as _};
 
+pub(crate) use blend::usual_alpha;
 pub use on_device::OnDevice;
 pub use problem::{InputStats, Problem, RowBlock, Solution, SolveCtx, Statistics};
 pub use structured::StructuredSolver;

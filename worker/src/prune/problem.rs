@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use espalier_common::pattern::Pattern;
 
 use super::SolveError;
@@ -35,6 +35,20 @@ pub struct InputStats {
     pub tokens: usize,
     /// The same over the held-out tokens, if any were held out.
     pub held_out: Option<Arc<InputStats>>,
+}
+
+impl InputStats {
+    /// The same where a device can multiply by them; what was held out of these stays behind.
+    ///
+    /// # Errors
+    /// What the tensor backend says.
+    pub fn to_device(&self, device: &Device) -> candle_core::Result<Self> {
+        let moved = |dense: &DenseStats| -> candle_core::Result<DenseStats> {
+            Ok(DenseStats { cross: dense.cross.to_device(device)?, gram: dense.gram.to_device(device)? })
+        };
+        let dense = self.dense.as_ref().map(moved).transpose()?;
+        Ok(Self { gram: self.gram.to_device(device)?, dense, tokens: self.tokens, held_out: None })
+    }
 }
 
 /// The dense side of [`InputStats`].

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use espalier_common::pattern::Pattern;
 use serde::{Deserialize, Serialize};
 
-use super::blend::{between, least_held_out};
+use super::blend::{self, between, least_held_out};
 use super::condition::{Conditioned, admit};
 use super::{
     Built, GroupSolver, InputStats, Method, ParamsError, Problem, RowBlock, Solution, SolveCtx, SolveError, Solver,
@@ -23,12 +23,12 @@ use crate::linalg::{gemm, matrix, values};
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "4",
+    version: "5",
     summary: "keeps the zeros of another checkpoint (mask) and refits its weights to the dense model",
     build,
 };
 
-const NAME: &str = "refit";
+pub(super) const NAME: &str = "refit";
 /// A row has converged when its squared residual has fallen to this share of the first one.
 const TOLERANCE: f64 = 1e-8;
 /// Rows of a block: enough to multiply fast.
@@ -42,7 +42,7 @@ pub struct Params {
     pub mask: String,
     /// Most steps of conjugate gradients.
     pub steps: usize,
-    /// Target blend, as Espalier's α: above 0 it needs held-out sequences.
+    /// Target blend, as Espalier's α: above 0 it needs held-out sequences, and 0.5 is usual where a job has some.
     pub alpha: f64,
     /// Share of the gram's mean diagonal added to it, pulling towards the dense weight.
     pub damping: f64,
@@ -216,7 +216,7 @@ impl GroupSolver for Group {
         let Some(held_out) = self.held_out.as_deref() else { return Ok(Solution { alpha: Some(alpha), ..solved }) };
         let without = self.solve_towards(0.0, problem, ctx)?;
         let (from, to) = (values(&without.weight)?, values(&solved.weight)?);
-        let share = least_held_out(&values(problem.weight)?, &from, &to, held_out)?;
+        let share = least_held_out(&values(problem.weight)?, &from, &to, held_out, blend::image)?;
         let weight = matrix(between(&from, &to, share), self.conditioned.n, problem.weight.device())?;
         let flops = solved.flops + without.flops;
         Ok(Solution { weight, alpha: Some(share * alpha), flops, ..solved })

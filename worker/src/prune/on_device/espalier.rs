@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 
 use super::search::{DeviceGram, DeviceSearch};
 use crate::linalg::{matrix, on_host, values};
 use crate::prune::admm::Budget;
+use crate::prune::blend::{between, least_held_out};
 use crate::prune::condition::{Conditioned, admit};
 use crate::prune::espalier::{Group, MOST_ITERATIONS, NAME, Ramp};
-use crate::prune::{GroupSolver, Problem, RowBlock, Solution, SolveCtx, SolveError};
+use crate::prune::{GroupSolver, InputStats, Problem, RowBlock, Solution, SolveCtx, SolveError};
 
 /// Share of the first residual that a refitted row must fall to.
 const TOLERANCE: f64 = 1e-8;
@@ -18,21 +19,41 @@ const TOLERANCE: f64 = 1e-8;
 pub(in crate::prune) struct DeviceGroup {
     host: Group,
     gram: DeviceGram,
+    /// `(K − G)ᵀD⁻¹`, `[n, n]`, if the target is blended.
+    towards_dense: Option<Tensor>,
+    held_out: Option<InputStats>,
     device: Device,
 }
 
 impl DeviceGroup {
-    /// The group of a solver of the host that blends in no other target.
+    /// The group of a solver of the host.
     ///
     /// # Errors
     /// `Backend`.
     pub(in crate::prune) fn new(host: Group, device: &Device) -> Result<Self, SolveError> {
         let gram = DeviceGram::new(host.conditioned(), device)?;
-        Ok(Self { host, gram, device: device.clone() })
+        let n = host.conditioned().n;
+        let towards_dense = host.towards_dense.clone().map(|towards| matrix(towards, n, device)).transpose()?;
+        let held_out = host.held_out.as_deref().filter(|_| host.alpha() > 0.0);
+        let held_out = held_out.map(|held_out| held_out.to_device(device)).transpose()?;
+        Ok(Self { host, gram, towards_dense, held_out, device: device.clone() })
     }
 
     fn conditioned(&self) -> &Arc<Conditioned> {
         self.host.conditioned()
+    }
+
+    /// α·T of a weight, if it is not zero.
+    fn shift(&self, weight: &[f32]) -> Result<Option<Tensor>, SolveError> {
+        let Some(towards) = &self.towards_dense else { return Ok(None) };
+        let weight = matrix(weight.to_vec(), self.conditioned().n, &self.device)?;
+        Ok(Some((weight.matmul(towards)? * self.host.alpha())?))
+    }
+
+    /// `rows · matrix` on the device, for the host.
+    fn image(&self, rows: &[f32], statistics: &Tensor) -> Result<Vec<f32>, SolveError> {
+        let rows = matrix(rows.to_vec(), self.conditioned().n, &self.device)?;
+        Ok(values(&rows.matmul(statistics)?)?)
     }
 }
 
@@ -52,9 +73,19 @@ impl GroupSolver for DeviceGroup {
         if zeros == 0 {
             return conditioned.solution(problem, admitted.weight, 0, 0.0);
         }
-        let anchor = matrix(conditioned.scaled_alive(&admitted.weight), n, &self.device)?;
-        let mut search = DeviceSearch::new(&anchor, Budget { pattern: problem.pattern, zeros })?;
         let (mut iterations, mut flops) = (0, 0.0);
+        let anchor = matrix(conditioned.scaled_alive(&admitted.weight), n, &self.device)?;
+        let shift = self.shift(&admitted.weight)?;
+        let shift = shift.as_ref();
+        let free = match shift {
+            Some(shift) => {
+                let (inverse, spent) = self.gram.inverse(0.0, conditioned)?;
+                flops += spent;
+                (shift.matmul(&inverse)? + &anchor)?
+            }
+            None => anchor.clone(),
+        };
+        let mut search = DeviceSearch::new(&free, &anchor, shift, Budget { pattern: problem.pattern, zeros })?;
         let mut ramp: Ramp = self.host.ramp();
         while iterations < MOST_ITERATIONS {
             let (inverse, spent) = self.gram.inverse(ramp.rho(), conditioned)?;
@@ -71,11 +102,24 @@ impl GroupSolver for DeviceGroup {
         }
         let (start, keep) = search.finish()?;
         let limits = (self.host.refit_steps(), TOLERANCE);
-        let (refitted, spent) = self.gram.refit(&anchor, &start, &keep, limits)?;
+        let (refitted, spent) = self.gram.refit((&anchor, shift), &start, &keep, limits)?;
         flops += f64::from(iterations) * 2.0 * (rows * n) as f64 * n as f64 + spent;
-        let keep = on_host(&keep)?.flatten_all()?.to_vec1::<u8>()?;
-        let values = conditioned.restored(&values(&refitted)?, &keep, &admitted.weight);
-        conditioned.solution(problem, values, iterations, flops)
+        let kept = on_host(&keep)?.flatten_all()?.to_vec1::<u8>()?;
+        let restored = |scaled: &Tensor| -> Result<Vec<f32>, SolveError> {
+            Ok(conditioned.restored(&values(scaled)?, &kept, &admitted.weight))
+        };
+        let mut solved = restored(&refitted)?;
+        let mut taken = (self.host.alpha() > 0.0).then(|| self.host.alpha());
+        if let Some((taken, held_out)) = taken.as_mut().zip(self.held_out.as_ref()) {
+            let (without, spent) = self.gram.refit((&anchor, None), &refitted, &keep, limits)?;
+            flops += spent;
+            let without = restored(&without)?;
+            let image = |rows: &[f32], statistics: &Tensor| self.image(rows, statistics);
+            let share = least_held_out(&admitted.weight, &without, &solved, held_out, image)?;
+            solved = between(&without, &solved, share);
+            *taken *= share;
+        }
+        Ok(Solution { alpha: taken, ..conditioned.solution(problem, solved, iterations, flops)? })
     }
 }
 
@@ -112,10 +156,27 @@ mod tests {
     }
 
     #[test]
-    fn a_blended_target_is_solved_on_the_host() {
-        let (solver, _) = crate::prune::build(NAME, &json!({ "alpha": 0.5 })).unwrap();
-        assert!(solver.on_device().is_none());
-        let (solver, _) = crate::prune::build(NAME, &json!({})).unwrap();
-        assert!(solver.on_device().is_some());
+    fn a_blended_target_leads_where_it_leads_on_the_host() {
+        for device in host::devices() {
+            for (seed, is_guarded) in [(0, true), (1, true), (2, false)] {
+                let (problem, unseen) = fixture::random_corrected(seed, 20, 24, 160).split(40);
+                let mut problem = problem.problem;
+                if !is_guarded {
+                    problem.stats = Arc::new(InputStats { held_out: None, ..(*problem.stats).clone() });
+                }
+                let params = json!({ "alpha": 0.8, "row_block": 16 });
+                for pattern in fixture::patterns() {
+                    let host = fixture::solution(NAME, &params, &problem, pattern);
+                    let there = fixture::solution_on(NAME, &params, &problem, pattern, &device);
+                    let what = format!("{device:?} {seed} {pattern}");
+                    let (found, expected) = (there.alpha.unwrap(), host.alpha.unwrap());
+                    assert!((found - expected).abs() < 1e-2, "{what}: {found} {expected}");
+                    let found = values(&there.weight).unwrap();
+                    fixture::assert_obeys(&found, problem.columns, pattern);
+                    let ratio = unseen.error(&found) / unseen.error(&values(&host.weight).unwrap());
+                    assert!((ratio - 1.0).abs() < 1e-2, "{what}: {ratio}");
+                }
+            }
+        }
     }
 }

@@ -50,19 +50,21 @@ impl DeviceGram {
         Ok((inverse, (2.0 / 3.0 + 2.0) * (conditioned.n as f64).powi(3)))
     }
 
-    /// Minimises the quadratic around `anchor` over the values where `keep` is 1, from `start`; see [`crate::linalg::pcg`].
-    /// Returns the values, and the flops spent.
+    /// Minimises the quadratic around `anchor`, shifted by T, over the values where `keep` is 1, from `start`; see
+    /// [`crate::linalg::pcg`]. Returns the values, and the flops spent.
     pub(super) fn refit(
         &self,
-        anchor: &Tensor,
+        (anchor, shift): (&Tensor, Option<&Tensor>),
         start: &Tensor,
         keep: &Tensor,
         (steps, tolerance): (usize, f64),
     ) -> candle_core::Result<(Tensor, f64)> {
         let (rows, n) = start.dims2()?;
-        let residual_of = |values: &Tensor| (anchor - values)?.matmul(&self.gram);
+        let shifted = |values: Tensor| shift.map_or_else(|| Ok(values.clone()), |shift| &values + shift);
+        let residual_of = |values: &Tensor| shifted((anchor - values)?.matmul(&self.gram)?);
+        let error_of = |values: &Tensor, residual: &Tensor| row_dots(&(anchor - values)?, &shifted(residual.clone())?);
         let residual = residual_of(start)?;
-        let before = row_dots(&(anchor - start)?, &residual)?;
+        let before = error_of(start, &residual)?;
         let residual = (residual * keep.to_dtype(DType::F32)?)?;
         let direction = residual.broadcast_mul(&self.inverse_diagonal)?;
         let goals = &(row_dots(&residual, &direction)? * tolerance)?;
@@ -73,7 +75,7 @@ impl DeviceGram {
             ops::conjugate_step(&state, &image, keep, goals)?;
         }
         let values = state.get(0)?;
-        let after = row_dots(&(anchor - &values)?, &residual_of(&values)?)?;
+        let after = error_of(&values, &residual_of(&values)?)?;
         // Not so for NaN either.
         let fell = after.le(&before)?.unsqueeze(1)?.broadcast_as((rows, n))?;
         let flops = ((2 + steps) * rows) as f64 * 2.0 * (n * n) as f64;
@@ -90,6 +92,8 @@ fn row_dots(a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {
 pub(super) struct DeviceSearch<'a> {
     budget: Budget,
     anchor: &'a Tensor,
+    /// T, if it is not zero.
+    shift: Option<&'a Tensor>,
     /// A: D where `keep` is 1, U = Λ/ρ where it is 0.
     merged: Tensor,
     keep: Tensor,
@@ -98,16 +102,24 @@ pub(super) struct DeviceSearch<'a> {
 }
 
 impl<'a> DeviceSearch<'a> {
-    /// Starts at D = P(`anchor`) with a dual of zero.
-    pub(super) fn new(anchor: &'a Tensor, budget: Budget) -> candle_core::Result<Self> {
-        let keep = project(budget, anchor)?;
-        let merged = keep.where_cond(anchor, &anchor.zeros_like()?)?;
-        Ok(Self { budget, anchor, merged, checked: keep.clone(), keep, rho: 1.0 })
+    /// Starts at D = P(`start`) with a dual of zero.
+    pub(super) fn new(
+        start: &Tensor,
+        anchor: &'a Tensor,
+        shift: Option<&'a Tensor>,
+        budget: Budget,
+    ) -> candle_core::Result<Self> {
+        let keep = project(budget, start)?;
+        let merged = keep.where_cond(start, &start.zeros_like()?)?;
+        Ok(Self { budget, anchor, shift, merged, checked: keep.clone(), keep, rho: 1.0 })
     }
 
     /// One iteration with `inverse` = (Ĝ + ρI)⁻¹ and over-relaxation σ.
     pub(super) fn step(&mut self, inverse: &Tensor, rho: f32, sigma: f32) -> candle_core::Result<()> {
-        let right = ops::right_side(&self.merged, &self.keep, self.anchor, rho, self.rho)?;
+        let mut right = ops::right_side(&self.merged, &self.keep, self.anchor, rho, self.rho)?;
+        if let Some(shift) = self.shift {
+            right = (right + shift)?;
+        }
         let primal = (right.matmul(inverse)? + self.anchor)?;
         ops::update(&self.merged, &primal, &self.keep, sigma, self.rho / rho)?;
         self.keep = project(self.budget, &self.merged)?;
@@ -162,7 +174,7 @@ mod tests {
             for pattern in fixture::patterns() {
                 let budget = Budget { pattern, zeros: pattern.zeros(rows, n) };
                 let mut host = crate::prune::admm::Search::new(anchor.clone(), &anchor, None, n, budget);
-                let mut search = DeviceSearch::new(&there, budget).unwrap();
+                let mut search = DeviceSearch::new(&there, &there, None, budget).unwrap();
                 for (rho, sigma) in [(0.1f32, 1.0f32), (0.1, 1.5), (0.2, 1.0), (0.4, 1.0)] {
                     host.step(&inverses.at(rho, []).unwrap().0, rho, sigma);
                     search.step(&gram.inverse(rho, &conditioned).unwrap().0, rho, sigma).unwrap();
@@ -195,7 +207,7 @@ mod tests {
             let gram = DeviceGram::new(&conditioned, &device).unwrap();
             let tensor = |values: &[f32]| matrix(values.to_vec(), n, &device).unwrap();
             let stays = Tensor::from_vec(keep.clone(), (rows, n), &device).unwrap();
-            let (found, _) = gram.refit(&tensor(&anchor), &tensor(&start), &stays, (12, 1e-8)).unwrap();
+            let (found, _) = gram.refit((&tensor(&anchor), None), &tensor(&start), &stays, (12, 1e-8)).unwrap();
             let found = values(&found).unwrap();
             assert!(found.iter().zip(&keep).all(|(v, keep)| *keep == 1 || v.to_bits() == 0), "{device:?}");
             assert!(found.iter().zip(&host).all(|(x, y)| f64::from(x - y).abs() < TOLERANCE), "{device:?}");
@@ -213,7 +225,7 @@ mod tests {
             let there = matrix(anchor.clone(), 12, &device).unwrap();
             // The dense weights themselves: nothing is better.
             let keep = Tensor::ones((2, 12), DType::U8, &device).unwrap();
-            let (found, _) = gram.refit(&there, &there, &keep, (5, 1e-8)).unwrap();
+            let (found, _) = gram.refit((&there, None), &there, &keep, (5, 1e-8)).unwrap();
             assert_eq!(values(&found).unwrap(), anchor, "{device:?}");
         }
     }
