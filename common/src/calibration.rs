@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use serde::Serialize;
+
 use crate::digest::Digest;
 
 /// Sums over calibration sequences are made by leaves, so many in all, and the leaves' sums are merged as a tree: as many workers
@@ -35,6 +37,41 @@ impl Branch {
     /// The first leaf of the branch that this one is merged with.
     pub fn sibling(self) -> usize {
         self.first ^ self.leaves
+    }
+}
+
+/// The sequences of some consecutive leaves, of `sequences` in all.
+pub fn sequences_of(leaves: &Range<usize>, sequences: usize) -> Range<usize> {
+    leaves.start * sequences / LEAVES..leaves.end * sequences / LEAVES
+}
+
+/// Calibration sequences of which the last ones are held out. What is calibrated with and what is held out are summed apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Split {
+    /// Sequences in all.
+    pub sequences: usize,
+    /// How many of them, from the first, are calibrated with.
+    pub calibrating: usize,
+}
+
+impl Split {
+    /// Calibrating and held-out sequences of a branch.
+    pub fn parts(self, branch: Branch) -> [usize; 2] {
+        let all = sequences_of(&(branch.first..branch.first + branch.leaves), self.sequences);
+        let calibrating = all.end.min(self.calibrating).saturating_sub(all.start);
+        [calibrating, all.len() - calibrating]
+    }
+
+    /// Sums that a branch has: of what is calibrated with, of what is held out, or of both.
+    pub fn sums(self, branch: Branch) -> usize {
+        self.parts(branch).into_iter().filter(|sequences| *sequences > 0).count()
+    }
+
+    /// Most sums that there are at a time while some consecutive leaves are summed one after another, and merged as a tree.
+    pub fn most_sums(self, leaves: &Range<usize>) -> usize {
+        let leaf = |first| self.sums(Branch { first, leaves: 1 });
+        let before = |first| Branch::of(&(leaves.start..first)).into_iter().map(|branch| self.sums(branch)).sum::<usize>();
+        leaves.clone().map(|first| before(first) + leaf(first)).max().unwrap_or(0)
     }
 }
 

@@ -584,7 +584,7 @@ mod tests {
             ("alps", 32, None, 0),
             ("alps", 32, Some(0.25), 8),
         ] {
-            let mut job = job();
+            let mut job: JobSpec = toml::from_str(JOB).unwrap();
             method.clone_into(&mut job.method.name);
             (job.calibration.samples, job.calibration.held_out) = (samples, asked);
             assert_eq!(job.held_out_samples(), expected, "{method} {samples} {asked:?}");

@@ -65,8 +65,8 @@ pub struct Reconstruction {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PhaseSeconds {
     /// `load`, `forward`, `gram`, `solve`, `reconstruct`, `verify`, `store`, `fetch`, `evaluate`, `survey`,
-    /// and `wait` for what assistants do and send; of a worker with a GPU also `solve-host`, for methods that are not solved there, and
-    /// `make-room`, when its memory did not last.
+    /// `wait` for assistants that compute, and `transfer` for what they send while it is waited for; of a worker with a GPU also
+    /// `solve-host`, for methods that are not solved there, and `make-room`, when its memory did not last.
     pub phase: String,
     /// Wall-clock seconds.
     pub seconds: f64,

@@ -288,11 +288,9 @@ fn prune_group(
     let solved = crew.solve(group, stats, &*solver, &problems, &ctx);
     let solved = solved.map_err(|(member, source)| failed(member)(source))?;
     drop(solver);
-    let (seconds, waited) = (watch.seconds(), crew.take_waited());
-    phases.add(phase, seconds - waited, solved.iter().map(|(solution, _)| solution.flops).sum());
-    if waited > 0.0 {
-        phases.add("wait", waited, 0.0);
-    }
+    let (seconds, waiting) = (watch.seconds(), crew.take_waiting());
+    phases.add(phase, seconds - waiting.seconds(), solved.iter().map(|(solution, _)| solution.flops).sum());
+    waiting.book(phases);
     let watch = Stopwatch::start();
     let store = |(sublayer, (solution, _)): (&SublayerOutline, &(Solution, f64))| {
         let (name, dtype, shape) = place.stored_as(sublayer)?;

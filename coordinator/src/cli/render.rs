@@ -119,7 +119,7 @@ async fn planned(job: &JobSpec, args: &K8sArgs, cluster: Option<&ClusterSpec>) -
     let cached = if source.starts_with("hf://") { gib(model_bytes(&outline)) } else { 1 };
     let most = cost::count(&outline, job, cluster.map_or_else(Solver::default, |cluster| cluster.solver));
     let largest =
-        most.layers.iter().fold(Memory::default(), |largest, layer| largest.larger(layer.memory(Part::ALONE)));
+        most.layers.iter().fold(Memory::default(), |largest, layer| largest.larger(layer.memory(&Part::ALONE)));
     sizes(largest, memory, args.worker_cpus, cached).map(|sizes| (count, sizes))
 }
 

@@ -3,7 +3,7 @@
 //! Products are counted, and what is allocated for them; what is left out (norms, activations, masks, copying) is small beside
 //! them for the layers of any real model. What a method takes is what the worker that made the outline says of it.
 
-use espalier_common::calibration::LEAVES;
+use espalier_common::calibration::{LEAVES, Split};
 use espalier_common::job::{JobSpec, Propagation};
 use espalier_common::outline::{Effort, LayerOutline, ModelOutline, SublayerOutline};
 use serde::Serialize;
@@ -119,12 +119,15 @@ pub struct JobCost {
 /// Counts what `job` costs on a model of this outline.
 pub fn count(outline: &ModelOutline, job: &JobSpec, solver: Solver) -> JobCost {
     let two_streams = outline.needs_dense && job.propagation.mode == Propagation::Pruned;
+    let samples = job.calibration.samples;
+    let split = Split { sequences: samples, calibrating: samples - job.held_out_samples().min(samples.saturating_sub(1)) };
     let size = Size {
         samples: job.calibration.samples as u64,
         sequence: job.calibration.sequence_length as u64,
         hidden: outline.hidden_size as u64,
         streams: if two_streams { 2 } else { 1 },
-        sides: if job.held_out_samples() > 0 { 2 } else { 1 },
+        split,
+        solves_on_both: outline.needs_held_out,
     };
     let effort = |columns: usize| {
         let told = outline.efforts.iter().find(|effort| effort.columns == columns).copied();
@@ -172,11 +175,17 @@ struct Size {
     sequence: u64,
     hidden: u64,
     streams: u64,
-    /// Inputs that errors are measured on: those of the calibration, and those that are held out.
-    sides: u64,
+    split: Split,
+    /// Whether solving takes the statistics of both.
+    solves_on_both: bool,
 }
 
 impl Size {
+    /// Inputs that errors are measured on: those of the calibration, and those that are held out.
+    fn sides(self) -> u64 {
+        if self.split.calibrating < self.split.sequences { 2 } else { 1 }
+    }
+
     fn tokens(self) -> f64 {
         self.samples as f64 * self.sequence as f64
     }
@@ -207,8 +216,8 @@ impl Size {
             rows: members.iter().map(|sublayer| sublayer.rows as u64).collect(),
             gram_flops: a_gram * self.tokens() * (columns as f64).powi(2),
             effort,
-            sums_bytes: self.sums_bytes(columns).saturating_mul(self.sides),
-            statistics_bytes: self.sums_bytes(columns) / 2,
+            sums_bytes: self.sums_bytes(columns),
+            statistics_bytes: self.sums_bytes(columns) / 2 * if self.solves_on_both { self.sides() } else { 1 },
             stored_bytes: members.iter().map(stored).sum(),
         }
     }
@@ -225,6 +234,7 @@ impl Size {
         let widest = layer.sublayers().map(|one| one.columns.max(one.rows) as u64).max().unwrap_or(0);
         let room = Room {
             weights,
+            split: self.split,
             streams: self.streams,
             boundary_bytes: self.boundary_bytes(),
             input_bytes: groups.iter().map(|group| self.bytes_of(group.effort.columns as u64)).collect(),
@@ -236,7 +246,7 @@ impl Size {
             forward_flops: streams * (2.0 * tokens * weights as f64 + attention),
             groups,
             // Two energies of half a sweep each; against dense inputs, three and a whole one.
-            verify_flops: self.sides as f64 * sweeps * if self.streams == 2 { 2.5 } else { 1.0 },
+            verify_flops: self.sides() as f64 * sweeps * if self.streams == 2 { 2.5 } else { 1.0 },
             store_bytes: layer.bytes,
             room,
         }
@@ -253,6 +263,8 @@ fn bytes_of(dtype: &str) -> u64 {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use espalier_common::job::CalibrationSpec;
+
     use super::*;
 
     pub(in crate::plan) fn outline(layers: usize) -> ModelOutline {
@@ -278,6 +290,7 @@ pub(super) mod tests {
             structure: None,
             efforts: Vec::new(),
             needs_dense: false,
+            needs_held_out: false,
             imports_zeros: false,
             needs_whole: false,
         }
@@ -286,7 +299,7 @@ pub(super) mod tests {
     pub(in crate::plan) fn job(mode: &str) -> JobSpec {
         serde_json::from_value(serde_json::json!({
             "model": {"source": "m"},
-            "calibration": {"source": "c", "samples": 10, "sequence_length": 32},
+            "calibration": {"source": "c", "samples": 10, "sequence_length": 32, "held_out": 0},
             "propagation": {"mode": mode},
             "output": {"uri": "o"},
         }))
@@ -303,6 +316,26 @@ pub(super) mod tests {
         let sweeps = 64.0 * 64.0 * 64.0 + 256.0 * 64.0 * 64.0 + 64.0 * 256.0 * 256.0;
         assert!((layer.verify_flops - 2.0 * sweeps).abs() < 1.0);
         assert_eq!(cost.boundary_bytes, 320 * 64 * 4);
+    }
+
+    #[test]
+    fn what_is_held_out_is_summed_apart_and_sent_where_solving_takes_it() {
+        let cost = |held_out: f64, needs_held_out| {
+            let job = JobSpec {
+                calibration: CalibrationSpec { held_out: Some(held_out), ..job("pruned").calibration },
+                ..job("pruned")
+            };
+            let cost = count(&ModelOutline { needs_held_out, ..outline(1) }, &job, Solver::default());
+            cost.layers.into_iter().next().unwrap()
+        };
+        let (none, kept, taken) = (cost(0.0, true), cost(0.1, false), cost(0.1, true));
+        let statistics = |layer: &LayerCost| layer.groups[2].statistics_bytes;
+        assert_eq!((statistics(&kept), statistics(&taken)), (statistics(&none), 2 * statistics(&none)));
+        // A measure on both.
+        assert!((kept.verify_flops / none.verify_flops - 2.0).abs() < 1e-12);
+        // Of ten sequences the last two are leaf 7, which is now of both kinds.
+        let sums = |layer: &LayerCost| layer.room.split.most_sums(&(0..LEAVES));
+        assert_eq!((sums(&none), sums(&kept)), (4, 5));
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! Memory that a layer takes of a worker: what is allocated at the place where most is, group by group.
 
-use espalier_common::calibration::LEAVES;
+use std::ops::Range;
+
+use espalier_common::calibration::{LEAVES, Split};
 use serde::Serialize;
 
 use super::cost::{F32, GroupCost, LayerCost};
@@ -41,6 +43,11 @@ impl Memory {
         PROCESS_BYTES.saturating_add(taken).saturating_add(taken / SLACK)
     }
 
+    /// The same beside so many bytes of hidden states that wait for other layers.
+    pub fn beside(self, waiting_bytes: u64) -> Self {
+        Self { activation_bytes: self.activation_bytes.saturating_add(waiting_bytes), ..self }
+    }
+
     /// The one of which more cannot go to disk, with the most hidden states of both.
     pub fn larger(self, other: Self) -> Self {
         let more = if other.resident_bytes() > self.resident_bytes() { other } else { self };
@@ -53,6 +60,8 @@ impl Memory {
 pub struct Room {
     /// Weights of all sublayers.
     pub weights: u64,
+    /// The sequences, and which of them are held out.
+    pub split: Split,
     /// Streams of hidden states.
     pub streams: u64,
     /// Bytes of the hidden states before the layer, all sequences and streams.
@@ -64,10 +73,10 @@ pub struct Room {
 }
 
 /// A worker's part in a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Part {
-    /// How many of the eight leaves of the sequences it has.
-    pub leaves: u64,
+    /// Which of the leaves of the sequences it has.
+    pub leaves: Range<usize>,
     /// How many others share the layer.
     pub others: u64,
     /// Whether the layer is its own.
@@ -78,12 +87,12 @@ pub struct Part {
 
 impl Part {
     /// Everything.
-    pub const ALONE: Self = Self { leaves: LEAVES as u64, others: 0, is_owner: true, kept: LEAVES as u64 };
+    pub const ALONE: Self = Self { leaves: 0..LEAVES, others: 0, is_owner: true, kept: LEAVES as u64 };
 }
 
 impl LayerCost {
     /// What it takes of a worker that has a part in it.
-    pub fn memory(&self, part: Part) -> Memory {
+    pub fn memory(&self, part: &Part) -> Memory {
         let mut stored_bytes = 0;
         let mut most = Memory::default();
         for (group, &input_bytes) in self.groups.iter().zip(&self.room.input_bytes) {
@@ -94,15 +103,24 @@ impl LayerCost {
         most
     }
 
+    /// What it takes of a worker that only runs it: its input, which stays, and its output.
+    pub fn memory_of_forward(&self) -> Memory {
+        Memory {
+            weights_bytes: self.room.weights.saturating_mul(F32),
+            sequence_bytes: self.room.sequence_bytes,
+            activation_bytes: self.room.boundary_bytes.saturating_mul(2),
+            ..Memory::default()
+        }
+    }
+
     /// The layer's input as far as it is kept to the end, for whoever is lost; beside it the residual stream and the group's input.
-    fn hidden(&self, input_bytes: u64, part: Part) -> u64 {
-        let carried = self.room.boundary_bytes.saturating_add(input_bytes).saturating_mul(part.leaves) / LEAVES as u64;
+    fn hidden(&self, input_bytes: u64, part: &Part) -> u64 {
+        let carried = self.room.boundary_bytes.saturating_add(input_bytes).saturating_mul(part.leaves.len() as u64) / LEAVES as u64;
         carried.saturating_add(self.room.boundary_bytes.saturating_mul(part.kept) / LEAVES as u64)
     }
 
-    fn while_gathered(&self, group: &GroupCost, input_bytes: u64, part: Part) -> Memory {
-        // As many sums as the tree is deep, and the one that is being summed.
-        let own = 1 + u64::from(part.leaves.max(1).ilog2());
+    fn while_gathered(&self, group: &GroupCost, input_bytes: u64, part: &Part) -> Memory {
+        let own = self.room.split.most_sums(&part.leaves) as u64;
         // Those that come from others, as a letter and as numbers; those that go, the same.
         let travelling = if part.others == 0 { 0 } else { 2 };
         Memory {
@@ -115,11 +133,12 @@ impl LayerCost {
         }
     }
 
-    fn while_solved(&self, group: &GroupCost, (input_bytes, stored_bytes): (u64, u64), part: Part) -> Memory {
+    fn while_solved(&self, group: &GroupCost, (input_bytes, stored_bytes): (u64, u64), part: &Part) -> Memory {
         let weights_bytes = self.room.weights.saturating_mul(F32 * self.room.streams);
         let solved_bytes = group.weights().saturating_mul(F32);
         // A mean of the sums in f32, and both triangles of what is symmetric.
-        let gram_bytes = group.statistics_bytes.saturating_mul(2);
+        let sides = if self.room.split.calibrating < self.room.split.sequences { 2 } else { 1 };
+        let gram_bytes = group.sums_bytes.saturating_mul(sides);
         let widest = group.blocks().max().unwrap_or(0);
         let solver_bytes = group.effort.kept_bytes.saturating_add(widest.saturating_mul(group.effort.row_bytes));
         let is_shared = part.others > 0 && group.solving_bytes(part.others) > 0;
@@ -164,7 +183,7 @@ mod tests {
 
     #[test]
     fn the_widest_group_counts_where_it_takes_most() {
-        let memory = layer().memory(Part::ALONE);
+        let memory = layer().memory(&Part::ALONE);
         let (weights, down) = (64 * 64 + 2 * 256 * 64, 64 * 256);
         // Sums in f64 weigh more than what SparseGPT keeps: three matrices.
         let solved = 4 * (weights + down) + 2 * weights + 2 * 4 * (256 * 257 / 2) + 3 * 4 * 256 * 256 + 64 * 12 * 256;
@@ -177,11 +196,11 @@ mod tests {
     #[test]
     fn an_assistant_holds_its_share_of_the_hidden_states_and_no_input() {
         let layer = layer();
-        let owner = layer.memory(Part { leaves: 4, others: 1, is_owner: true, kept: 8 });
-        let assistant = layer.memory(Part { leaves: 4, others: 1, is_owner: false, kept: 0 });
+        let owner = layer.memory(&Part { leaves: 0..4, others: 1, is_owner: true, kept: 8 });
+        let assistant = layer.memory(&Part { leaves: 4..8, others: 1, is_owner: false, kept: 0 });
         assert_eq!(assistant.activation_bytes, 320 * 4 * (64 + 256) / 2);
         assert_eq!(owner.activation_bytes, assistant.activation_bytes + 320 * 4 * 64);
         assert!(assistant.resident_bytes() <= owner.resident_bytes());
-        assert!(owner.activation_bytes < layer.memory(Part::ALONE).activation_bytes);
+        assert!(owner.activation_bytes < layer.memory(&Part::ALONE).activation_bytes);
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-use espalier_common::calibration::{Branch, LEAVES};
+use espalier_common::calibration::{Branch, LEAVES, Split};
 use espalier_common::clock::Millis;
 use espalier_common::digest::Digest;
 use espalier_common::ids::{Boundary, LayerIndex, Lease, Unit, WorkerId};
@@ -116,7 +116,7 @@ pub fn predict(
     }
     // Whoever is left may have to do any layer, so each must be able to.
     for worker in workers {
-        let mut needed = cost.layers.iter().map(|layer| layer.memory(Part::ALONE)).enumerate();
+        let mut needed = cost.layers.iter().map(|layer| layer.memory(&Part::ALONE)).enumerate();
         if let Some((layer, memory)) = needed.find(|(_, memory)| memory.resident_bytes() > worker.memory_bytes) {
             let (worker, has_bytes) = (worker.name.clone(), worker.memory_bytes);
             return Err(PlanError::Memory { layer, worker, memory, has_bytes });
@@ -284,23 +284,27 @@ impl<'a> Rehearsal<'a> {
         // Sequences are shared out beforehand, so that whoever is last counts.
         let slowest = |(leaves, speed): (&usize, &f64)| *leaves as f64 / LEAVES as f64 / speed;
         let gathering = leaves.iter().zip(&speeds).map(slowest).fold(0.0, f64::max);
-        if let Unit::Prune(_) = lease.unit {
-            for (hand, (&worker, &leaves)) in crew.iter().zip(&leaves).enumerate() {
-                let (leaves, is_owner) = (leaves as u64, hand == 0);
-                let kept = match shares {
-                    Some(_) => leaves,
-                    None if is_owner => LEAVES as u64,
-                    None => 0,
-                };
-                let part = Part { leaves, others: crew.len() as u64 - 1, is_owner, kept };
-                let memory = self.memory.entry(worker).or_default();
-                *memory = memory.larger(own.memory(part));
-            }
+        let mut first = 0;
+        for (hand, (&worker, &leaves)) in crew.iter().zip(&leaves).enumerate() {
+            let (leaves, is_owner) = (first..first + leaves, hand == 0);
+            first = leaves.end;
+            let kept = match shares {
+                Some(_) => leaves.len() as u64,
+                None if is_owner => LEAVES as u64,
+                None => 0,
+            };
+            let needed = match lease.unit {
+                Unit::Prune(_) => own.memory(&Part { leaves, others: crew.len() as u64 - 1, is_owner, kept }),
+                _ => own.memory_of_forward(),
+            };
+            let needed = needed.beside(self.waiting_bytes(worker, layer));
+            let memory = self.memory.entry(worker).or_default();
+            *memory = memory.larger(needed);
         }
         if crew.len() > 1 {
             let bytes = self.shared_bytes(own, &leaves, shares.is_none());
             self.bytes_moved = self.bytes_moved.saturating_add(bytes);
-            phases.push(("share", bytes as f64 * 8.0 / (self.cluster.network.gigabits_per_second * 1e9)));
+            phases.push(("transfer", bytes as f64 * 8.0 / (self.cluster.network.gigabits_per_second * 1e9)));
         }
         phases.push(("forward", (replayed / speed + own.forward_flops * gathering) / efficiency));
         if let Unit::Prune(_) = lease.unit {
@@ -313,6 +317,13 @@ impl<'a> Rehearsal<'a> {
         phases
     }
 
+    /// Hidden states that a worker has before other layers than the one that it has a part in.
+    fn waiting_bytes(&self, worker: WorkerId, layer: LayerIndex) -> u64 {
+        let held = self.held.get(&worker).into_iter().flatten();
+        let waiting = held.filter(|boundary| boundary.0 != layer.0).count() as u64;
+        self.cost.boundary_bytes.saturating_mul(waiting)
+    }
+
     /// Bytes that the owner of a layer and its assistants send each other.
     fn shared_bytes(&self, layer: &LayerCost, leaves: &[usize], is_lent: bool) -> u64 {
         let assistants = leaves.len() as u64 - 1;
@@ -321,7 +332,7 @@ impl<'a> Rehearsal<'a> {
         let hidden = self.cost.boundary_bytes.saturating_mul(2 * lent as u64) / LEAVES as u64;
         let of_group = |group: &GroupCost| {
             // Sums over each branch of the shares, and what the weights became, for everybody.
-            let sums = group.sums_bytes.saturating_mul(branches(leaves));
+            let sums = group.sums_bytes.saturating_mul(travelling_sums(leaves, layer.room.split));
             let applied = group.stored_bytes.saturating_mul(assistants);
             sums.saturating_add(applied).saturating_add(group.solving_bytes(assistants))
         };
@@ -397,13 +408,13 @@ fn solving_seconds(group: &GroupCost, speeds: &[f64]) -> f64 {
     (before / slowest + blocks) * 100.0 / f64::from(effort.speed_percent.max(1))
 }
 
-/// Whole branches of the tree of leaves that the shares of assistants are.
-fn branches(leaves: &[usize]) -> u64 {
+/// Sums over whole branches of the tree of leaves that the shares of assistants are.
+fn travelling_sums(leaves: &[usize], split: Split) -> u64 {
     let mut first = leaves[0];
     let of_share = leaves[1..].iter().map(|&leaves| {
         let share = first..first + leaves;
         first = share.end;
-        Branch::of(&share).len() as u64
+        Branch::of(&share).into_iter().map(|branch| split.sums(branch) as u64).sum::<u64>()
     });
     of_share.sum()
 }
@@ -488,6 +499,18 @@ mod tests {
         assert!(two.seconds < 0.65 * one.seconds, "{} against {}", two.seconds, one.seconds);
         assert!(two.seconds >= 0.5 * one.seconds);
         assert_eq!(two.workers.iter().map(|part| part.layers.len()).sum::<usize>(), 8);
+    }
+
+    #[test]
+    fn hidden_states_that_wait_for_their_layers_take_memory() {
+        let hidden = |layers, gflops: &[f64]| {
+            let plan = plan_of("dense", layers, gflops, u64::MAX).unwrap();
+            plan.workers.iter().map(|part| part.memory.activation_bytes).max().unwrap()
+        };
+        let boundary = 320 * 64 * 4;
+        // Alone, a worker runs all layers before it prunes the first one.
+        assert_eq!(hidden(6, &[1.0]) - hidden(1, &[1.0]), 5 * boundary);
+        assert!(hidden(6, &[1.0, 1.0]) < hidden(6, &[1.0]));
     }
 
     #[test]

@@ -9,17 +9,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
+use espalier_common::calibration::Split;
 
 use super::gram::{GramAccumulator, GramError};
 use crate::prune::InputStats;
 
 /// Leaves of the tree. At most four partial sums are held while leaves are summed one after another.
-pub use espalier_common::calibration::{Branch, LEAVES};
-
-/// The sequences of some consecutive leaves, of `sequences` in all.
-pub fn sequences_of(leaves: &Range<usize>, sequences: usize) -> Range<usize> {
-    leaves.start * sequences / LEAVES..leaves.end * sequences / LEAVES
-}
+pub use espalier_common::calibration::{Branch, LEAVES, sequences_of};
 
 /// What is summed, and over what.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,17 +33,13 @@ pub struct Sampling {
 }
 
 impl Sampling {
-    /// Calibrating and held-out sequences of a branch.
-    fn parts(&self, branch: Branch) -> [usize; 2] {
-        let all = sequences_of(&(branch.first..branch.first + branch.leaves), self.sequences);
-        let calibrating = all.end.min(self.calibrating).saturating_sub(all.start);
-        [calibrating, all.len() - calibrating]
+    fn split(&self) -> Split {
+        Split { sequences: self.sequences, calibrating: self.calibrating }
     }
 
     /// Numbers that the sums of a branch are, in [`Sums::values`].
     pub fn values(&self, branch: Branch) -> usize {
-        let parts = self.parts(branch).into_iter().filter(|sequences| *sequences > 0).count();
-        parts * GramAccumulator::length(self.columns, self.with_dense)
+        self.split().sums(branch) * GramAccumulator::length(self.columns, self.with_dense)
     }
 }
 
@@ -84,7 +76,7 @@ impl Sums {
             let values = (sequences > 0).then(|| chunks.next()).flatten()?;
             Some(GramAccumulator::from_values(sampling.columns, sampling.with_dense, tokens, values))
         };
-        let [calibrating, held_out] = sampling.parts(branch);
+        let [calibrating, held_out] = sampling.split().parts(branch);
         Self { calibrating: read(calibrating), held_out: read(held_out) }
     }
 }

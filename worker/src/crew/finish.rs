@@ -62,7 +62,6 @@ impl Crew<'_> {
             self.assistants.iter().map(|one| sequences_of(&one.leaves, sequences)).collect();
         let missing = ranges.iter().map(|range| range.len() * streams).collect();
         let mut failed = None;
-        let waited = Stopwatch::start();
         self.collect((own, seconds), (missing, true), |number, matter, body| {
             let Matter::Output(pb::Hidden { stream, sequence }) = matter else { return false };
             let (stream, sequence) = (stream as usize, sequence as usize);
@@ -80,7 +79,7 @@ impl Crew<'_> {
             true
         })?;
         failed.map_or(Ok(()), Err)?;
-        self.waited(&waited, phases);
+        self.take_waiting().book(phases);
         for number in (0..self.assistants.len()).filter(|&number| !self.is_there(number)) {
             let leaves = self.assistants[number].leaves.clone();
             // Shares that were adopted before are there already.
@@ -121,7 +120,6 @@ impl Crew<'_> {
         let seconds = watch.seconds();
         let ranges: Vec<Range<usize>> =
             self.assistants.iter().map(|one| sequences_of(&one.leaves, sequences)).collect();
-        let waited = Stopwatch::start();
         let missing = vec![1; self.assistants.len()];
         self.collect((own, seconds), (missing, true), |number, matter, body| {
             let Matter::Keeping(answer) = matter else { return false };
@@ -132,7 +130,7 @@ impl Crew<'_> {
             }
             answer == told
         })?;
-        self.waited(&waited, phases);
+        self.take_waiting().book(phases);
         if !stores {
             // What an assistant that is gone did not keep is made again by whoever gets its share.
             return Ok((None, self.lost));

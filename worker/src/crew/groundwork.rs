@@ -13,11 +13,6 @@ use crate::transport::Outgoing;
 use crate::transport::parcel::{Body, bytes_of, numbers};
 
 impl Crew<'_> {
-    /// Seconds of solving that were spent waiting for assistants since this was asked last.
-    pub(crate) fn take_waited(&mut self) -> f64 {
-        std::mem::take(&mut self.waited)
-    }
-
     /// Makes what all blocks of a group need, each worker a share, and hands it round; returns the operations that it took. What
     /// an assistant does not give is made by whoever needs it.
     pub(super) fn lay(
@@ -52,7 +47,6 @@ impl Crew<'_> {
         let (seconds, own_leaves) = (watch.seconds(), self.own_leaves());
         let mut taken: Vec<(usize, usize, Bytes)> = Vec::new();
         let missing = wanted.iter().map(Vec::len).collect();
-        let watch = Stopwatch::start();
         let collected = self.collect((own_leaves, seconds), (missing, false), |number, matter, body| {
             let Matter::Part(told) = matter else { return false };
             let part = told.part as usize;
@@ -63,7 +57,6 @@ impl Crew<'_> {
             told.group as usize == group && groundwork.take(part, matrix)
         });
         collected.map_err(|_| SolveError::Cancelled)?;
-        self.waited += watch.seconds();
         self.place.received(taken.iter().map(|(_, _, body)| body.len() as u64).sum());
         for (number, part, body) in taken {
             there

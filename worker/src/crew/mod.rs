@@ -16,6 +16,7 @@ pub mod owner;
 mod share;
 mod sizes;
 mod statistics;
+mod waiting;
 
 pub(crate) use input::Input;
 pub(crate) use owner::Crew;

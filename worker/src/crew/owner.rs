@@ -23,6 +23,7 @@ use super::board::{Board, Task};
 use super::input::Input;
 use super::order::{Order, asked, take_solved};
 use super::share::{Share, deal, sampling};
+use super::waiting::Waiting;
 use super::{LayerSizes, statistics};
 use crate::calibrate::tree::{Branch, Forest, LEAVES, Sums};
 use crate::device::in_order;
@@ -109,8 +110,10 @@ pub(crate) struct Crew<'a> {
     answers: Option<mpsc::Receiver<Received>>,
     lines: TaskGroup,
     pub(super) lost: u32,
-    /// Seconds of solving that were spent waiting for assistants.
-    pub(super) waited: f64,
+    /// Waiting that is not booked yet.
+    waiting: Waiting,
+    /// How long the last letter was on its way.
+    on_its_way: f64,
     next_order: u32,
 }
 
@@ -158,7 +161,8 @@ impl<'a> Crew<'a> {
             answers: (!shared.is_empty()).then_some(answers),
             lines: TaskGroup::new(),
             lost: 0,
-            waited: 0.0,
+            waiting: Waiting::default(),
+            on_its_way: 0.0,
             next_order: 0,
         };
         let streams = crew.input.streams();
@@ -268,9 +272,10 @@ impl<'a> Crew<'a> {
                 () = token.cancelled() => Err(TaskError::Cancelled),
             }
         })?;
-        let Some(Received { from, letter }) = received.filter(|received| self.is_there(received.from)) else {
+        let Some(Received { from, letter, seconds }) = received.filter(|received| self.is_there(received.from)) else {
             return Ok(None);
         };
+        self.on_its_way = seconds;
         match letter {
             Ok(letter) => match letter.matter {
                 Matter::Fault(fault) => self.lose(from, &fault.message),
@@ -292,11 +297,12 @@ impl<'a> Crew<'a> {
         (mut missing, last): (Vec<usize>, bool),
         mut take: impl FnMut(usize, Matter, Vec<u8>) -> bool,
     ) -> Result<(), TaskError> {
-        let watch = Stopwatch::start();
+        let (watch, mut idle) = (Stopwatch::start(), Stopwatch::start());
         loop {
             let late: Vec<usize> =
                 (0..missing.len()).filter(|&number| self.is_there(number) && missing[number] > 0).collect();
             let Some(most) = late.iter().map(|&number| self.assistants[number].leaves.len()).max() else {
+                self.waiting.add(idle.seconds(), 0.0);
                 return Ok(());
             };
             // Whoever has to make its share runs it through all groups of the layers before this one first.
@@ -306,15 +312,20 @@ impl<'a> Crew<'a> {
             let allowed = self.place.patience.as_secs_f64() + PATIENCE * takes;
             if watch.seconds() > allowed {
                 late.into_iter().for_each(|number| self.lose(number, "it is too slow"));
+                self.waiting.add(idle.seconds(), 0.0);
                 return Ok(());
             }
             if let Some((number, matter, body)) = self.next_letter(GLANCE)? {
+                self.waiting.add(idle.seconds(), self.on_its_way);
+                let unpacking = Stopwatch::start();
                 if missing[number] > 0 && take(number, matter, body) {
                     missing[number] -= 1;
                     self.assistants[number].is_through = last && missing[number] == 0;
                 } else {
                     self.lose(number, "it said something out of turn");
                 }
+                self.waiting.add_unpacking(unpacking.seconds());
+                idle = Stopwatch::start();
             }
         }
     }
@@ -347,7 +358,7 @@ impl<'a> Crew<'a> {
         let mut forest = Forest::default();
         let (watch, own) = (Stopwatch::start(), self.own_leaves());
         self.gather_own(0, group, &mut forest, phases)?;
-        let (seconds, watch) = (watch.seconds(), Stopwatch::start());
+        let seconds = watch.seconds();
         let sampling = sampling(self.place.run, members[0].columns);
         let mut wanted: Vec<Vec<Branch>> = self.assistants.iter().map(|one| Branch::of(&one.leaves)).collect();
         let mut sums: Vec<Vec<(Branch, Sums)>> = wanted.iter().map(|_| Vec::new()).collect();
@@ -361,7 +372,7 @@ impl<'a> Crew<'a> {
             sums[number].push((branch, Sums::from_values(&sampling, branch, &values)));
             told.group as usize == group
         })?;
-        self.waited(&watch, phases);
+        self.take_waiting().book(phases);
         for (number, sums) in sums.into_iter().enumerate().filter(|(number, _)| self.is_there(*number)) {
             self.place.received(sums.iter().map(|(branch, _)| sampling.values(*branch) as u64 * 8).sum());
             sums.into_iter().try_for_each(|(branch, sums)| forest.insert(branch, sums)).map_err(failed)?;
@@ -376,10 +387,9 @@ impl<'a> Crew<'a> {
         Ok(stats)
     }
 
-    pub(super) fn waited(&self, watch: &Stopwatch, phases: &mut Phases) {
-        if !self.assistants.is_empty() {
-            phases.add("wait", watch.seconds(), 0.0);
-        }
+    /// What was waited since this was asked last.
+    pub(crate) fn take_waiting(&mut self) -> Waiting {
+        std::mem::take(&mut self.waiting)
     }
 
     pub(super) fn own_leaves(&self) -> usize {
@@ -468,17 +478,21 @@ impl<'a> Crew<'a> {
     /// Gives out blocks to assistants until none waits, and takes what they make of them.
     fn lend(&mut self, group: usize, problems: &[Problem<'_>], board: &Board) -> Result<(), TaskCancelled> {
         let mut orders: VecDeque<Order> = VecDeque::new();
-        let mut idle: Option<Stopwatch> = None;
+        let (mut idle, mut counted): (Option<Stopwatch>, f64) = (None, 0.0);
         loop {
             for _ in 0..ORDERS {
                 (0..self.assistants.len()).for_each(|number| self.order(number, group, board, &mut orders));
             }
             if orders.is_empty() {
-                self.waited += idle.map_or(0.0, |idle| idle.seconds());
+                self.waiting.add(idle.map_or(0.0, |idle| idle.seconds() - counted), 0.0);
                 return Ok(());
             }
             let letter = self.next_letter(GLANCE).map_err(|_| TaskCancelled)?;
             self.place.received(letter.as_ref().map_or(0, |(_, _, body)| body.len() as u64));
+            if let Some(idle) = idle.as_ref().filter(|_| letter.is_some()) {
+                self.waiting.add(idle.seconds() - counted, self.on_its_way);
+                counted = idle.seconds();
+            }
             if let Some((number, matter, body)) = letter
                 && !take_solved(problems, board, &mut orders, (number, &matter, &body))
             {

@@ -456,7 +456,7 @@ mod tests {
         let problem = &corrected.problem;
         let (conditioned, ()) = Conditioned::factored(&problem.stats.gram, damping, |_| Ok(())).unwrap();
         let dense = problem.stats.dense.as_ref().unwrap();
-        let towards_dense = Some(blend(&conditioned, &problem.stats.gram, &dense.cross).unwrap());
+        let towards_dense = Some(towards_dense(&conditioned, &problem.stats.gram, &dense.cross).unwrap());
         let conditioned = Arc::new(conditioned);
         let inverses = Inverses::new(Arc::clone(&conditioned));
         let group = Group { conditioned, towards_dense, held_out: None, inverses, params: Params::default() };

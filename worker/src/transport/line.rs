@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use espalier_common::clock::Stopwatch;
 use espalier_common::report::LinkUse;
 use espalier_gate::trace::Context;
 use espalier_proto::v1::head::Matter;
@@ -32,6 +33,8 @@ pub struct Received {
     pub from: usize,
     /// A letter, or why there will be none any more.
     pub letter: Result<Letter, LinkError>,
+    /// From the letter's head to the last of its body.
+    pub seconds: f64,
 }
 
 /// One worker that shares a layer with this one, and what is sent to it and received from it.
@@ -126,7 +129,7 @@ impl<S: Fn(&Matter) -> Option<u64>> Line<S> {
     pub(super) async fn tell_end(&self, ended: Result<(), LinkError>) {
         if let Err(error) = ended {
             // Whoever listened may be through with it.
-            let _ = self.received.send(Received { from: self.number, letter: Err(error) }).await;
+            let _ = self.received.send(Received { from: self.number, letter: Err(error), seconds: 0.0 }).await;
         }
     }
 }
@@ -249,6 +252,7 @@ async fn read(
 ) -> Result<(), LinkError> {
     let wrong = |source: BodyError| LinkError::Body { endpoint: endpoint.to_owned(), source };
     while let Some(head) = heads.recv().await {
+        let watch = Stopwatch::start();
         let (matter, bytes) = announced(head?, size_of).map_err(|error| wrong(error.into()))?;
         let body = match link.receive(bytes).await {
             Ok(body) => body,
@@ -258,7 +262,8 @@ async fn read(
                 return Err(end.filter(|_| error == BodyError::HungUp).unwrap_or_else(|| wrong(error)));
             }
         };
-        if received.send(Received { from: number, letter: Ok(Letter { matter, body }) }).await.is_err() {
+        let (letter, seconds) = (Ok(Letter { matter, body }), watch.seconds());
+        if received.send(Received { from: number, letter, seconds }).await.is_err() {
             return Ok(());
         }
     }

@@ -1,0 +1,58 @@
+//! What an owner's waiting for its assistants is made of.
+
+use crate::unit::Phases;
+
+/// Seconds in which an owner had nothing else to do.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(crate) struct Waiting {
+    /// For assistants that compute.
+    computed: f64,
+    /// For letters on their way, and to unpack them: what other workers cost that a single one has not.
+    moved: f64,
+}
+
+impl Waiting {
+    /// Notes a wait that a letter ended which was `on_its_way` so long; a letter that came while there was other work is not
+    /// waited for longer than the wait itself.
+    pub(super) fn add(&mut self, seconds: f64, on_its_way: f64) {
+        let moved = on_its_way.clamp(0.0, seconds.max(0.0));
+        self.moved += moved;
+        self.computed += seconds - moved;
+    }
+
+    /// Notes unpacking.
+    pub(super) fn add_unpacking(&mut self, seconds: f64) {
+        self.moved += seconds;
+    }
+
+    /// All of it.
+    pub(crate) fn seconds(self) -> f64 {
+        self.computed + self.moved
+    }
+
+    /// Books it, if there was any.
+    pub(crate) fn book(self, phases: &mut Phases) {
+        for (phase, seconds) in [("wait", self.computed), ("transfer", self.moved)] {
+            if seconds > 0.0 {
+                phases.add(phase, seconds, 0.0);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_letter_is_waited_for_as_long_as_it_is_on_its_way_while_somebody_waits() {
+        let mut waiting = Waiting::default();
+        // It came while the owner was at work; half of the wait; all of it.
+        for (seconds, on_its_way) in [(0.0, 3.0), (4.0, 2.0), (1.0, 5.0), (2.0, 0.0)] {
+            waiting.add(seconds, on_its_way);
+        }
+        waiting.add_unpacking(0.5);
+        assert_eq!(waiting, Waiting { computed: 4.0, moved: 3.5 });
+        assert!((waiting.seconds() - 7.5).abs() < 1e-12);
+    }
+}
