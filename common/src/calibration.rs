@@ -70,7 +70,8 @@ impl Split {
     /// Most sums that there are at a time while some consecutive leaves are summed one after another, and merged as a tree.
     pub fn most_sums(self, leaves: &Range<usize>) -> usize {
         let leaf = |first| self.sums(Branch { first, leaves: 1 });
-        let before = |first| Branch::of(&(leaves.start..first)).into_iter().map(|branch| self.sums(branch)).sum::<usize>();
+        let before =
+            |first| Branch::of(&(leaves.start..first)).into_iter().map(|branch| self.sums(branch)).sum::<usize>();
         leaves.clone().map(|first| before(first) + leaf(first)).max().unwrap_or(0)
     }
 }

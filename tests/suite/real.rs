@@ -244,7 +244,7 @@ mod methods {
         fista_50: Run::new("fista", HALF, DENSE_INPUTS, at_most(1.01, 36.84));
         fista_70: Run::new("fista", MOST, DENSE_INPUTS, at_most(1.01, 141.05));
         fista_2of4: Run::new("fista", TWO_OF_FOUR, DENSE_INPUTS, at_most(1.01, 61.30));
-        sparsegpt_70: Run::new("sparsegpt", MOST, &[], near(141.05, 0.03));
+        sparsegpt_70: Run::new("sparsegpt", MOST, &[], near(141.05, 0.05));
         wanda_2of4: Run::new("wanda", TWO_OF_FOUR, &[], near(148.67, 0.03));
     }
 }

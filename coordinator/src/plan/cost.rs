@@ -120,7 +120,8 @@ pub struct JobCost {
 pub fn count(outline: &ModelOutline, job: &JobSpec, solver: Solver) -> JobCost {
     let two_streams = outline.needs_dense && job.propagation.mode == Propagation::Pruned;
     let samples = job.calibration.samples;
-    let split = Split { sequences: samples, calibrating: samples - job.held_out_samples().min(samples.saturating_sub(1)) };
+    let split =
+        Split { sequences: samples, calibrating: samples - job.held_out_samples().min(samples.saturating_sub(1)) };
     let size = Size {
         samples: job.calibration.samples as u64,
         sequence: job.calibration.sequence_length as u64,

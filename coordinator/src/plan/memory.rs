@@ -115,7 +115,8 @@ impl LayerCost {
 
     /// The layer's input as far as it is kept to the end, for whoever is lost; beside it the residual stream and the group's input.
     fn hidden(&self, input_bytes: u64, part: &Part) -> u64 {
-        let carried = self.room.boundary_bytes.saturating_add(input_bytes).saturating_mul(part.leaves.len() as u64) / LEAVES as u64;
+        let carried = self.room.boundary_bytes.saturating_add(input_bytes).saturating_mul(part.leaves.len() as u64)
+            / LEAVES as u64;
         carried.saturating_add(self.room.boundary_bytes.saturating_mul(part.kept) / LEAVES as u64)
     }
 

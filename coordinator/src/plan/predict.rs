@@ -297,7 +297,9 @@ impl<'a> Rehearsal<'a> {
                 Unit::Prune(_) => own.memory(&Part { leaves, others: crew.len() as u64 - 1, is_owner, kept }),
                 _ => own.memory_of_forward(),
             };
-            let needed = needed.beside(self.waiting_bytes(worker, layer));
+            // Who keeps its share lets go of the one before as it begins the next layer.
+            let waiting_bytes = if shares.is_some() { 0 } else { self.waiting_bytes(worker, layer) };
+            let needed = needed.beside(waiting_bytes);
             let memory = self.memory.entry(worker).or_default();
             *memory = memory.larger(needed);
         }
