@@ -16,7 +16,7 @@ use crate::fleet::Roster;
 use crate::metrics::CoordinatorMetrics;
 use crate::plan::cluster::{ClusterSpec, PlannedWorker};
 use crate::plan::cost;
-use crate::plan::predict::{self, PlanError, Prediction};
+use crate::plan::predict::{self, PlanError, Prediction, WorkerPart};
 use crate::plan::strategy::{self, Asked, Choice, Strategy, StrategyError};
 use crate::run;
 
@@ -150,6 +150,17 @@ fn summary(planned: &Planned, mode: Propagation) -> String {
         Propagation::Pruned => "each layer waits for the one before",
         Propagation::Dense => "layers are pruned side by side",
     };
+    let tight = plan.workers.iter().filter(|part| part.peak_bytes > part.worker.memory_bytes).map(|part| {
+        let WorkerPart { worker: PlannedWorker { name, memory_bytes, .. }, memory, peak_bytes, .. } = part;
+        let most = gigabytes(memory.most_hidden(*memory_bytes));
+        format!(
+            "\n{name} would need {} of its {} GB with a quarter of them for hidden states: memory_budget under [worker] must be \
+             {most} GB at most",
+            gigabytes(*peak_bytes),
+            gigabytes(*memory_bytes)
+        )
+    });
+    let tight: String = tight.collect();
     let others = planned.strategies.iter().filter(|(strategy, _)| **strategy != choice.strategy);
     let others: Vec<String> = others
         .map(|(strategy, cost)| {
@@ -161,7 +172,7 @@ fn summary(planned: &Planned, mode: Propagation) -> String {
         })
         .collect();
     format!(
-        "{workers}\n{phases}\n{:.1} s in all ({order}); {} units on the critical path; {} GB between workers\nstrategy {}: {}{}",
+        "{workers}\n{phases}\n{:.1} s in all ({order}); {} units on the critical path; {} GB between workers\nstrategy {}: {}{}{tight}",
         plan.seconds,
         plan.critical_path.len(),
         gigabytes(plan.bytes_moved),

@@ -43,6 +43,12 @@ impl Memory {
         PROCESS_BYTES.saturating_add(taken).saturating_add(taken / SLACK)
     }
 
+    /// Most bytes of hidden states that a process of so many bytes may keep in memory: the other way round.
+    pub fn most_hidden(&self, process_bytes: u64) -> u64 {
+        let taken = process_bytes.saturating_sub(PROCESS_BYTES) / (SLACK + 1) * SLACK;
+        taken.saturating_sub(self.resident_bytes())
+    }
+
     /// The same beside so many bytes of hidden states that wait for other layers.
     pub fn beside(self, waiting_bytes: u64) -> Self {
         Self { activation_bytes: self.activation_bytes.saturating_add(waiting_bytes), ..self }
@@ -192,6 +198,16 @@ mod tests {
         assert_eq!(memory.resident_bytes(), solved.max(gathered));
         // The input, the residual stream and the widest input: 320 tokens.
         assert_eq!(memory.activation_bytes, 320 * 4 * (64 + 64 + 256));
+    }
+
+    #[test]
+    fn the_budget_for_hidden_states_is_what_the_peak_leaves() {
+        let memory = Memory { weights_bytes: 5 << 30, activation_bytes: 40 << 30, ..Memory::default() };
+        let most = memory.most_hidden(16 << 30);
+        assert!((8 << 30..10 << 30).contains(&most), "{most}");
+        assert!(memory.peak_bytes(most) <= 16 << 30);
+        assert!(memory.peak_bytes(most + (1 << 20)) > 16 << 30);
+        assert_eq!(memory.most_hidden(5 << 30), 0);
     }
 
     #[test]

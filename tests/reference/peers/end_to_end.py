@@ -11,6 +11,7 @@ second. Prints one JSON document with both and their ratios. Needs torch, transf
 import argparse
 import json
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -60,6 +61,9 @@ def compress(options):
         num_calibration_samples=len(tokens),
     )
     model.save_pretrained(options.compress_to)
+    # Saving a model leaves its tokenizer behind.
+    for file in options.model.glob("tokenizer*.json"):
+        shutil.copy(file, options.compress_to)
 
 
 def resident(process):

@@ -297,6 +297,9 @@ impl<'a> Crew<'a> {
         (mut missing, last): (Vec<usize>, bool),
         mut take: impl FnMut(usize, Matter, Vec<u8>) -> bool,
     ) -> Result<(), TaskError> {
+        if self.assistants.is_empty() {
+            return Ok(());
+        }
         let (watch, mut idle) = (Stopwatch::start(), Stopwatch::start());
         loop {
             let late: Vec<usize> =
