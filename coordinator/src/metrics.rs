@@ -44,7 +44,7 @@ families! {
     };
     APPENDS_FAILED = Family::counter("espalier_journal_append_failures_total", &[], "Records of journals that could not be made durable; each ends its run.");
     MOVED = Family::counter("espalier_activation_received_bytes_total", &[], "Bytes of hidden states that workers received from one another.");
-    PHASES = Family::counter("espalier_phase_seconds_total", &["phase"], "Seconds of work by phase, summed over workers: load, fetch, forward, gram, solve, reconstruct, verify, store, wait, evaluate, survey.");
+    PHASES = Family::counter("espalier_phase_seconds_total", &["phase"], "Seconds of work by phase, summed over workers: load, fetch, forward, gram, solve, reconstruct, verify, store, wait, transfer, evaluate, survey.");
     FLOPS = Family::counter("espalier_phase_operations_total", &["phase"], "Floating-point operations of matrix products by phase.");
     ERROR = Family::gauge("espalier_sublayer_relative_error_ratio", &["sublayer"], "Relative error of the kind of sublayer in the layer that was committed last.");
     UNIT_SECONDS = Family {

@@ -30,7 +30,7 @@ families! {
         labels: &["unit"],
     };
     FAULTS = Family::counter("espalier_worker_faults_total", &["class"], "Faults of units by class: retry_here, retry_elsewhere, reject, bug.");
-    PHASES = Family::counter("espalier_worker_phase_seconds_total", &["phase"], "Seconds of units that were done, by phase: load, fetch, forward, gram, solve, reconstruct, verify, store, wait, evaluate.");
+    PHASES = Family::counter("espalier_worker_phase_seconds_total", &["phase"], "Seconds of units that were done, by phase: load, fetch, forward, gram, solve, reconstruct, verify, store, wait, transfer, evaluate.");
     OPERATIONS = Family::counter("espalier_worker_phase_operations_total", &["phase"], "Floating-point operations of matrix products of units that were done, by phase.");
     ASSISTANTS = Family::counter("espalier_worker_assistants_lost_total", &[], "Assistants that this worker gave up on in the middle of a layer.");
     ERROR = Family::gauge("espalier_worker_sublayer_relative_error_ratio", &["sublayer"], "Relative error of the kind of sublayer in the layer that this worker pruned last.");
