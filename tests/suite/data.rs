@@ -173,17 +173,19 @@ fn a_restarted_coordinator_goes_on_with_the_shares_that_outlived_it() {
 #[test]
 fn auto_says_what_it_took_and_why() {
     let small = ["--samples", "8", "--seq-len", "64", "--method", "wanda", "--workers", "2"];
-    for (more, strategy, why) in [
-        (&[][..], "data", "with layers"),
-        (&["--propagation", "dense"][..], "layers", "data cannot be used"),
-        (&["--set", "method.reconstruct=submodule", "--held-out", "0.25"][..], "layers", "in one place"),
+    // Which of two possible strategies costs less hangs on the speeds that the workers measure.
+    for (more, possible) in [
+        (&[][..], &[("data", "with layers"), ("layers", "with data")][..]),
+        (&["--propagation", "dense"], &[("layers", "data cannot be used")]),
+        (&["--set", "method.reconstruct=submodule", "--held-out", "0.25"], &[("layers", "in one place")]),
     ] {
         let mut workplace = Workplace::new();
         // The environment is as good as a flag.
         workplace.set("ESPALIER__COORDINATOR__STRATEGY", "auto");
         let finished = workplace.run(prune("llama-tiny", &[&small[..], more].concat())).unwrap().success().unwrap();
         let said = &report(&workplace).unwrap()["strategy"];
-        assert_eq!((&said["asked"], &said["strategy"]), (&Value::from("auto"), &Value::from(strategy)));
+        assert_eq!(said["asked"], "auto");
+        let (strategy, why) = possible.iter().find(|(strategy, _)| said["strategy"] == *strategy).unwrap();
         assert!(said["why"].as_str().is_some_and(|said| said.contains(why)), "{said}");
         let line = format!("strategy {strategy}: ");
         assert!(finished.stderr.contains(&line) && finished.stdout.contains(&line), "{}", finished.stderr);
