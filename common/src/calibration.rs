@@ -55,6 +55,11 @@ pub struct Split {
 }
 
 impl Split {
+    /// Inputs that errors are measured on: what is calibrated with and, if anything is, what is held out.
+    pub fn sides(self) -> usize {
+        if self.calibrating < self.sequences { 2 } else { 1 }
+    }
+
     /// Calibrating and held-out sequences of a branch.
     pub fn parts(self, branch: Branch) -> [usize; 2] {
         let all = sequences_of(&(branch.first..branch.first + branch.leaves), self.sequences);

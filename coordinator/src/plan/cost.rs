@@ -182,11 +182,6 @@ struct Size {
 }
 
 impl Size {
-    /// Inputs that errors are measured on: those of the calibration, and those that are held out.
-    fn sides(self) -> u64 {
-        if self.split.calibrating < self.split.sequences { 2 } else { 1 }
-    }
-
     fn tokens(self) -> f64 {
         self.samples as f64 * self.sequence as f64
     }
@@ -218,7 +213,8 @@ impl Size {
             gram_flops: a_gram * self.tokens() * (columns as f64).powi(2),
             effort,
             sums_bytes: self.sums_bytes(columns),
-            statistics_bytes: self.sums_bytes(columns) / 2 * if self.solves_on_both { self.sides() } else { 1 },
+            statistics_bytes: self.sums_bytes(columns) / 2
+                * if self.solves_on_both { self.split.sides() as u64 } else { 1 },
             stored_bytes: members.iter().map(stored).sum(),
         }
     }
@@ -247,7 +243,7 @@ impl Size {
             forward_flops: streams * (2.0 * tokens * weights as f64 + attention),
             groups,
             // Two energies of half a sweep each; against dense inputs, three and a whole one.
-            verify_flops: self.sides() as f64 * sweeps * if self.streams == 2 { 2.5 } else { 1.0 },
+            verify_flops: self.split.sides() as f64 * sweeps * if self.streams == 2 { 2.5 } else { 1.0 },
             store_bytes: layer.bytes,
             room,
         }

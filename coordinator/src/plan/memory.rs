@@ -144,8 +144,7 @@ impl LayerCost {
         let weights_bytes = self.room.weights.saturating_mul(F32 * self.room.streams);
         let solved_bytes = group.weights().saturating_mul(F32);
         // A mean of the sums in f32, and both triangles of what is symmetric.
-        let sides = if self.room.split.calibrating < self.room.split.sequences { 2 } else { 1 };
-        let gram_bytes = group.sums_bytes.saturating_mul(sides);
+        let gram_bytes = group.sums_bytes.saturating_mul(self.room.split.sides() as u64);
         let widest = group.blocks().max().unwrap_or(0);
         let solver_bytes = group.effort.kept_bytes.saturating_add(widest.saturating_mul(group.effort.row_bytes));
         let is_shared = part.others > 0 && group.solving_bytes(part.others) > 0;
