@@ -355,3 +355,28 @@ impl Run {
         Ok(pattern)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn alpha(method: Value, held_out: f64) -> Value {
+        let job = json!({
+            "model": { "source": "m" },
+            "calibration": { "source": "c", "held_out": held_out },
+            "method": method,
+            "output": { "uri": "o" },
+        });
+        build_method(&parse_job(&job.to_string()).unwrap()).unwrap().params["alpha"].clone()
+    }
+
+    #[test]
+    fn targets_are_blended_where_sequences_are_held_out_and_nothing_else_is_said() {
+        let espalier = || json!({ "name": "espalier" });
+        assert_eq!((alpha(espalier(), 0.125), alpha(espalier(), 0.0)), (json!(0.5), json!(0.0)));
+        assert_eq!(alpha(json!({ "name": "espalier", "alpha": 0.0 }), 0.125), json!(0.0));
+        assert_eq!(alpha(json!({ "name": "alps" }), 0.125), Value::Null);
+    }
+}
