@@ -1,13 +1,13 @@
 //! Second moments of a group's inputs, summed over calibration sequences.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use espalier_common::fault::FaultClass;
 use rayon::prelude::*;
 
 use super::device_sums::DeviceSums;
 use crate::linalg::factor::mirror_upper;
 use crate::linalg::gemm::{View, gemm};
-use crate::linalg::{matrix, values};
+use crate::linalg::{held, matrix, slices};
 use crate::prune::problem::{DenseStats, InputStats};
 
 /// Tokens of one f32 product; longer sequences are cut. Beyond it f32 sums lose digits, so chunks are summed in f64.
@@ -138,10 +138,13 @@ impl GramAccumulator {
         if corrected.iter().any(|inputs| !inputs.device().is_cpu()) {
             return self.add_on_device(corrected, dense);
         }
-        let corrected = self.rows_of(corrected)?;
-        let dense = dense.map(|dense| self.rows_of(dense)).transpose()?;
+        let corrected = self.contiguous(corrected)?;
+        let dense = dense.map(|dense| self.contiguous(dense)).transpose()?;
+        let (corrected, dense) = (held(&corrected), dense.as_deref().map(held));
+        let corrected = slices(&corrected)?;
+        let dense = dense.as_deref().map(slices).transpose()?;
         let paired = match (&dense, &self.dense) {
-            (Some(dense), Some(_)) => dense.iter().map(Vec::len).eq(corrected.iter().map(Vec::len)),
+            (Some(dense), Some(_)) => dense.iter().map(|rows| rows.len()).eq(corrected.iter().map(|rows| rows.len())),
             (None, None) => true,
             _ => false,
         };
@@ -232,14 +235,13 @@ impl GramAccumulator {
         Ok(InputStats { gram, dense, tokens: self.tokens, held_out: None })
     }
 
-    fn rows_of(&self, sequences: &[Tensor]) -> Result<Vec<Vec<f32>>, GramError> {
-        sequences
-            .iter()
-            .map(|inputs| match inputs.dims() {
-                [_, columns] if *columns == self.columns => Ok(values(inputs)?),
-                found => Err(GramError::Shape { columns: self.columns, found: found.to_vec() }),
-            })
-            .collect()
+    /// The same inputs, row-major f32.
+    fn contiguous(&self, sequences: &[Tensor]) -> Result<Vec<Tensor>, GramError> {
+        let contiguous = |inputs: &Tensor| match inputs.dims() {
+            [_, columns] if *columns == self.columns => Ok(inputs.to_dtype(DType::F32)?.contiguous()?),
+            found => Err(GramError::Shape { columns: self.columns, found: found.to_vec() }),
+        };
+        sequences.iter().map(contiguous).collect()
     }
 }
 
@@ -262,8 +264,8 @@ struct Tile {
 
 /// Top, left, height and width of each tile.
 fn tiles(columns: usize, symmetric: bool) -> impl Iterator<Item = (usize, usize, usize, usize)> {
-    // Small tiles waste less work on the diagonal, large ones multiply faster.
-    let side = if columns <= 768 { 96 } else { 192 };
+    // Small tiles waste less work on the diagonal, and of narrow rows they stay in the cache.
+    let side = if columns <= 2048 { 48 } else { 96 };
     let size = move |start: usize| side.min(columns - start);
     (0..columns)
         .step_by(side)
@@ -278,7 +280,7 @@ impl Sum {
         Self { columns, symmetric, tiles: tiles(columns, symmetric).map(tile).collect() }
     }
 
-    fn add(&mut self, a: &[Vec<f32>], b: &[Vec<f32>]) {
+    fn add(&mut self, a: &[&[f32]], b: &[&[f32]]) {
         let n = self.columns;
         self.tiles.par_iter_mut().for_each_init(Vec::new, |product, tile| {
             product.resize(tile.sum.len(), 0.0);
@@ -335,7 +337,7 @@ impl Sum {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linalg::{ops, oracle};
+    use crate::linalg::{ops, oracle, values};
 
     fn sequences(seed: u64, lengths: &[usize], columns: usize) -> Vec<Tensor> {
         lengths

@@ -8,6 +8,7 @@ mod absent;
 pub mod choice;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod heap;
 mod joining;
 pub mod kernels;
 pub mod memory;
@@ -20,6 +21,7 @@ use absent as backend;
 use cuda as backend;
 
 pub use self::choice::{Chosen, devices, open};
+pub use self::heap::keep_freed_memory;
 pub use self::joining::carrier;
 pub use self::order::in_order;
 pub use self::thread::{DeviceError, DeviceThread};

@@ -17,7 +17,9 @@ pub mod select;
 pub mod spectral;
 pub mod wide;
 
-use candle_core::{DType, Device, Result, Tensor};
+use std::ops::Deref;
+
+use candle_core::{DType, Device, Layout, Result, Storage, Tensor, bail};
 
 /// The elements of a tensor as row-major f32.
 ///
@@ -25,6 +27,23 @@ use candle_core::{DType, Device, Result, Tensor};
 /// What the tensor backend says.
 pub fn values(tensor: &Tensor) -> Result<Vec<f32>> {
     tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+}
+
+/// Tensors held for reading where they are, see [`slices`].
+pub fn held(tensors: &[Tensor]) -> Vec<(impl Deref<Target = Storage> + '_, &Layout)> {
+    tensors.iter().map(Tensor::storage_and_layout).collect()
+}
+
+/// The elements of tensors that are held, row-major f32.
+///
+/// # Errors
+/// If one is on another device than the CPU, not contiguous or not f32.
+pub fn slices<'a>(held: &'a [(impl Deref<Target = Storage>, &Layout)]) -> Result<Vec<&'a [f32]>> {
+    let slice = |(storage, layout): &'a (_, &Layout)| match (Deref::deref(storage), layout.contiguous_offsets()) {
+        (Storage::Cpu(storage), Some((start, end))) => Ok(&storage.as_slice::<f32>()?[start..end]),
+        _ => bail!("a contiguous tensor on the CPU was expected, not one of shape {:?}", layout.shape()),
+    };
+    held.iter().map(slice).collect()
 }
 
 /// The tensor where matrices are solved for: at no cost if it is there.

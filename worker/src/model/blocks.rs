@@ -56,8 +56,8 @@ impl Norm {
 }
 
 /// Puts a group's output on the residual stream, which `norm` then turns into the next group's input.
-pub(super) fn join(residual: &Tensor, output: &Tensor, norm: Option<&Norm>) -> std::result::Result<Carry, ModelError> {
-    let residual = (residual + output)?;
+pub(super) fn join(residual: &Tensor, output: Tensor, norm: Option<&Norm>) -> std::result::Result<Carry, ModelError> {
+    let residual = fused::add_to(output, residual)?;
     let input = match norm {
         Some(norm) => norm.forward(&residual)?,
         None => residual.clone(),

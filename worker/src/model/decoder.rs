@@ -304,12 +304,12 @@ impl DecoderLayer for PreNormLayer {
                 let table = self.rope.table(input.dim(0)?)?;
                 Ok(Carry { residual, input: self.attention.forward(&q, &k, &v, Some(&table))? })
             }
-            (1, [o]) => join(&residual, &o.forward(&input)?, Some(&self.mlp_norm)),
+            (1, [o]) => join(&residual, o.forward(&input)?, Some(&self.mlp_norm)),
             (2, [gate, up]) => {
                 let input = fused::silu_times(gate.forward(&input)?, &up.forward(&input)?)?;
                 Ok(Carry { residual, input })
             }
-            (3, [down]) => join(&residual, &down.forward(&input)?, None),
+            (3, [down]) => join(&residual, down.forward(&input)?, None),
             _ => unreachable!("a layer has the four groups that its decoder named"),
         }
     }

@@ -54,6 +54,16 @@ pub(super) fn silu_times(gate: Tensor, up: &Tensor) -> Result<Tensor> {
     }
 }
 
+/// x + y; on the CPU the storage of `x` is overwritten.
+pub(super) fn add_to(x: Tensor, y: &Tensor) -> Result<Tensor> {
+    if x.device().is_cpu() && x.is_contiguous() {
+        x.inplace_op2(&y.contiguous()?, &AddTo)?;
+        Ok(x)
+    } else {
+        x + y
+    }
+}
+
 /// Which keys a block of query rows sees.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Causal {
@@ -267,6 +277,23 @@ impl InplaceOp2 for SiluTimes {
     }
 }
 
+struct AddTo;
+
+impl InplaceOp2 for AddTo {
+    fn name(&self) -> &'static str {
+        "add-to"
+    }
+
+    fn cpu_fwd(&self, x: &mut CpuStorage, x_l: &Layout, y: &CpuStorage, y_l: &Layout) -> Result<()> {
+        let (x, y) = (values_mut(x, x_l)?, values(y, y_l)?);
+        if x_l.shape() != y_l.shape() {
+            bail!("shapes {:?} and {:?} were to be added", x_l.shape(), y_l.shape());
+        }
+        Arch::new().dispatch(|| x.iter_mut().zip(y).for_each(|(x, y)| *x += y));
+        Ok(())
+    }
+}
+
 struct CausalSoftmax {
     causal: Causal,
     scale: f32,
@@ -354,6 +381,7 @@ mod tests {
             &layer_norm(&x, &weight, &bias, 1e-5).unwrap(),
             &layer_norm_composed(&x, &weight, &bias, 1e-5).unwrap(),
         );
+        assert_close(&add_to(x.copy().unwrap(), &up).unwrap(), &(&x + &up).unwrap());
         assert_close(&silu_times(x.copy().unwrap(), &up).unwrap(), &(x.silu().unwrap() * &up).unwrap());
     }
 

@@ -289,7 +289,7 @@ impl DecoderLayer for OptLayer {
                 let (q, k, v) = (q.forward(&input)?, k.forward(&input)?, v.forward(&input)?);
                 Ok(Carry { residual, input: self.attention.forward(&q, &k, &v, None)? })
             }
-            (1, [out]) if self.norm_first => join(&residual, &out.forward(&input)?, Some(&self.ffn_norm)),
+            (1, [out]) if self.norm_first => join(&residual, out.forward(&input)?, Some(&self.ffn_norm)),
             (1, [out]) => Self::join_then_norm(&residual, &out.forward(&input)?, &self.attention_norm),
             (2, [fc1]) => {
                 let hidden = fc1.forward(&input)?;
@@ -299,7 +299,7 @@ impl DecoderLayer for OptLayer {
                 };
                 Ok(Carry { residual, input })
             }
-            (3, [fc2]) if self.norm_first => join(&residual, &fc2.forward(&input)?, None),
+            (3, [fc2]) if self.norm_first => join(&residual, fc2.forward(&input)?, None),
             (3, [fc2]) => Self::join_then_norm(&residual, &fc2.forward(&input)?, &self.ffn_norm),
             _ => unreachable!("a layer has the four groups that its decoder named"),
         }
