@@ -28,7 +28,7 @@ pub fn apply_layer(
 ) -> candle_core::Result<()> {
     let places = widths.into_iter().enumerate().flat_map(|(group, members)| (0..members).map(move |m| (group, m)));
     for ((group, member), stored) in places.zip(tensors) {
-        layer.set_weight(group, member, as_loaded(stored, device)?);
+        layer.set_weight(group, member, as_loaded(stored, device)?)?;
     }
     Ok(())
 }
@@ -48,7 +48,7 @@ pub fn apply_named(
             let bias = bias_name(&sublayer.tensor);
             for stored in tensors {
                 if stored.name == sublayer.tensor {
-                    layer.set_weight(group, member, as_loaded(stored, device)?);
+                    layer.set_weight(group, member, as_loaded(stored, device)?)?;
                 } else if stored.name == bias {
                     layer.set_bias(group, member, as_loaded(stored, device)?);
                 }

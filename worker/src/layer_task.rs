@@ -302,7 +302,7 @@ fn prune_group(
     let stored = members.par_iter().zip(&solved).map(store).collect::<Result<Vec<_>, TaskError>>()?;
     let (stored, weights): (Vec<StoredTensor>, Vec<Tensor>) = stored.into_iter().unzip();
     // Assistants can go on while this worker checks.
-    crew.apply(group, &weights, || stored.iter().flat_map(|stored| stored.bytes.iter().copied()).collect());
+    crew.apply(group, &weights, || stored.iter().flat_map(|stored| stored.bytes.iter().copied()).collect())?;
     let solved = solved.into_iter().zip(stored).zip(&weights);
     let parts: Vec<Part<'_>> = problems.iter().zip(members).zip(solved).enumerate().collect();
     let check = |(member, ((problem, sublayer), (((solution, seconds), stored), weight))): Part<'_>| {

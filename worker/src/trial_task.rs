@@ -86,7 +86,7 @@ fn prune_group(
     };
     let masked = (0..members.len()).into_par_iter().map(masked).collect::<Result<Vec<_>, _>>()?;
     for (member, weight) in masked.into_iter().enumerate() {
-        lanes[0].layer_mut().set_weight(group, member, weight);
+        lanes[0].layer_mut().set_weight(group, member, weight)?;
     }
     Ok(())
 }

@@ -265,7 +265,7 @@ impl<'a> Assistant<'a> {
             let (stored, others) = rest.split_at(sublayer.elements() * dtype.bytes());
             rest = others;
             let weight = matrix(cast::f32_from_bytes(dtype, stored), sublayer.columns, &self.place.run.device)?;
-            self.share.set_weight(group, member, weight);
+            self.share.set_weight(group, member, weight)?;
         }
         Ok(())
     }

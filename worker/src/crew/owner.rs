@@ -544,17 +544,26 @@ impl<'a> Crew<'a> {
     }
 
     /// Puts the pruned weights of a group into every copy of the layer. `stored` has the bytes of all members.
-    pub(crate) fn apply(&mut self, group: usize, weights: &[Tensor], stored: impl FnOnce() -> Vec<u8>) {
+    ///
+    /// # Errors
+    /// What the tensor backend says.
+    pub(crate) fn apply(
+        &mut self,
+        group: usize,
+        weights: &[Tensor],
+        stored: impl FnOnce() -> Vec<u8>,
+    ) -> Result<(), TaskError> {
         for share in &mut self.shares {
             for (member, weight) in weights.iter().enumerate() {
-                share.set_weight(group, member, weight.clone());
+                share.set_weight(group, member, weight.clone())?;
             }
         }
         if self.assistants.is_empty() {
-            return;
+            return Ok(());
         }
         let stored = Bytes::from(stored());
         self.send_all(|| Outgoing { matter: Matter::Apply(group as u32), body: Body::Bytes(stored.clone()) });
+        Ok(())
     }
 
     /// The only share of a crew of one.

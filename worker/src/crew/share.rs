@@ -152,8 +152,11 @@ impl Share {
     }
 
     /// Puts a pruned weight into the layer.
-    pub(crate) fn set_weight(&mut self, group: usize, member: usize, weight: Tensor) {
-        self.lanes[0].layer_mut().set_weight(group, member, weight);
+    ///
+    /// # Errors
+    /// What the tensor backend says.
+    pub(crate) fn set_weight(&mut self, group: usize, member: usize, weight: Tensor) -> Result<(), TaskError> {
+        Ok(self.lanes[0].layer_mut().set_weight(group, member, weight)?)
     }
 
     /// Runs what is left of the layer; returns its output, one stream a lane.

@@ -15,18 +15,45 @@ pub mod prox;
 pub mod quadratic;
 pub mod select;
 pub mod spectral;
+mod transpose;
 pub mod wide;
 
 use std::ops::Deref;
+use std::slice::from_ref;
 
 use candle_core::{DType, Device, Layout, Result, Storage, Tensor, bail};
+
+pub use self::transpose::transposed;
 
 /// The elements of a tensor as row-major f32.
 ///
 /// # Errors
 /// What the tensor backend says.
 pub fn values(tensor: &Tensor) -> Result<Vec<f32>> {
+    if lies_by_column(tensor) {
+        let by_column = tensor.t()?;
+        return Ok(transposed(slices(&held(from_ref(&by_column)))?[0], tensor.dim(0)?));
+    }
     tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+}
+
+/// The same matrix `[rows, columns]` f32 with its columns one after another in memory, if it is on the CPU. As the right-hand
+/// factor of `x·Wᵀ` it then needs no strided reads; tensors of another device are left as they are.
+///
+/// # Errors
+/// What the tensor backend says.
+pub fn by_column(matrix: Tensor) -> Result<Tensor> {
+    if !matrix.device().is_cpu() || lies_by_column(&matrix) {
+        return Ok(matrix);
+    }
+    let (rows, columns) = matrix.dims2()?;
+    Tensor::from_vec(transposed(&values(&matrix)?, columns), (columns, rows), &Device::Cpu)?.t()
+}
+
+fn lies_by_column(tensor: &Tensor) -> bool {
+    let is_f32_on_host = tensor.device().is_cpu() && tensor.dtype() == DType::F32;
+    is_f32_on_host
+        && matches!((tensor.dims(), tensor.stride()), ([rows, columns], [1, stride]) if *columns > 1 && stride == rows)
 }
 
 /// Tensors held for reading where they are, see [`slices`].
@@ -46,11 +73,14 @@ pub fn slices<'a>(held: &'a [(impl Deref<Target = Storage>, &Layout)]) -> Result
     held.iter().map(slice).collect()
 }
 
-/// The tensor where matrices are solved for: at no cost if it is there.
+/// The tensor where matrices are solved for, its rows one after another: at no cost if it is there and so.
 ///
 /// # Errors
 /// What the tensor backend says.
 pub fn on_host(tensor: &Tensor) -> Result<Tensor> {
+    if lies_by_column(tensor) {
+        return Tensor::from_vec(values(tensor)?, tensor.shape(), &Device::Cpu);
+    }
     tensor.to_device(&Device::Cpu)
 }
 
@@ -61,4 +91,25 @@ pub fn on_host(tensor: &Tensor) -> Result<Tensor> {
 pub fn matrix(values: Vec<f32>, columns: usize, device: &Device) -> Result<Tensor> {
     let rows = values.len() / columns.max(1);
     Tensor::from_vec(values, (rows, columns), device)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_matrix_by_column_is_the_same_matrix() {
+        for (rows, columns) in [(17, 40), (1, 40), (40, 1)] {
+            let elements = oracle::random(1, rows * columns);
+            let matrix = matrix(elements.clone(), columns, &Device::Cpu).unwrap();
+            let turned = by_column(matrix).unwrap();
+            assert_eq!(turned.dims(), [rows, columns]);
+            assert!(turned.t().unwrap().is_contiguous());
+            assert_eq!(values(&turned).unwrap(), elements);
+            let back = on_host(&turned).unwrap();
+            assert!(back.is_contiguous());
+            assert_eq!(values(&back).unwrap(), elements);
+            assert_eq!(values(&by_column(turned).unwrap()).unwrap(), elements);
+        }
+    }
 }

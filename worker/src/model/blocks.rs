@@ -3,17 +3,33 @@
 use candle_core::{Result, Tensor};
 
 use super::{Carry, ModelError, fused};
+use crate::linalg::by_column;
 
 /// `y = x·Wᵀ (+ b)`.
 #[derive(Debug, Clone)]
 pub(super) struct Linear {
-    /// `[out, in]`.
-    pub(super) weight: Tensor,
+    weight: Tensor,
     /// `[out]`.
     pub(super) bias: Option<Tensor>,
 }
 
 impl Linear {
+    /// Of a weight `[out, in]` and, if there is one, a bias `[out]`.
+    pub(super) fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
+        Ok(Self { weight: by_column(weight)?, bias })
+    }
+
+    /// `[out, in]`.
+    pub(super) fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// Puts another weight in the place of this one.
+    pub(super) fn set_weight(&mut self, weight: Tensor) -> Result<()> {
+        self.weight = by_column(weight)?;
+        Ok(())
+    }
+
     /// `[tokens, in]` to `[tokens, out]`.
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = x.matmul(&self.weight.t()?)?;

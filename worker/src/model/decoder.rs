@@ -315,11 +315,11 @@ impl DecoderLayer for PreNormLayer {
     }
 
     fn weight(&self, group: usize, member: usize) -> &Tensor {
-        &self.groups[group][member].weight
+        self.groups[group][member].weight()
     }
 
-    fn set_weight(&mut self, group: usize, member: usize, weight: Tensor) {
-        self.groups[group][member].weight = weight;
+    fn set_weight(&mut self, group: usize, member: usize, weight: Tensor) -> candle_core::Result<()> {
+        self.groups[group][member].set_weight(weight)
     }
 
     fn bias(&self, group: usize, member: usize) -> Option<&Tensor> {

@@ -120,7 +120,7 @@ impl Loader {
     pub(super) fn linear(&self, spec: &LinearSpec) -> Result<Linear, ModelError> {
         let weight = self.tensor(&spec.weight_name(), &[spec.rows, spec.columns])?;
         let bias = if spec.bias { Some(self.tensor(&spec.bias_name(), &[spec.rows])?) } else { None };
-        Ok(Linear { weight, bias })
+        Ok(Linear::new(weight, bias)?)
     }
 
     /// Loads all linear maps of a layer, group by group.

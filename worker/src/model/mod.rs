@@ -61,7 +61,10 @@ pub trait DecoderLayer: Send + Sync {
     /// The weight `[out, in]` of sublayer `member` of group `group`, in the order of the outline.
     fn weight(&self, group: usize, member: usize) -> &Tensor;
     /// Puts a new weight of the same shape in its place.
-    fn set_weight(&mut self, group: usize, member: usize, weight: Tensor);
+    ///
+    /// # Errors
+    /// What the tensor backend says.
+    fn set_weight(&mut self, group: usize, member: usize, weight: Tensor) -> candle_core::Result<()>;
     /// The bias `[out]` of a sublayer, if it has one.
     fn bias(&self, group: usize, member: usize) -> Option<&Tensor>;
     /// Puts a new bias of the same shape in its place; one that the sublayer does not have changes nothing.

@@ -176,7 +176,7 @@ fn a_shared_layer_keeps_its_weights_when_the_other_gets_new_ones() {
         let dense = layer.forward(&hidden).unwrap().to_vec2::<f32>().unwrap();
         let copy = layer.share();
         let last = layer.groups() - 1;
-        layer.set_weight(last, 0, layer.weight(last, 0).zeros_like().unwrap());
+        layer.set_weight(last, 0, layer.weight(last, 0).zeros_like().unwrap()).unwrap();
         assert_eq!(copy.forward(&hidden).unwrap().to_vec2::<f32>().unwrap(), dense);
         assert_ne!(layer.forward(&hidden).unwrap().to_vec2::<f32>().unwrap(), dense);
     }

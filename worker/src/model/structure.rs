@@ -145,7 +145,7 @@ mod tests {
                         let keep = mask(weight.dims()[slice.axis], &gone);
                         let keep = if slice.axis == 0 { keep.unsqueeze(1) } else { keep.unsqueeze(0) };
                         let masked = weight.broadcast_mul(&keep.unwrap()).unwrap();
-                        layer.set_weight(group, member, masked);
+                        layer.set_weight(group, member, masked).unwrap();
                     } else if slice.tensor == bias_name(&sublayer.tensor) {
                         let bias = layer.bias(group, member).unwrap();
                         let masked = (bias * mask(bias.dims()[0], &rows)).unwrap();

@@ -32,6 +32,7 @@ use crate::apply::as_loaded;
 use crate::artifact::StoredTensor;
 use crate::calibrate::cache::Entry;
 use crate::calibrate::capture::{Lane, Mark, capture_group};
+use crate::linalg::values;
 use crate::model::DecoderLayer;
 use crate::prune::verify::{Verified, VerifyError};
 use crate::source::Workplace;
@@ -183,7 +184,7 @@ impl Draft {
                 report.held_out_error = verified.held_out_error;
                 report.zeros = verified.zeros;
             }
-            lanes[0].layer_mut().set_weight(group, member, weight);
+            lanes[0].layer_mut().set_weight(group, member, weight)?;
         }
         let [corrected, _] = self.before;
         lanes[0].rewind(corrected);
@@ -195,7 +196,7 @@ impl Draft {
 fn matrices(layer: &dyn DecoderLayer, parts: &[Part<'_>]) -> Result<Vec<Matrix>, TaskError> {
     let matrix = |part: &Part<'_>| {
         let (group, member) = part.place;
-        let values = layer.weight(group, member).flatten_all()?.to_vec1()?;
+        let values = values(layer.weight(group, member))?;
         Ok(Matrix { values, columns: part.outline.columns })
     };
     parts.iter().map(matrix).collect()

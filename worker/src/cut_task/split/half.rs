@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use crate::linalg::gemm::{self, View, gemm};
+use crate::linalg::{transposed, values};
 use crate::model::{Activation, Anatomy, DecoderLayer};
 use crate::prune::structured::PairSolution;
 use crate::unit::TaskError;
@@ -51,9 +52,7 @@ impl Half {
     /// The half whose consumer is in `group` of a layer.
     pub(super) fn of(layer: &dyn DecoderLayer, anatomy: &Anatomy, group: usize) -> Result<Self, TaskError> {
         let producers = anatomy.biases[group - 1].len();
-        let values = |group, member| -> Result<Vec<f32>, TaskError> {
-            Ok(layer.weight(group, member).flatten_all()?.to_vec1()?)
-        };
+        let values = |group, member| -> Result<Vec<f32>, TaskError> { Ok(values(layer.weight(group, member))?) };
         let (channels, width) = layer.weight(group - 1, 0).dims2()?;
         let gated = producers > 1;
         let bias = |group: usize, member: usize| anatomy.biases[group][member].clone();
@@ -175,11 +174,6 @@ fn add_bias(y: &mut [f32], bias: Option<&[f32]>) {
     }
 }
 
-/// The transpose of a row-major matrix of `columns` columns.
-pub(super) fn transposed(values: &[f32], columns: usize) -> Vec<f32> {
-    (0..columns).flat_map(|column| values.iter().skip(column).step_by(columns).copied()).collect()
-}
-
 /// Adds aᵀ·b of `a [rows, m]` and `b [rows, n]` to `out [m, n]`.
 pub(super) fn add_transposed_product(out: &mut [f64], a: &[f32], b: &[f32], m: usize, n: usize) {
     let rows = a.len() / m;
@@ -274,6 +268,5 @@ mod tests {
             let sum = |row: usize| f64::from(a[row * 130 + at / 5]) * f64::from(b[row * 5 + at % 5]);
             assert!((found - 1.0 - (0..6).map(sum).sum::<f64>()).abs() < 1e-5);
         }
-        assert_eq!(transposed(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 3), [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
     }
 }

@@ -22,8 +22,8 @@ use super::site::Site;
 use crate::calibrate::cache::Entry;
 use crate::calibrate::capture::{Lane, Mark};
 use crate::linalg::factor::NotPositiveDefinite;
-use crate::linalg::gemm;
 use crate::linalg::wide::Cholesky;
+use crate::linalg::{gemm, transposed};
 use crate::prune::SolveError;
 use crate::prune::structured::{PairSolution, Sweeps};
 use crate::unit::{Phases, TaskError};
@@ -221,7 +221,7 @@ fn step_up(examples: &Examples<'_>, half: &mut Half, inputs: &Cholesky, tie: f64
     }
     inputs.solve(&mut direction);
     let direction: Vec<f32> = direction.into_iter().map(|d| d as f32).collect();
-    let across = half::transposed(&direction, n);
+    let across = transposed(&direction, n);
     let (mut along, mut length) = (vec![0.0; q], vec![0.0; q]);
     for index in 0..examples.held_out {
         let (x, tokens, residual) = residuals(index)?;
