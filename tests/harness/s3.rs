@@ -15,6 +15,9 @@ use crate::process::{Workplace, target_folder};
 /// The bucket that the server has.
 pub const BUCKET: &str = "espalier-test";
 
+/// Seconds that clients of a server in trouble wait for an answer.
+const DEADLINE_SECONDS: u32 = 4;
+
 /// A server of this test's own, on loopback; it ends with the test.
 #[derive(Debug)]
 pub struct S3Server {
@@ -48,7 +51,8 @@ impl S3Server {
         Self::start_on(&[], "127.0.0.1")
     }
 
-    /// One that refuses some requests with 500 and 503, answers some late, and some with 500 though it has done what they ask.
+    /// One that refuses some requests with 500 and 503, answers some late, some with 500 though it has done what they ask, and does
+    /// some only after their client has given them up.
     ///
     /// # Errors
     /// If it is installed and does not start.
@@ -77,7 +81,8 @@ impl S3Server {
         let mut command = Command::new(words.next().context("the program is one of them")?);
         command.args(words).arg(script).args([BUCKET, host]);
         if let Some((trouble, file)) = trouble.zip(troubles.as_ref()) {
-            command.args([trouble.seed.to_string(), trouble.of_thousand.to_string()]).arg(file.path());
+            let numbers = [trouble.seed.to_string(), trouble.of_thousand.to_string(), DEADLINE_SECONDS.to_string()];
+            command.args(numbers).arg(file.path());
         }
         let mut process = command
             .stdin(Stdio::piped())
@@ -106,19 +111,21 @@ impl S3Server {
     }
 
     /// The environment in which it is found.
-    pub fn variables(&self) -> [(&'static str, String); 5] {
-        [
+    pub fn variables(&self) -> Vec<(&'static str, String)> {
+        let deadline = self.troubles.is_some().then(|| ("AWS_TIMEOUT", format!("{DEADLINE_SECONDS}s")));
+        let variables = [
             ("AWS_ENDPOINT_URL", format!("http://{}:{}", self.host, self.port)),
             ("AWS_ALLOW_HTTP", "true".to_owned()),
             ("AWS_REGION", "us-east-1".to_owned()),
             ("AWS_ACCESS_KEY_ID", "test-key".to_owned()),
             ("AWS_SECRET_ACCESS_KEY", "test-secret".to_owned()),
-        ]
+        ];
+        variables.into_iter().chain(deadline).collect()
     }
 
     /// The same for stores opened in this process.
     pub fn settings(&self) -> StoreSettings {
-        StoreSettings::from_variables(self.variables().map(|(name, value)| (name.to_owned(), value)))
+        StoreSettings::from_variables(self.variables().into_iter().map(|(name, value)| (name.to_owned(), value)))
     }
 
     /// A folder whose commands find the server.

@@ -1,12 +1,13 @@
 """Serves S3 out of memory on a free port of HOST, prints that port, and ends when standard input closes.
 
 moto's conditional put looks whether the object is there and then writes it; in S3 that is one step. So requests are
-handled one at a time here. Usage: s3_server.py BUCKET HOST [SEED OF_THOUSAND FILE]
+handled one at a time here. Usage: s3_server.py BUCKET HOST [SEED OF_THOUSAND DEADLINE FILE]
 
 So many of a thousand requests, drawn from SEED, meet with trouble, each with a line in FILE: they are refused with 500 or 503,
-answered late, or done and answered with 500 all the same.
+answered late, done and answered with 500 all the same, or done once their client, which waits DEADLINE seconds, has given them up.
 """
 
+import io
 import os
 import random
 import sys
@@ -32,25 +33,26 @@ def refusal(status, code, start_response):
     return [body]
 
 
-def troubled(seed, of_thousand, file):
+def troubled(seed, of_thousand, deadline, file):
     draws = random.Random(seed)
 
     def answer(environ, start_response):
         with turn:
-            kind = draws.choice(["500", "503", "late", "lost"]) if draws.randrange(1000) < of_thousand else None
-            seconds = draws.uniform(0.2, 3.0)
+            kind = draws.choice(["500", "503", "late", "lost", "stalled"]) if draws.randrange(1000) < of_thousand else None
+            seconds = draws.uniform(0.1, 0.7) * deadline
             if kind:
                 with open(file, "a") as told:
                     print(kind, file=told)
+        # What was sent is read, or the client sees a broken connection, and one that gives up leaves half of it.
+        environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)))
         if kind == "late":
             time.sleep(seconds)
-        if kind in (None, "late"):
+        if kind == "stalled":
+            time.sleep(deadline + seconds)
+        if kind in (None, "late", "stalled"):
             return one_at_a_time(environ, start_response)
         if kind == "lost":
             one_at_a_time(environ, lambda *_: None)
-        else:
-            # What was sent is read, or the client sees a broken connection.
-            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         if kind == "503":
             return refusal("503 Slow Down", "SlowDown", start_response)
         return refusal("500 Internal Server Error", "InternalError", start_response)
@@ -65,7 +67,7 @@ class Silent(WSGIRequestHandler):
 
 host = sys.argv[2]
 ready = threading.Event()
-disturbed = troubled(int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]) if len(sys.argv) > 3 else one_at_a_time
+disturbed = troubled(int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]), sys.argv[6]) if len(sys.argv) > 3 else one_at_a_time
 
 
 def application(environ, start_response):

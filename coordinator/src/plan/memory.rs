@@ -15,7 +15,8 @@ const SLACK: u64 = 8;
 /// What a worker needs at most, by what it needs it for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct Memory {
-    /// The layer's weights in f32, those that are pruned as they will be stored, and the group under way once more.
+    /// The layer's weights in f32, those that are pruned as they will be stored, and of the group under way what the weights are, by
+    /// row, and what they become.
     pub weights_bytes: u64,
     /// Statistics of a group's inputs, or the sums that they come from.
     pub gram_bytes: u64,
@@ -142,7 +143,7 @@ impl LayerCost {
 
     fn while_solved(&self, group: &GroupCost, (input_bytes, stored_bytes): (u64, u64), part: &Part) -> Memory {
         let weights_bytes = self.room.weights.saturating_mul(F32 * self.room.streams);
-        let solved_bytes = group.weights().saturating_mul(F32);
+        let group_bytes = group.weights().saturating_mul(F32);
         // A mean of the sums in f32, and both triangles of what is symmetric.
         let gram_bytes = group.sums_bytes.saturating_mul(self.room.split.sides() as u64);
         let widest = group.blocks().max().unwrap_or(0);
@@ -162,8 +163,8 @@ impl LayerCost {
         };
         Memory {
             // Whoever owns the layer keeps what it becomes.
-            weights_bytes: weights_bytes.saturating_add(if part.is_owner {
-                stored_bytes.saturating_add(solved_bytes)
+            weights_bytes: weights_bytes.saturating_add(group_bytes).saturating_add(if part.is_owner {
+                stored_bytes.saturating_add(group_bytes)
             } else {
                 0
             }),
@@ -192,7 +193,8 @@ mod tests {
         let memory = layer().memory(&Part::ALONE);
         let (weights, down) = (64 * 64 + 2 * 256 * 64, 64 * 256);
         // Sums in f64 weigh more than what SparseGPT keeps: three matrices.
-        let solved = 4 * (weights + down) + 2 * weights + 2 * 4 * (256 * 257 / 2) + 3 * 4 * 256 * 256 + 64 * 12 * 256;
+        let solved =
+            4 * (weights + 2 * down) + 2 * weights + 2 * 4 * (256 * 257 / 2) + 3 * 4 * 256 * 256 + 64 * 12 * 256;
         let gathered = 4 * weights + 4 * 8 * (256 * 257 / 2) + 32 * 4 * (2 * 64 + 3 * 256);
         assert_eq!(memory.resident_bytes(), solved.max(gathered));
         // The input, the residual stream and the widest input: 320 tokens.

@@ -2,10 +2,11 @@
 
     python end_to_end.py --espalier target/release/espalier --model CHECKPOINT --calibration TOKENS.jsonl --text TEXT
 
-CHECKPOINT is in the Hugging Face format; TOKENS holds one `{"input_ids": [...]}` a line, all of the same length. Both prune to
-50 % on the same sequences, in the checkpoint's own type, and write a checkpoint; both are then evaluated by `espalier eval`.
+CHECKPOINT is in the Hugging Face format; TOKENS holds one `{"input_ids": [...]}` a line, all of the same length. Each prunes to
+50 % on the same sequences and writes a checkpoint, which is then evaluated by `espalier eval`. llm-compressor computes in the
+type that its model was loaded as, so it takes part twice: in the checkpoint's own type, and in float32 as Espalier always does.
 Wall time is that of the whole command; memory is the resident memory of all its processes together, looked at five times a
-second. Prints one JSON document with both and their ratios. Needs torch, transformers, llmcompressor and psutil.
+second. Prints one JSON document with all and the ratios to Espalier. Needs torch, transformers, llmcompressor and psutil.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import time
 import psutil
 
 SPARSITY = 0.5
+PEERS = {"llm-compressor": "auto", "llm-compressor, float32": "float32"}
 
 
 def arguments():
@@ -32,6 +34,7 @@ def arguments():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="auto", help=argparse.SUPPRESS)
     parser.add_argument("--compress-to", type=pathlib.Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -52,7 +55,7 @@ def compress(options):
     torch.set_num_threads(options.threads)
     tokens = sequences(options.calibration)
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in tokens]
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
     oneshot(
         model=model,
         dataset=Dataset.from_list(rows),
@@ -110,21 +113,22 @@ def main():
     seconds, peaks, perplexities = {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for round_ in range(options.rounds):
-            theirs, ours = (pathlib.Path(folder) / f"{name}-{round_}" for name in ("llm-compressor", "espalier"))
+            out = {name: pathlib.Path(folder) / f"{name}-{round_}" for name in [*PEERS, "espalier"]}
             commands = {
-                "llm-compressor": [sys.executable, __file__, *shared, "--compress-to", theirs],
-                "espalier": [
-                    *[options.espalier, "prune", options.model, "--output", ours, "--method", "sparsegpt"],
-                    *["--sparsity", SPARSITY, "--workers", 1, "--calibration", options.calibration],
-                    *["--samples", len(tokens), "--seq-len", len(tokens[0]), "--threads", options.threads],
-                ],
+                name: [sys.executable, __file__, *shared, "--dtype", dtype, "--compress-to", out[name]]
+                for name, dtype in PEERS.items()
             }
+            commands["espalier"] = [
+                *[options.espalier, "prune", options.model, "--output", out["espalier"], "--method", "sparsegpt"],
+                *["--sparsity", SPARSITY, "--workers", 1, "--calibration", options.calibration],
+                *["--samples", len(tokens), "--seq-len", len(tokens[0]), "--threads", options.threads],
+            ]
             for name, command in commands.items():
                 taken, peak = run(command, pathlib.Path(folder) / "log")
                 seconds.setdefault(name, []).append(taken)
                 peaks.setdefault(name, []).append(peak)
                 print(f"{name}: {taken:.1f} s, {peak / 2**20:.0f} MiB", file=sys.stderr, flush=True)
-                perplexities[name] = perplexity(options, {"llm-compressor": theirs, "espalier": ours}[name])
+                perplexities[name] = perplexity(options, out[name])
     result = {
         name: {
             "seconds": seconds[name],
@@ -133,10 +137,10 @@ def main():
         }
         for name in seconds
     }
-    pairs = list(zip(seconds["llm-compressor"], seconds["espalier"]))
-    memory = list(zip(peaks["llm-compressor"], peaks["espalier"]))
-    result["times_faster"] = statistics.median(theirs / ours for theirs, ours in pairs)
-    result["times_less_memory"] = statistics.median(theirs / ours for theirs, ours in memory)
+    for name in PEERS:
+        for key, figures in (("times_faster", seconds), ("times_less_memory", peaks)):
+            ratios = [theirs / ours for theirs, ours in zip(figures[name], figures["espalier"])]
+            result[name][key] = statistics.median(ratios)
     print(json.dumps(result, indent=2))
 
 

@@ -237,11 +237,11 @@ impl GramAccumulator {
 
     /// The same inputs, row-major f32.
     fn contiguous(&self, sequences: &[Tensor]) -> Result<Vec<Tensor>, GramError> {
-        let contiguous = |inputs: &Tensor| match inputs.dims() {
+        let by_row = |inputs: &Tensor| match inputs.dims() {
             [_, columns] if *columns == self.columns => Ok(inputs.to_dtype(DType::F32)?.contiguous()?),
             found => Err(GramError::Shape { columns: self.columns, found: found.to_vec() }),
         };
-        sequences.iter().map(contiguous).collect()
+        sequences.iter().map(by_row).collect()
     }
 }
 

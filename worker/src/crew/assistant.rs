@@ -1,6 +1,7 @@
 //! The assistant's side of a shared layer: it does what the owner's letters ask for, in their order. It keeps nothing, unless it
 //! has a share of its own to keep.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -235,13 +236,17 @@ impl<'a> Assistant<'a> {
         let (group, solver) = (order.group as usize, self.prepared(order.group, "an order to solve")?);
         let pattern = Run::layer_pattern(&order.pattern_json)?;
         let (place, ctx, layer) = (self.place, self.place.control.solve_ctx(), self.share.layer());
+        // Once for all blocks of a matrix: on the host it is copied.
+        let members: BTreeSet<usize> = order.blocks.iter().map(|block| block.member as usize).collect();
+        let by_row = |member| Ok((member, on_host(layer.weight(group, member))?));
+        let weights: BTreeMap<usize, Tensor> = members.into_iter().map(by_row).collect::<Result<_, TaskError>>()?;
         let solve = |block: &pb::Block| -> Result<(pb::SolvedBlock, Vec<f32>), TaskError> {
             let member = block.member as usize;
             let sublayer = &self.outline.groups[group][member];
             let mask = place.run.mask.as_ref();
             let imported = mask.map(|mask| mask.weight(sublayer, &Device::Cpu)).transpose()?;
-            let weight = on_host(layer.weight(group, member))?;
-            let problem = Problem { tensor: &sublayer.tensor, weight: &weight, pattern, imported: imported.as_ref() };
+            let weight = &weights[&member];
+            let problem = Problem { tensor: &sublayer.tensor, weight, pattern, imported: imported.as_ref() };
             let rows = RowBlock {
                 first: block.first_row as usize,
                 rows: block.rows as usize,

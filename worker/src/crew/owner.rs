@@ -27,6 +27,7 @@ use super::waiting::Waiting;
 use super::{LayerSizes, statistics};
 use crate::calibrate::tree::{Branch, Forest, LEAVES, Sums};
 use crate::device::in_order;
+use crate::linalg::by_column;
 use crate::model::DecoderLayer;
 use crate::prune::{GroupSolver, InputStats, MOST_PARTS, Problem, Solution, SolveCtx, SolveError, Statistics};
 use crate::source::Workplace;
@@ -553,16 +554,17 @@ impl<'a> Crew<'a> {
         weights: &[Tensor],
         stored: impl FnOnce() -> Vec<u8>,
     ) -> Result<(), TaskError> {
-        for share in &mut self.shares {
-            for (member, weight) in weights.iter().enumerate() {
+        if !self.assistants.is_empty() {
+            let stored = Bytes::from(stored());
+            self.send_all(|| Outgoing { matter: Matter::Apply(group as u32), body: Body::Bytes(stored.clone()) });
+        }
+        for (member, weight) in weights.iter().enumerate() {
+            // Once for all shares.
+            let weight = by_column(weight.clone())?;
+            for share in &mut self.shares {
                 share.set_weight(group, member, weight.clone())?;
             }
         }
-        if self.assistants.is_empty() {
-            return Ok(());
-        }
-        let stored = Bytes::from(stored());
-        self.send_all(|| Outgoing { matter: Matter::Apply(group as u32), body: Body::Bytes(stored.clone()) });
         Ok(())
     }
 

@@ -1,19 +1,20 @@
 //! How the host's allocator treats freed memory.
 
 /// Allocations of at least this size are mapped by themselves, and given back when they are freed. The most glibc takes.
-#[cfg(target_env = "gnu")]
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
 const MAPPED_BYTES: i32 = 32 << 20;
 
-/// Free memory at the end of a heap that is kept.
-#[cfg(target_env = "gnu")]
-const KEPT_BYTES: i32 = 256 << 20;
+/// Free memory at the end of a heap that is kept: twice the other, as glibc has it when it sets both by itself.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const KEPT_BYTES: i32 = 2 * MAPPED_BYTES;
 
 /// Keeps what is freed for the next allocation. Each step of a layer frees tensors of a few megabytes and allocates the like
-/// anew; by default they go back to the system in between, which then clears every page again.
+/// anew; glibc, which goes by the largest that was freed so far, gives them back to the system in between, and every page is
+/// cleared again. Variables as `MALLOC_TRIM_THRESHOLD_` do not count then.
 ///
-/// Another C library than glibc is left as it is. Call it before there are threads.
+/// Another C library is left as it is. Call it before there are threads.
 pub fn keep_freed_memory() {
-    #[cfg(target_env = "gnu")]
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
     for (parameter, value) in [(libc::M_MMAP_THRESHOLD, MAPPED_BYTES), (libc::M_TRIM_THRESHOLD, KEPT_BYTES)] {
         #[allow(unsafe_code, reason = "the allocator's parameters have no safe interface")]
         // SAFETY: mallopt takes numbers, and sets parameters of the allocator under its own lock.

@@ -47,7 +47,9 @@ pub fn by_column(matrix: Tensor) -> Result<Tensor> {
         return Ok(matrix);
     }
     let (rows, columns) = matrix.dims2()?;
-    Tensor::from_vec(transposed(&values(&matrix)?, columns), (columns, rows), &Device::Cpu)?.t()
+    let by_row = matrix.to_dtype(DType::F32)?.contiguous()?;
+    let by_column = transposed(slices(&held(from_ref(&by_row)))?[0], columns);
+    Tensor::from_vec(by_column, (columns, rows), &Device::Cpu)?.t()
 }
 
 fn lies_by_column(tensor: &Tensor) -> bool {
@@ -81,7 +83,7 @@ pub fn on_host(tensor: &Tensor) -> Result<Tensor> {
     if lies_by_column(tensor) {
         return Tensor::from_vec(values(tensor)?, tensor.shape(), &Device::Cpu);
     }
-    tensor.to_device(&Device::Cpu)
+    tensor.to_device(&Device::Cpu)?.contiguous()
 }
 
 /// A tensor `[values.len() / columns, columns]` of row-major values.

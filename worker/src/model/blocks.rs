@@ -30,7 +30,7 @@ impl Linear {
         Ok(())
     }
 
-    /// `[tokens, in]` to `[tokens, out]`.
+    /// `[tokens, in]` to `[tokens, out]`, in storage of its own.
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = x.matmul(&self.weight.t()?)?;
         match &self.bias {
@@ -71,7 +71,8 @@ impl Norm {
     }
 }
 
-/// Puts a group's output on the residual stream, which `norm` then turns into the next group's input.
+/// Puts a group's output on the residual stream, which `norm` then turns into the next group's input. The output is nobody else's:
+/// on the CPU its storage becomes the sum.
 pub(super) fn join(residual: &Tensor, output: Tensor, norm: Option<&Norm>) -> std::result::Result<Carry, ModelError> {
     let residual = fused::add_to(output, residual)?;
     let input = match norm {
