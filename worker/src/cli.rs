@@ -127,7 +127,9 @@ struct ServeArgs {
 
 /// Parses the arguments of this process and does what they say.
 pub fn main() -> ExitCode {
-    device::keep_freed_memory();
+    if !device::keep_freed_memory() {
+        let _ = writeln!(std::io::stderr(), "warning: the allocator gives freed memory back at once, which costs time");
+    }
     let cli = Cli::parse();
     let command = cli.command.unwrap_or(Command::Serve(cli.serve));
     let lists = matches!(command, Command::Methods { .. } | Command::Devices { .. } | Command::Config { .. });

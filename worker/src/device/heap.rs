@@ -12,13 +12,31 @@ const KEPT_BYTES: i32 = 2 * MAPPED_BYTES;
 /// anew; glibc, which goes by the largest that was freed so far, gives them back to the system in between, and every page is
 /// cleared again. Variables as `MALLOC_TRIM_THRESHOLD_` do not count then.
 ///
-/// Another C library is left as it is. Call it before there are threads.
-pub fn keep_freed_memory() {
+/// Another C library is left as it is. Call it before there are threads. Returns whether glibc, where it is, has taken the values.
+#[must_use]
+pub fn keep_freed_memory() -> bool {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    for (parameter, value) in [(libc::M_MMAP_THRESHOLD, MAPPED_BYTES), (libc::M_TRIM_THRESHOLD, KEPT_BYTES)] {
-        #[allow(unsafe_code, reason = "the allocator's parameters have no safe interface")]
-        // SAFETY: mallopt takes numbers, and sets parameters of the allocator under its own lock.
-        let taken = unsafe { libc::mallopt(parameter, value) };
-        debug_assert_eq!(taken, 1, "parameter {parameter} is not {value}");
+    {
+        [(libc::M_MMAP_THRESHOLD, MAPPED_BYTES), (libc::M_TRIM_THRESHOLD, KEPT_BYTES)].into_iter().all(
+            |(parameter, value)| {
+                #[allow(unsafe_code, reason = "the allocator's parameters have no safe interface")]
+                // SAFETY: mallopt takes numbers, and sets parameters of the allocator under its own lock.
+                unsafe {
+                    libc::mallopt(parameter, value) == 1
+                }
+            },
+        )
+    }
+    #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_allocator_takes_the_values() {
+        assert!(keep_freed_memory());
     }
 }
