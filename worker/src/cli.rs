@@ -127,9 +127,7 @@ struct ServeArgs {
 
 /// Parses the arguments of this process and does what they say.
 pub fn main() -> ExitCode {
-    if !device::keep_freed_memory() {
-        let _ = writeln!(std::io::stderr(), "warning: the allocator gives freed memory back at once, which costs time");
-    }
+    device::keep_freed_memory();
     let cli = Cli::parse();
     let command = cli.command.unwrap_or(Command::Serve(cli.serve));
     let lists = matches!(command, Command::Methods { .. } | Command::Devices { .. } | Command::Config { .. });

@@ -1,6 +1,7 @@
 //! How the host's allocator treats freed memory.
 
-/// Allocations of at least this size are mapped by themselves, and given back when they are freed. The most glibc takes.
+/// Allocations of at least this size are mapped by themselves, and given back when they are freed: as many
+/// as glibc makes it at most when it goes by what was freed.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 const MAPPED_BYTES: i32 = 32 << 20;
 
@@ -12,31 +13,14 @@ const KEPT_BYTES: i32 = 2 * MAPPED_BYTES;
 /// anew; glibc, which goes by the largest that was freed so far, gives them back to the system in between, and every page is
 /// cleared again. Variables as `MALLOC_TRIM_THRESHOLD_` do not count then.
 ///
-/// Another C library is left as it is. Call it before there are threads. Returns whether glibc, where it is, has taken the values.
-#[must_use]
-pub fn keep_freed_memory() -> bool {
+/// Another C library is left as it is. Call it before there are threads.
+pub fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    {
-        [(libc::M_MMAP_THRESHOLD, MAPPED_BYTES), (libc::M_TRIM_THRESHOLD, KEPT_BYTES)].into_iter().all(
-            |(parameter, value)| {
-                #[allow(unsafe_code, reason = "the allocator's parameters have no safe interface")]
-                // SAFETY: mallopt takes numbers, and sets parameters of the allocator under its own lock.
-                unsafe {
-                    libc::mallopt(parameter, value) == 1
-                }
-            },
-        )
-    }
-    #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-    true
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_allocator_takes_the_values() {
-        assert!(keep_freed_memory());
+    for (parameter, value) in [(libc::M_MMAP_THRESHOLD, MAPPED_BYTES), (libc::M_TRIM_THRESHOLD, KEPT_BYTES)] {
+        #[allow(unsafe_code, reason = "the allocator's parameters have no safe interface")]
+        // SAFETY: mallopt takes numbers, and sets parameters of the allocator under its own lock. It refuses neither of these.
+        unsafe {
+            libc::mallopt(parameter, value);
+        }
     }
 }
