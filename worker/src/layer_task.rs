@@ -59,7 +59,7 @@ pub fn prune_layer(
     }
     let input = place.input(layer, source, &mut phases)?;
     let outline = run.model.decoder.outline(layer)?;
-    let loaded = phases.time("load", || run.model.decoder.load_layer(layer))?;
+    let loaded = place.load(layer, &mut phases)?;
     let is_last = layer.0 as usize + 1 == run.model.decoder.layers();
     let is_run = place.is_chain() && !is_last;
     let (mut assistants_lost, mut links) = (0, Vec::new());
@@ -69,6 +69,7 @@ pub fn prune_layer(
         let mut lanes = lanes(place, loaded, input);
         let cut = cut_layer(place, &mut lanes, &outline, pairs, solver, pattern, &mut phases)?;
         (reports, kept) = (cut.reports, Some(cut.kept));
+        place.read_ahead(layer);
         artifact = phases.time("store", || artifact::write_layer(&*run.store, layer, &cut.stored))?;
         let finished = || finish_layer(lanes, place.cache, place.control);
         output = is_run.then(|| phases.time("forward", finished)).transpose()?.map(|streams| HiddenStates { streams });
@@ -82,6 +83,7 @@ pub fn prune_layer(
         let stored: Vec<StoredTensor>;
         (stored, reports) = done.into_iter().map(|done| (done.stored, done.report)).unzip();
         kept = None;
+        place.read_ahead(layer);
         if is_run {
             crew.send_off();
         }
@@ -125,12 +127,13 @@ fn prune_kept(
     let mut phases = Phases::of(place.control);
     let shortages = place.cache.shortages();
     let outline = run.model.decoder.outline(layer)?;
-    let loaded = phases.time("load", || run.model.decoder.load_layer(layer))?;
+    let loaded = place.load(layer, &mut phases)?;
     let input = Input::Kept(keeping, place.streams());
     let mut crew = Crew::assemble(place, (layer, &outline, loaded), pattern, input, help, &mut phases)?;
     place.let_go_before(layer);
     let done = prune_groups(place, &mut crew, &outline, pattern, &mut phases)?;
     let (stored, sublayers): (Vec<StoredTensor>, _) = done.into_iter().map(|done| (done.stored, done.report)).unzip();
+    place.read_ahead(layer);
     let is_last = layer.0 as usize + 1 == run.model.decoder.layers();
     if !is_last {
         crew.send_off();
@@ -209,7 +212,7 @@ pub fn run_dense_layer(place: &Workplace<'_>, layer: LayerIndex, source: &Source
     let input = place.input(layer, source, &mut phases)?;
     let decoder = &place.run.model.decoder;
     let outline = decoder.outline(layer)?;
-    let loaded = phases.time("load", || decoder.load_layer(layer))?;
+    let loaded = place.load(layer, &mut phases)?;
     let watch = Stopwatch::start();
     let forward = |hidden| forward_layer(&*loaded, hidden, place.cache, place.control);
     let streams = input.streams.into_iter().map(forward).collect::<Result<Vec<_>, _>>()?;

@@ -5,6 +5,7 @@
 //! layers, [`prune`] the methods; [`transport`] moves hidden states between workers;
 //! [`http`] and [`metrics`] tell of it.
 
+pub mod ahead;
 pub mod apply;
 pub mod artifact;
 pub mod boundary;

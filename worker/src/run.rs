@@ -16,6 +16,7 @@ use espalier_common::report::Artifact;
 use espalier_common::store::{BlobStore, StoreError};
 use espalier_common::structure::Structure;
 
+use crate::ahead::Ahead;
 use crate::artifact::{self, ArtifactError};
 use crate::mask::{Mask, MaskError};
 use crate::model::{self, Decoder, ModelError};
@@ -198,7 +199,7 @@ pub struct Model {
     /// Its files.
     pub checkpoint: Arc<dyn Checkpoint>,
     /// Its shape, and the way to its weights.
-    pub decoder: Box<dyn Decoder>,
+    pub decoder: Arc<dyn Decoder>,
 }
 
 /// Opens the model that a URI names.
@@ -207,7 +208,7 @@ pub struct Model {
 /// `Checkpoint`, `Model`.
 pub fn open_model(uri: &str, device: &Device) -> Result<Model, RunError> {
     let checkpoint = config::open_model(uri)?;
-    let decoder = model::open(Arc::clone(&checkpoint), device)?;
+    let decoder = Arc::from(model::open(Arc::clone(&checkpoint), device)?);
     Ok(Model { checkpoint, decoder })
 }
 
@@ -306,6 +307,8 @@ pub struct Run {
     pub tokens: TokenBlock,
     /// The model.
     pub model: Model,
+    /// The layer after the one that is worked on.
+    pub ahead: Ahead,
     /// The solver.
     pub method: Method,
     /// The checkpoint whose zeros it keeps, if it is a method that does.
@@ -342,7 +345,7 @@ impl Run {
         let model = open_model(&job.model.source, &device)?;
         let structure = structure_for(&*method.solver, &*model.decoder, &job);
         let mask = open_mask(&*method.solver)?;
-        Ok(Self { id, job, job_json, store, tokens, model, method, mask, structure, device })
+        Ok(Self { id, job, job_json, store, tokens, model, ahead: Ahead::default(), method, mask, structure, device })
     }
 
     /// The pattern that a layer is to get.

@@ -21,6 +21,7 @@ use crate::calibrate::cache::{ActivationCache, Entry};
 use crate::calibrate::capture::{forward_layer, map_batches};
 use crate::cut_task::cut_tensors;
 use crate::holdings::{HiddenStates, Holdings};
+use crate::model::DecoderLayer;
 use crate::prune::{GroupSolver, InputStats, SolveError, Statistics};
 use crate::run::Run;
 use crate::transport::{Expected, Joining, Remote, fetch};
@@ -132,6 +133,22 @@ impl Workplace<'_> {
         Ok(states)
     }
 
+    /// The weights of a layer, dense.
+    ///
+    /// # Errors
+    /// `Model`.
+    pub fn load(&self, layer: LayerIndex, phases: &mut Phases) -> Result<Box<dyn DecoderLayer>, TaskError> {
+        let Run { model, ahead, .. } = self.run;
+        Ok(phases.time("load", || ahead.take(&*model.decoder, layer))?)
+    }
+
+    /// Begins to read the weights of the layer that comes next in a chain: whoever has a part in a layer has one in that.
+    pub fn read_ahead(&self, layer: LayerIndex) {
+        if self.is_chain() {
+            self.run.ahead.read_after(&self.run.model.decoder, layer);
+        }
+    }
+
     fn all_sequences(&self) -> Vec<usize> {
         (0..self.sequences()).collect()
     }
@@ -193,7 +210,7 @@ impl Workplace<'_> {
     ) -> Result<HiddenStates, TaskError> {
         let run = self.run;
         let outline = run.model.decoder.outline(layer)?;
-        let dense = phases.time("load", || run.model.decoder.load_layer(layer))?;
+        let dense = self.load(layer, phases)?;
         let mut corrected = dense.share();
         if let Some(artifact) = committed {
             if let Some(structure) = &run.structure {

@@ -52,7 +52,7 @@ pub fn survey_layer(
     let stream = place.input(layer, source, &mut phases)?.streams.swap_remove(0);
     let decoder = &place.run.model.decoder;
     let outline = decoder.outline(layer)?;
-    let loaded = phases.time("load", || decoder.load_layer(layer))?;
+    let loaded = place.load(layer, &mut phases)?;
     let mut survey = LayerSurvey::default();
     let mut lanes = [Lane::new(loaded, stream.clone())];
     if place.run.job.pattern.allocation == Allocation::Owl {
@@ -182,7 +182,7 @@ fn error_curves(
     let solver: &dyn GroupSolver = &*solver;
     let curve = |(member, sublayer): (usize, &SublayerOutline)| {
         let tensor = sublayer.tensor.as_str();
-        let weight = sampled(&on_host(layer.weight(group, member))?)?;
+        let weight = on_host(&sampled(layer.weight(group, member))?)?;
         let dense = values(&weight)?;
         let error = |sparsity: &f64| {
             let pattern = Pattern::Unstructured { sparsity: *sparsity };
@@ -205,7 +205,13 @@ fn sampled(weight: &Tensor) -> Result<Tensor, TaskError> {
         return Ok(weight.clone());
     }
     let chosen: Vec<u32> = (0..SAMPLED_ROWS).map(|index| (index * rows / SAMPLED_ROWS) as u32).collect();
-    Ok(weight.index_select(&Tensor::new(chosen, weight.device())?, 0)?)
+    // Rows are picked before they are turned, where the matrix lies.
+    let chosen = Tensor::new(chosen, weight.device())?;
+    Ok(if weight.is_contiguous() {
+        weight.index_select(&chosen, 0)?
+    } else {
+        weight.t()?.index_select(&chosen, 1)?.t()?
+    })
 }
 
 /// The residual stream, followed from half to half: it changes where one ends.

@@ -38,7 +38,7 @@ pub fn try_patterns(place: &Workplace<'_>, patterns: &[Pattern]) -> Result<Outco
         phases.time("load", || map_batches(sequences, place.cache.device(), place.control, "embed", embed))?;
     for (layer, pattern) in (0..).map(LayerIndex).zip(patterns) {
         let outline = decoder.outline(layer)?;
-        let loaded = phases.time("load", || decoder.load_layer(layer))?;
+        let loaded = place.load(layer, &mut phases)?;
         let mut lanes = [Lane::new(loaded, hidden)];
         let pruned = || -> Result<Vec<Entry>, TaskError> {
             for (group, members) in outline.groups.iter().enumerate() {

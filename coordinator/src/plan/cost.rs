@@ -141,7 +141,11 @@ pub fn count(outline: &ModelOutline, job: &JobSpec, solver: Solver) -> JobCost {
         }
         effort
     };
-    let layers = outline.layers.iter().map(|layer| size.layer(layer, effort)).collect();
+    let mut layers: Vec<LayerCost> = outline.layers.iter().map(|layer| size.layer(layer, effort)).collect();
+    if job.propagation.mode == Propagation::Pruned {
+        let ahead: Vec<u64> = layers.iter().skip(1).map(|next| next.room.weights).collect();
+        layers.iter_mut().zip(ahead).for_each(|(layer, ahead)| layer.room.weights_ahead = ahead);
+    }
     JobCost {
         layers,
         boundary_bytes: size.boundary_bytes(),
@@ -231,6 +235,7 @@ impl Size {
         let widest = layer.sublayers().map(|one| one.columns.max(one.rows) as u64).max().unwrap_or(0);
         let room = Room {
             weights,
+            weights_ahead: 0,
             split: self.split,
             streams: self.streams,
             boundary_bytes: self.boundary_bytes(),

@@ -16,7 +16,7 @@ const SLACK: u64 = 8;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct Memory {
     /// The layer's weights in f32, those that are pruned as they will be stored, and of the group under way what the weights are, by
-    /// row, and what they become.
+    /// row, and what they become; or beside the layer that is finished the next one's.
     pub weights_bytes: u64,
     /// Statistics of a group's inputs, or the sums that they come from.
     pub gram_bytes: u64,
@@ -67,6 +67,8 @@ impl Memory {
 pub struct Room {
     /// Weights of all sublayers.
     pub weights: u64,
+    /// Those of the layer that is read while this one is finished: in a chain, the next.
+    pub weights_ahead: u64,
     /// The sequences, and which of them are held out.
     pub split: Split,
     /// Streams of hidden states.
@@ -107,7 +109,19 @@ impl LayerCost {
             most = most.larger(self.while_gathered(group, input_bytes, part));
             most = most.larger(self.while_solved(group, (input_bytes, stored_bytes), part));
         }
-        most
+        most.larger(self.while_finished(stored_bytes, part))
+    }
+
+    /// The last group's weights are in place, and the sequences go through them.
+    fn while_finished(&self, stored_bytes: u64, part: &Part) -> Memory {
+        let weights = self.room.weights.saturating_mul(self.room.streams).saturating_add(self.room.weights_ahead);
+        let input_bytes = self.room.input_bytes.last().copied().unwrap_or_default();
+        Memory {
+            weights_bytes: weights.saturating_mul(F32).saturating_add(if part.is_owner { stored_bytes } else { 0 }),
+            sequence_bytes: self.room.sequence_bytes,
+            activation_bytes: self.hidden(input_bytes, part),
+            ..Memory::default()
+        }
     }
 
     /// What it takes of a worker that only runs it: its input, which stays, and its output.
@@ -179,6 +193,8 @@ impl LayerCost {
 
 #[cfg(test)]
 mod tests {
+    use espalier_common::outline::Effort;
+
     use super::super::cluster::Solver;
     use super::super::cost::tests::{job, outline};
     use super::super::cost::{self, LayerCost};
@@ -199,6 +215,20 @@ mod tests {
         assert_eq!(memory.resident_bytes(), solved.max(gathered));
         // The input, the residual stream and the widest input: 320 tokens.
         assert_eq!(memory.activation_bytes, 320 * 4 * (64 + 64 + 256));
+    }
+
+    #[test]
+    fn the_next_layer_counts_where_solving_takes_less_than_reading_it() {
+        let light = Effort { columns: 64, ..Effort::default() };
+        let with_light = |weights_ahead| {
+            let mut layer = layer();
+            layer.groups.iter_mut().for_each(|group| (group.effort, group.sums_bytes) = (light, 0));
+            layer.room.weights_ahead = weights_ahead;
+            layer.memory(&Part::ALONE).weights_bytes
+        };
+        let weights = 64 * 64 + 2 * 256 * 64;
+        assert_eq!(with_light(weights), 4 * 2 * weights + 2 * weights);
+        assert!(with_light(0) < with_light(weights));
     }
 
     #[test]

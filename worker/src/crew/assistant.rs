@@ -109,7 +109,7 @@ impl<'a> Assistant<'a> {
         let Part { leaves, keeping } = part;
         let decoder = &place.run.model.decoder;
         let mut phases = Phases::of(place.control);
-        let (outline, loaded) = (decoder.outline(layer)?, phases.time("load", || decoder.load_layer(layer))?);
+        let (outline, loaded) = (decoder.outline(layer)?, place.load(layer, &mut phases)?);
         let sizes = LayerSizes::new(place.run, layer, leaves.clone())?;
         let streams = match &keeping {
             Some(keeping) => {
@@ -278,6 +278,7 @@ impl<'a> Assistant<'a> {
     fn finish(self) -> Result<(), TaskError> {
         let Self { place, layer, mut line, sizes, keeps, share, mut phases, .. } = self;
         phases.enter(None);
+        place.read_ahead(layer);
         let output = share.finish(place, &mut phases)?;
         if keeps {
             // The owner says what the layer has become as soon as it knows.
