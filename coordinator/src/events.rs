@@ -148,7 +148,14 @@ pub enum RunEvent {
 pub enum Phase {
     /// Reading and cutting the calibration text.
     Tokenise,
-    /// Waiting for workers and asking one of them what the model is.
+    /// Waiting until enough workers are there.
+    AwaitWorkers {
+        /// Workers that are.
+        here: usize,
+        /// Workers that must be.
+        wanted: usize,
+    },
+    /// Asking a worker what the model is.
     Inspect,
     /// Looking at the dense model, layer by layer.
     Survey {
@@ -186,6 +193,7 @@ impl Phase {
     pub fn title(self) -> (&'static str, usize) {
         match self {
             Self::Tokenise => ("reading texts", 0),
+            Self::AwaitWorkers { wanted, .. } => ("waiting for workers", wanted),
             Self::Inspect => ("reading the model", 0),
             Self::Survey { layers } => ("surveying", layers),
             Self::Try { plans } => ("trying plans", plans),
@@ -194,6 +202,15 @@ impl Phase {
             Self::EvaluateAlone { windows } => ("evaluating", windows),
             Self::Evaluate { model: EvaluatedModel::Dense, windows } => ("evaluating dense", windows),
             Self::Evaluate { model: EvaluatedModel::Pruned, windows } => ("evaluating pruned", windows),
+        }
+    }
+
+    /// One line that says that it begins.
+    pub fn told(self) -> String {
+        match (self, self.title()) {
+            (Self::AwaitWorkers { here, .. }, (title, wanted)) => format!("{title}: {here} of {wanted} are here"),
+            (_, (title, 0)) => title.to_owned(),
+            (_, (title, total)) => format!("{title} ({total})"),
         }
     }
 }

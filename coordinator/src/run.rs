@@ -231,8 +231,8 @@ impl Run {
 
     /// Waits for workers, asks one what the model is, and gives every layer its pattern.
     async fn plan(&mut self) -> Result<(ModelOutline, Vec<Pattern>), RunError> {
-        self.setting.events.note(RunEvent::Phase { phase: Phase::Inspect });
         wait_for_workers(&self.setting).await?;
+        self.setting.events.note(RunEvent::Phase { phase: Phase::Inspect });
         let planned = self.past.iter().find_map(|record| match record {
             JournalRecord::Planned { outline, patterns } => Some((outline.clone(), patterns.clone())),
             _ => None,
@@ -415,7 +415,12 @@ pub async fn wait_for_workers(setting: &Setting) -> Result<(), RunError> {
     let (present, mut fleet) = setting.roster.listen();
     let mut count = present.len();
     let wait = async {
-        while count < setting.workers_wanted {
+        let wanted = setting.workers_wanted;
+        let mut told = None;
+        while count < wanted {
+            if told.replace(count) != Some(count) {
+                setting.events.note(RunEvent::Phase { phase: Phase::AwaitWorkers { here: count, wanted } });
+            }
             match fleet.recv().await {
                 Some(FleetEvent::Joined(_)) => count += 1,
                 Some(FleetEvent::Heartbeat { .. } | FleetEvent::Report { .. }) => {}

@@ -258,10 +258,18 @@ impl RunView {
     fn begin(&mut self, at: u64, phase: Phase) {
         self.head.state = State::Running;
         self.head.started.get_or_insert(at);
-        self.end_phase(at);
         let (title, total) = phase.title();
-        self.head.phases.push(PhaseSpan { title: title.to_owned(), total, from: at, to: None });
+        // It is told anew with each worker that comes.
+        let goes_on =
+            matches!(phase, Phase::AwaitWorkers { .. }) && matches!(self.phase, Some(Phase::AwaitWorkers { .. }));
+        if !goes_on {
+            self.end_phase(at);
+            self.head.phases.push(PhaseSpan { title: title.to_owned(), total, from: at, to: None });
+        }
         self.head.phase_done = 0;
+        if let Phase::AwaitWorkers { here, .. } = phase {
+            self.head.phase_done = here;
+        }
         if let Phase::Prune { layers } = phase {
             self.head.layers = Some(layers);
             self.head.phase_done = self.head.committed;

@@ -103,11 +103,10 @@ fn lines(event: &RunEvent, names: &BTreeMap<WorkerId, String>, layers: &mut usiz
             eprintln!("run {run} in {url}{resumed}");
         }
         RunEvent::Phase { phase } => {
-            let (title, total) = phase.title();
-            if let Phase::Prune { .. } = phase {
-                *layers = total;
+            if let Phase::Prune { layers: total } = phase {
+                *layers = *total;
             }
-            eprintln!("{title}{}", if total > 0 { format!(" ({total})") } else { String::new() });
+            eprintln!("{}", phase.told());
         }
         RunEvent::Strategy(choice) => {
             if let Some(told) = choice.told() {
@@ -142,7 +141,11 @@ impl Bars {
             RunEvent::Phase { phase } => {
                 let (title, total) = phase.title();
                 self.phase = Some(*phase);
-                self.overall.set_position(if matches!(phase, Phase::Prune { .. }) { self.committed } else { 0 });
+                self.overall.set_position(match phase {
+                    Phase::Prune { .. } => self.committed,
+                    Phase::AwaitWorkers { here, .. } => *here as u64,
+                    _ => 0,
+                });
                 self.overall.set_message(title);
                 self.overall.set_length(total as u64);
                 self.overall.reset_eta();

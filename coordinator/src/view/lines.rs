@@ -41,10 +41,7 @@ pub(super) fn line(view: &RunView, at: u64, event: &RunEvent) -> Option<LogLine>
             (Level::Info, format!("run {run} in {url}{resumed}"))
         }
         RunEvent::Strategy(choice) => (Level::Info, choice.told()?),
-        RunEvent::Phase { phase } => {
-            let (title, total) = phase.title();
-            (Level::Info, if total > 0 { format!("{title} ({total})") } else { title.to_owned() })
-        }
+        RunEvent::Phase { phase } => (Level::Info, phase.told()),
         // It is made ready for each part of a run.
         RunEvent::WorkerJoined { worker, .. } if view.workers.get(worker).is_some_and(|lane| lane.here) => return None,
         RunEvent::WorkerJoined { worker, name } => (Level::Info, format!("worker {worker} ({name}) is ready")),

@@ -83,6 +83,22 @@ fn a_resumed_run_expects_its_end_by_this_life_alone() {
 }
 
 #[test]
+fn waiting_for_workers_is_one_phase_however_often_it_is_told() {
+    let waiting = |here| RunEvent::Phase { phase: Phase::AwaitWorkers { here, wanted: 3 } };
+    let mut view = seen(&[(0, opened(0, Vec::new())), (1000, waiting(0)), (2000, waiting(2))]);
+    let head = view.head();
+    assert_eq!((head.phase_done, head.phases.len()), (2, 1));
+    assert_eq!(
+        (head.phases[0].title.as_str(), head.phases[0].total, head.phases[0].from),
+        ("waiting for workers", 3, 1000)
+    );
+    view.apply(3000, &RunEvent::Phase { phase: Phase::Inspect });
+    let head = view.head();
+    assert_eq!((head.phase_done, head.phases.len(), head.phases[0].to), (0, 2, Some(3000)));
+    assert_eq!(Phase::AwaitWorkers { here: 2, wanted: 3 }.told(), "waiting for workers: 2 of 3 are here");
+}
+
+#[test]
 fn a_lost_workers_unit_ends_and_is_counted_as_tried_again() {
     let mut events = beginning(2);
     let lost = RunEvent::WorkerLost { worker: A, name: "w1".to_owned(), reason: "it is gone".to_owned() };

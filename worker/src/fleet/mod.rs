@@ -97,6 +97,7 @@ impl Membership {
     async fn register(&self, patience: Duration) -> Result<Duration, CallError> {
         let deadline = Instant::now() + patience;
         let mut backoff = Backoff::default();
+        let mut is_told = false;
         self.session.readiness().set(Err("it is not registered"));
         loop {
             self.turn();
@@ -109,7 +110,11 @@ impl Membership {
                     return Ok(Duration::from_millis(u64::from(answer.heartbeat_interval_ms.clamp(10, 60_000))));
                 }
                 Err(error) if self.may_register_again(&error) && Instant::now() < deadline => {
-                    tracing::debug!(%error, "registering again");
+                    if std::mem::replace(&mut is_told, true) {
+                        tracing::debug!(%error, "registering again");
+                    } else {
+                        tracing::warn!(%error, patience_seconds = patience.as_secs(), "cannot register yet: trying again");
+                    }
                     tokio::time::sleep(backoff.next()).await;
                 }
                 Err(error) => return Err(error),
