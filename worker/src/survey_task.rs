@@ -267,6 +267,7 @@ mod tests {
 
     use super::*;
     use crate::calibrate::cache::ActivationCache;
+    use crate::linalg::by_column;
 
     fn layer() -> (Box<dyn DecoderLayer>, LayerOutline) {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/families/llama-gqa-tied");
@@ -332,8 +333,10 @@ mod tests {
             Tensor::from_vec(values, (rows, 2), &Device::Cpu).unwrap()
         };
         assert_eq!(sampled(&matrix(SAMPLED_ROWS)).unwrap().dim(0).unwrap(), SAMPLED_ROWS);
-        let rows = sampled(&matrix(SAMPLED_ROWS * 3)).unwrap().to_vec2::<f32>().unwrap();
-        assert_eq!(rows.len(), SAMPLED_ROWS);
-        assert!(rows.iter().enumerate().all(|(index, row)| row[0].to_bits() == ((index * 3) as f32).to_bits()));
+        for matrix in [matrix(SAMPLED_ROWS * 3), by_column(matrix(SAMPLED_ROWS * 3)).unwrap()] {
+            let rows = sampled(&matrix).unwrap().to_vec2::<f32>().unwrap();
+            assert_eq!(rows.len(), SAMPLED_ROWS);
+            assert!(rows.iter().enumerate().all(|(index, row)| row[0].to_bits() == ((index * 3) as f32).to_bits()));
+        }
     }
 }
