@@ -4,6 +4,7 @@
 //! like, [`outline`] what a model is made of, [`fault`] why something failed; [`checkpoint`] and [`store`] read and write
 //! the bytes.
 
+pub mod build;
 pub mod calibration;
 pub mod checkpoint;
 pub mod clock;

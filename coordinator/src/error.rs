@@ -112,6 +112,17 @@ pub enum RunError {
         /// As found.
         found: String,
     },
+    /// The workers round otherwise than those that began the run.
+    #[error(
+        "the run was computed with {frozen} so far, but the workers compute with {found}: results could differ in the last \
+         bit; start workers like the first"
+    )]
+    InstructionSet {
+        /// What was computed with.
+        frozen: String,
+        /// What the workers have.
+        found: String,
+    },
     /// Workers did not come.
     #[error("waited {seconds} s for {wanted} workers")]
     TooFewWorkers {
@@ -254,9 +265,12 @@ impl RunError {
             Self::Store(error) | Self::Checkpoint(CheckpointError::Store(error)) => of_class(error.class()),
             Self::Checkpoint(_) | Self::Folder { .. } => exit::REJECTED,
             Self::Journal(error) | Self::Drive(DriveError::Journal(error)) => of_class(error.class()),
-            Self::Write(_) | Self::TooFewWorkers { .. } | Self::WorkerDiedEarly | Self::Call(_) | Self::Interrupted => {
-                exit::INTERRUPTED
-            }
+            Self::Write(_)
+            | Self::TooFewWorkers { .. }
+            | Self::InstructionSet { .. }
+            | Self::WorkerDiedEarly
+            | Self::Call(_)
+            | Self::Interrupted => exit::INTERRUPTED,
             Self::Fault(fault) => of_class(fault.class),
             Self::Drive(DriveError::Failed(Failure::Unit { fault, .. })) => of_class(fault.class),
             Self::Drive(_) => exit::INTERRUPTED,

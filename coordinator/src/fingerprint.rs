@@ -1,5 +1,6 @@
 //! What a run was started with: frozen at its creation, compared when it is taken up again.
 
+use espalier_common::build::BUILD;
 use espalier_common::checkpoint::{Checkpoint, CheckpointError, sampled_digest};
 use espalier_common::digest::Digest;
 use espalier_common::job::JobSpec;
@@ -17,7 +18,7 @@ pub struct Fingerprint {
     pub model: Digest,
     /// Digest of the calibration tokens.
     pub tokens: Digest,
-    /// Espalier's version.
+    /// See [`BUILD`].
     pub build: String,
 }
 
@@ -28,7 +29,7 @@ impl Fingerprint {
     /// What the checkpoint says.
     pub fn take(job: &JobSpec, checkpoint: &dyn Checkpoint, tokens: Digest) -> Result<Self, CheckpointError> {
         let model = sampled_digest(checkpoint)?;
-        Ok(Self { job: job.clone(), model, tokens, build: env!("CARGO_PKG_VERSION").to_owned() })
+        Ok(Self { job: job.clone(), model, tokens, build: BUILD.to_owned() })
     }
 
     /// What differs in `other`, one line a difference; empty if nothing does.

@@ -262,7 +262,7 @@ struct Facts<'a> {
 impl<'a> Facts<'a> {
     fn take(&mut self, record: &'a JournalRecord) {
         match record {
-            JournalRecord::TakenOver(_) => {}
+            JournalRecord::TakenOver(_) | JournalRecord::Computing { .. } => {}
             JournalRecord::Created(created) => {
                 self.job = Some(&created.job);
                 self.run = Some(&created.run);

@@ -186,9 +186,13 @@ impl Run {
 
     async fn execute_steps(&mut self) -> Result<Report, RunError> {
         let planning = self.span.scope().open("plan");
-        let planned = self.plan().await;
+        let planned = async {
+            wait_for_workers(&self.setting).await?;
+            Ok((self.keep_alike()?, self.plan().await?))
+        };
+        let planned: Result<_, RunError> = planned.await;
         planning.close(planned.as_ref().map(drop));
-        let (outline, patterns) = planned?;
+        let (_alike, (outline, patterns)) = planned?;
         let pattern = report::overall_pattern(&self.job, &outline)?.to_string();
         self.setting.events.note(RunEvent::Planned { pattern });
         let layers = self.prune(&outline, &patterns).await?;
@@ -229,9 +233,8 @@ impl Run {
         serde_json::to_string(&self.job).expect("a job is plain data")
     }
 
-    /// Waits for workers, asks one what the model is, and gives every layer its pattern.
+    /// Asks a worker what the model is, and gives every layer its pattern.
     async fn plan(&mut self) -> Result<(ModelOutline, Vec<Pattern>), RunError> {
-        wait_for_workers(&self.setting).await?;
         self.setting.events.note(RunEvent::Phase { phase: Phase::Inspect });
         let planned = self.past.iter().find_map(|record| match record {
             JournalRecord::Planned { outline, patterns } => Some((outline.clone(), patterns.clone())),

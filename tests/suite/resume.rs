@@ -5,8 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use espalier_common::ids::Lease;
+use espalier_coordinator::journal::{self, FileJournal, Journal, JournalRecord};
 use espalier_coordinator::schedule::Record;
 use harness::checkpoint::same_files;
 use harness::fault::{Deed, Fault, Faults, Place};
@@ -283,6 +284,43 @@ fn a_run_of_another_job_is_refused_and_says_what_differs() {
     assert_eq!(finished.code(), Some(65), "{}", finished.stderr);
     assert!(finished.stderr.contains("job.model.source: the run has"), "{}", finished.stderr);
     assert_eq!(fs::read(workplace.path().join("run/journal")).unwrap(), before, "a refusal changes nothing");
+}
+
+/// Writes the journal of a run in a folder again, as if it had been computed with `instruction_set`; returns what it was.
+fn computed_with(run: &Path, instruction_set: &str) -> Result<String> {
+    let path = run.join("journal");
+    let mut was = None;
+    let records = journal::read(&path)?;
+    fs::remove_file(&path)?;
+    let (mut journal, _) = FileJournal::open(&path)?;
+    for mut record in records {
+        if let JournalRecord::Computing { instruction_set: frozen } = &mut record {
+            was = Some(std::mem::replace(frozen, instruction_set.to_owned()));
+        }
+        journal.append(&record)?;
+    }
+    was.context("the journal does not say what was computed with")
+}
+
+/// A run that goes on where machines are of another kind would be of two kinds of numbers.
+#[test]
+fn a_run_is_not_taken_up_by_workers_that_round_otherwise() {
+    let reference = undisturbed("llama-tiny", &[]).unwrap();
+    let workplace = Workplace::new();
+    let run = workplace.path().join("run");
+    killed_after(&workplace, &prune("llama-tiny", &[]), 1).unwrap();
+    let before = commits(&run);
+    let ours = computed_with(&run, "an abacus").unwrap();
+    let refused = workplace.run(["resume", "run"]).unwrap();
+    assert_eq!(refused.code(), Some(75), "{}", refused.stderr);
+    let errors = refused.error_lines();
+    let expected = format!("was computed with an abacus so far, but the workers compute with {ours}");
+    assert!(errors.len() == 1 && errors[0].contains(&expected), "{errors:?}");
+    assert_eq!(commits(&run), before);
+    computed_with(&run, &ours).unwrap();
+    workplace.run(["resume", "run"]).unwrap().success().unwrap();
+    each_layer_once(&run).unwrap();
+    same_output(&reference, &workplace).unwrap();
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::num::NonZero;
 use std::sync::Arc;
 use std::time::Duration;
 
+use espalier_common::build::BUILD;
 use espalier_common::fault::FaultClass;
 use espalier_common::tasks::TaskGroup;
 use espalier_gate::settings::check_listener;
@@ -150,7 +151,7 @@ async fn live(
     let offer = pb::RegisterRequest {
         name,
         endpoint: listener.endpoint(),
-        build: env!("CARGO_PKG_VERSION").to_owned(),
+        build: BUILD.to_owned(),
         instruction_set,
         threads: threads as u32,
         memory_bytes,

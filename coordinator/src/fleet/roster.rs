@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use espalier_common::build::BUILD;
 use espalier_common::fault::Fault;
 use espalier_common::ids::{Boundary, Lease, RunId, WorkerId};
 use espalier_common::report::Outcome;
@@ -77,7 +78,7 @@ pub enum RosterError {
         /// Our version.
         ours: String,
     },
-    /// Another instruction set than the workers that are there.
+    /// Another instruction set than that of the workers that are there, or were when the run began.
     #[error("worker {name} computes with {theirs}, but the others with {ours}: results could differ in the last bit")]
     InstructionSet {
         /// The worker.
@@ -122,6 +123,26 @@ struct Inner {
     listener: Option<mpsc::Sender<FleetEvent>>,
     /// Whether there is nothing left to do, ever.
     is_dismissed: bool,
+    /// What the run under way is computed with, even if nobody is there.
+    instruction_set: Option<String>,
+}
+
+impl Inner {
+    /// What a worker has to compute with.
+    fn instruction_sets(&self) -> impl Iterator<Item = &String> {
+        self.instruction_set.iter().chain(self.members.values().map(|member| &member.offer.instruction_set))
+    }
+}
+
+/// As long as it is there, the roster takes none but workers of one instruction set.
+pub struct Alike {
+    roster: Roster,
+}
+
+impl Drop for Alike {
+    fn drop(&mut self) {
+        self.roster.lock().instruction_set = None;
+    }
 }
 
 impl Default for Inner {
@@ -134,6 +155,7 @@ impl Default for Inner {
             past: BTreeMap::new(),
             listener: None,
             is_dismissed: false,
+            instruction_set: None,
         }
     }
 }
@@ -181,14 +203,30 @@ impl Roster {
         let _ = tokio::time::timeout(patience, left).await;
     }
 
+    /// What the workers that are there compute with, and from now on all that come: `frozen` if something was computed before.
+    /// `None` if nobody is there who could say.
+    ///
+    /// # Errors
+    /// What they compute with, if that is not what is `frozen`.
+    pub fn keep_alike(&self, frozen: Option<&str>) -> Result<Option<(String, Alike)>, String> {
+        let mut inner = self.lock();
+        let Some(found) = inner.members.values().next().map(|member| member.offer.instruction_set.clone()) else {
+            return Ok(None);
+        };
+        if frozen.is_some_and(|frozen| frozen != found) {
+            return Err(found);
+        }
+        inner.instruction_set = Some(found.clone());
+        Ok(Some((found, Alike { roster: self.clone() })))
+    }
+
     /// Lets a worker in. One that registers again from the same endpoint replaces its former self.
     ///
     /// # Errors
     /// `Build`, `InstructionSet`, `Endpoint`.
     pub async fn register(&self, offer: Offer) -> Result<WorkerId, RosterError> {
-        let ours = env!("CARGO_PKG_VERSION");
-        if offer.build != ours {
-            return Err(RosterError::Build { name: offer.name, theirs: offer.build, ours: ours.to_owned() });
+        if offer.build != BUILD {
+            return Err(RosterError::Build { name: offer.name, theirs: offer.build, ours: BUILD.to_owned() });
         }
         let client =
             GrpcWorkerClient::new(&offer.endpoint, &self.dialer).map_err(|error: CallError| RosterError::Endpoint {
@@ -199,12 +237,9 @@ impl Roster {
         let (worker, replaced) = {
             let mut inner = self.lock();
             let replaced = inner.members.iter().find(|(_, m)| m.offer.endpoint == offer.endpoint).map(|(id, _)| *id);
-            if let Some(other) = inner.members.values().find(|m| m.offer.instruction_set != offer.instruction_set) {
-                return Err(RosterError::InstructionSet {
-                    name: offer.name,
-                    theirs: offer.instruction_set,
-                    ours: other.offer.instruction_set.clone(),
-                });
+            if let Some(ours) = inner.instruction_sets().find(|ours| **ours != offer.instruction_set) {
+                let (theirs, ours) = (offer.instruction_set, ours.to_owned());
+                return Err(RosterError::InstructionSet { name: offer.name, theirs, ours });
             }
             if let Some(member) = replaced.and_then(|id| inner.members.remove(&id).map(|member| (id, member))) {
                 inner.past.insert(member.0, member.1);
@@ -284,5 +319,44 @@ impl Roster {
     pub fn everyone(&self) -> BTreeMap<WorkerId, Member> {
         let inner = self.lock();
         inner.past.iter().chain(&inner.members).map(|(id, member)| (*id, member.clone())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn offer(name: &str, instruction_set: &str) -> Offer {
+        Offer {
+            name: name.to_owned(),
+            endpoint: format!("http://127.0.0.1:1/{name}"),
+            build: BUILD.to_owned(),
+            instruction_set: instruction_set.to_owned(),
+            threads: 1,
+            memory_bytes: 1,
+            device: "cpu".to_owned(),
+            gflops: 1.0,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_run_keeps_its_workers_alike_even_when_all_of_them_are_others() {
+        let roster = Roster::default();
+        assert!(roster.keep_alike(Some("avx2")).unwrap().is_none(), "nobody is there");
+        let first = roster.register(offer("first", "avx512")).await.unwrap();
+        assert_eq!(roster.keep_alike(Some("avx2")).err().as_deref(), Some("avx512"));
+        let (found, alike) = roster.keep_alike(None).unwrap().unwrap();
+        assert_eq!(found, "avx512");
+        roster.remove(first).await;
+        let refused = roster.register(offer("second", "avx2")).await.unwrap_err();
+        assert!(matches!(&refused, RosterError::InstructionSet { ours, .. } if ours == "avx512"), "{refused}");
+        drop(alike);
+        roster.register(offer("second", "avx2")).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_worker_of_another_build_is_not_let_in() {
+        let other = Offer { build: format!("{BUILD}1"), ..offer("other", "avx2") };
+        assert!(matches!(Roster::default().register(other).await, Err(RosterError::Build { .. })));
     }
 }

@@ -44,6 +44,11 @@ pub enum JournalRecord {
         /// One pattern a layer.
         patterns: Vec<Pattern>,
     },
+    /// What the run is computed with, in all its lives.
+    Computing {
+        /// As workers call it when they register.
+        instruction_set: String,
+    },
     /// How the workers share the calibration from here on.
     Strategy(Choice),
     /// The survey of the dense model, or a trial of a plan, moved on: what sparsities are allocated by.

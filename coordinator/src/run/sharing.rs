@@ -1,15 +1,37 @@
-//! How the workers of a run share its calibration: chosen before anything is computed, and noted for the report.
+//! What the workers of a run compute with, and how they share its calibration: settled before anything is computed.
 
 use espalier_common::outline::ModelOutline;
 
 use super::Run;
 use crate::error::RunError;
 use crate::events::RunEvent;
+use crate::fleet::Alike;
 use crate::journal::JournalRecord;
 use crate::plan::cluster::{ClusterSpec, PlannedWorker};
 use crate::plan::strategy::{self, Asked, Choice};
 
 impl Run {
+    /// As long as the result is there, no worker is taken that could round otherwise than those that began the run.
+    ///
+    /// # Errors
+    /// `InstructionSet` if those that are there could; `Journal`.
+    pub(super) fn keep_alike(&mut self) -> Result<Option<Alike>, RunError> {
+        let frozen = self.past.iter().find_map(|record| match record {
+            JournalRecord::Computing { instruction_set } => Some(instruction_set.clone()),
+            _ => None,
+        });
+        match self.setting.roster.keep_alike(frozen.as_deref()) {
+            Err(found) => Err(RunError::InstructionSet { frozen: frozen.unwrap_or_default(), found }),
+            Ok(None) => Ok(None),
+            Ok(Some((instruction_set, alike))) => {
+                if frozen.is_none() {
+                    self.append(JournalRecord::Computing { instruction_set })?;
+                }
+                Ok(Some(alike))
+            }
+        }
+    }
+
     /// The strategy that was chosen last, in this life of the run or an earlier one.
     pub(super) fn chosen_strategy(&self) -> Option<&Choice> {
         self.past.iter().rev().find_map(|record| match record {

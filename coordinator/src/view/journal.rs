@@ -13,7 +13,10 @@ pub fn events(records: &[JournalRecord], seen: usize, url: &str) -> Vec<RunEvent
     let mut events = Vec::new();
     for (index, record) in records.iter().enumerate().skip(seen) {
         match record {
-            JournalRecord::TakenOver(_) | JournalRecord::Shared { .. } | JournalRecord::Workers(_) => {}
+            JournalRecord::TakenOver(_)
+            | JournalRecord::Computing { .. }
+            | JournalRecord::Shared { .. }
+            | JournalRecord::Workers(_) => {}
             JournalRecord::Created(created) => events.push(RunEvent::Opened {
                 run: created.run.clone(),
                 url: url.to_owned(),

@@ -23,6 +23,7 @@ listed! {
     /// The kinds of records of a journal.
     Kind {
         Created,
+        Computing,
         Planned,
         Strategy,
         SurveyLeased,
@@ -66,6 +67,7 @@ impl Kind {
         Some(match record {
             JournalRecord::TakenOver(_) => return None,
             JournalRecord::Created(_) => Self::Created,
+            JournalRecord::Computing { .. } => Self::Computing,
             JournalRecord::Planned { .. } => Self::Planned,
             JournalRecord::Strategy(_) => Self::Strategy,
             JournalRecord::Survey(Record::Leased { .. }) => Self::SurveyLeased,
@@ -89,6 +91,7 @@ impl Kind {
     pub(super) fn spelled(self) -> (&'static str, u32) {
         match self {
             Self::Created => ("{\"created\":", 1),
+            Self::Computing => ("{\"computing\":", 1),
             Self::Planned => ("{\"planned\":", 1),
             Self::Strategy => ("{\"strategy\":", 1),
             Self::SurveyLeased => ("{\"survey\":{\"leased\":", 2),
