@@ -4,7 +4,7 @@ mod sharing;
 pub(crate) mod survey;
 mod told;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use espalier_common::checkpoint::Checkpoint;
 use espalier_common::clock::{Clock, Stopwatch, unix_millis, unix_seconds};
 use espalier_common::config;
 use espalier_common::digest::Digest;
-use espalier_common::ids::{Boundary, LayerIndex, Lease, RunId, Unit};
+use espalier_common::ids::{Boundary, LayerIndex, Lease, RunId, Unit, WorkerId};
 use espalier_common::job::{EvaluationSpec, JobSpec, Layout, Propagation};
 use espalier_common::outline::ModelOutline;
 use espalier_common::pattern::Pattern;
@@ -187,12 +187,12 @@ impl Run {
     async fn execute_steps(&mut self) -> Result<Report, RunError> {
         let planning = self.span.scope().open("plan");
         let planned = async {
-            wait_for_workers(&self.setting).await?;
-            Ok((self.keep_alike()?, self.plan().await?))
+            let pinned = self.gather_workers().await?;
+            Ok((pinned, self.plan().await?))
         };
         let planned: Result<_, RunError> = planned.await;
         planning.close(planned.as_ref().map(drop));
-        let (_alike, (outline, patterns)) = planned?;
+        let (_pinned, (outline, patterns)) = planned?;
         let pattern = report::overall_pattern(&self.job, &outline)?.to_string();
         self.setting.events.note(RunEvent::Planned { pattern });
         let layers = self.prune(&outline, &patterns).await?;
@@ -410,24 +410,33 @@ impl Run {
     }
 }
 
+/// Workers of this machine are there in less, and nobody need be told.
+const UNTOLD: Duration = Duration::from_secs(1);
+
 /// Waits until as many workers as the setting wants are there.
 ///
 /// # Errors
 /// `WorkerDiedEarly`, `TooFewWorkers`, `Interrupted`.
 pub async fn wait_for_workers(setting: &Setting) -> Result<(), RunError> {
     let (present, mut fleet) = setting.roster.listen();
-    let mut count = present.len();
+    // One that registers just now may be told of as well.
+    let mut here: BTreeSet<WorkerId> = present.into_iter().collect();
     let wait = async {
         let wanted = setting.workers_wanted;
+        let mut silence = std::pin::pin!(tokio::time::sleep(UNTOLD));
         let mut told = None;
-        while count < wanted {
-            if told.replace(count) != Some(count) {
-                setting.events.note(RunEvent::Phase { phase: Phase::AwaitWorkers { here: count, wanted } });
+        while here.len() < wanted {
+            if silence.is_elapsed() && told.replace(here.len()) != Some(here.len()) {
+                setting.events.note(RunEvent::Phase { phase: Phase::AwaitWorkers { here: here.len(), wanted } });
             }
-            match fleet.recv().await {
-                Some(FleetEvent::Joined(_)) => count += 1,
+            let event = tokio::select! {
+                event = fleet.recv() => event,
+                () = &mut silence, if !silence.is_elapsed() => continue,
+            };
+            match event {
+                Some(FleetEvent::Joined(worker)) => drop(here.insert(worker)),
                 Some(FleetEvent::Heartbeat { .. } | FleetEvent::Report { .. }) => {}
-                Some(FleetEvent::Lost(_)) if setting.workers_return => count = count.saturating_sub(1),
+                Some(FleetEvent::Lost(worker)) if setting.workers_return => drop(here.remove(&worker)),
                 Some(FleetEvent::Lost(_)) | None => return false,
             }
         }

@@ -20,7 +20,7 @@ pub struct Ahead {
 }
 
 impl Ahead {
-    /// Begins to read the layer after `layer`, if there is one. Whatever was read before for nobody is let go of.
+    /// Begins to read the layer after `layer`, if there is one. What was read before for nobody gives way to it.
     pub fn read_after(&self, decoder: &Arc<dyn Decoder>, layer: LayerIndex) {
         let next = LayerIndex(layer.0 + 1);
         let mut reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
@@ -35,6 +35,16 @@ impl Ahead {
                 tracing::warn!(layer = %next, %error, "no thread to read ahead; it is read when it is needed")
             }
         }
+    }
+
+    /// Lets go of what was read, if that has not been taken.
+    pub fn forget(&self) {
+        *self.reading.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// The layer that is being read, or was and has not been taken.
+    pub fn begun(&self) -> Option<LayerIndex> {
+        self.reading.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|(layer, _)| *layer)
     }
 
     /// A layer: what was read ahead, if it was this one, or read now.
@@ -139,8 +149,9 @@ mod tests {
         assert_eq!(loads(), 2);
 
         ahead.read_after(&decoder, LayerIndex(0));
+        assert_eq!(ahead.begun(), Some(LayerIndex(1)));
         assert_eq!(first(&*ahead.take(&*decoder, LayerIndex(0)).unwrap()), expected[0]);
-        assert!(ahead.reading.lock().unwrap().is_none());
+        assert_eq!(ahead.begun(), None);
     }
 
     #[test]
@@ -148,7 +159,7 @@ mod tests {
         let (counting, decoder) = counting(0);
         let ahead = Ahead::default();
         ahead.read_after(&decoder, LayerIndex(decoder.layers() as u32 - 1));
-        assert!(ahead.reading.lock().unwrap().is_none());
+        assert_eq!(ahead.begun(), None);
         assert_eq!(counting.loads.load(Ordering::SeqCst), 0);
     }
 

@@ -421,7 +421,11 @@ impl Session {
         let is_survey = matches!(work, Work::Survey(..) | Work::Try(_));
         let place = run.map(|run| self.place(run, control, is_survey)).ok_or(TaskError::Cancelled);
         match work {
-            Work::Evaluate(evaluation) => evaluate(evaluation, device, control),
+            Work::Evaluate(evaluation) => {
+                // The last owner's neighbours may have one layer too many.
+                run.inspect(|run| run.ahead.forget());
+                evaluate(evaluation, device, control)
+            }
             Work::Forward(layer, source) => run_dense_layer(&place?, *layer, source),
             Work::Survey(layer, source, sparsities) => survey_layer(&place?, *layer, source, sparsities),
             Work::Try(patterns) => try_patterns(&place?, patterns),
@@ -491,6 +495,15 @@ impl Session {
         }
         tracing::info!(%run, %lease, "assisting");
         Ok(control)
+    }
+
+    /// The run that it works for.
+    #[cfg(test)]
+    pub(crate) fn attached(&self) -> Option<Arc<Run>> {
+        match &self.state().attachment {
+            Attachment::Prepared(attached) => Some(Arc::clone(attached)),
+            _ => None,
+        }
     }
 
     /// Stops a unit, if it still runs under that lease. Its end is not reported.

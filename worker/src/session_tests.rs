@@ -165,6 +165,27 @@ fn held(boundary: u32) -> Source {
     Source { from: SourceFrom::Held(Boundary(boundary)), replay: vec![] }
 }
 
+/// The layer that a worker has read ahead.
+fn ahead(worker: &TestWorker) -> Option<LayerIndex> {
+    worker.session.attached().unwrap().ahead.begun()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_next_layer_of_a_chain_is_read_ahead_and_no_other() {
+    for reconstructs in [false, true] {
+        let run = TestRun::with("llama-tiny", "wanda", "pruned", reconstructs);
+        let mut worker = TestWorker::prepared(&run, u64::MAX);
+        for layer in 0..LAYERS {
+            worker.prune(&run, layer, if layer == 0 { embedded(&[]) } else { held(layer) }).await;
+            assert_eq!(ahead(&worker), (layer + 1 < LAYERS).then_some(LayerIndex(layer + 1)), "{reconstructs} {layer}");
+        }
+    }
+    let run = TestRun::new("llama-tiny", "wanda", "dense");
+    let mut worker = TestWorker::prepared(&run, u64::MAX);
+    worker.prune(&run, 0, embedded(&[])).await;
+    assert_eq!(ahead(&worker), None);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_chain_gives_the_same_bytes_from_peers_from_replays_and_from_disk() {
     for name in ["llama-tiny", "opt-tiny", "qwen2-tiny"] {

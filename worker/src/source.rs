@@ -142,7 +142,8 @@ impl Workplace<'_> {
         Ok(phases.time("load", || ahead.take(&*model.decoder, layer))?)
     }
 
-    /// Begins to read the weights of the layer that comes next in a chain: whoever has a part in a layer has one in that.
+    /// Begins to read the weights of the layer that comes next in a chain: whoever has a part in a layer mostly has one in that. Who
+    /// has none keeps them until it loads another layer or evaluates.
     pub fn read_ahead(&self, layer: LayerIndex) {
         if self.is_chain() {
             self.run.ahead.read_after(&self.run.model.decoder, layer);

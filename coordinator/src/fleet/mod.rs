@@ -4,4 +4,4 @@ mod client;
 mod roster;
 
 pub use client::{CallError, GrpcWorkerClient, Help, UnitCall, WorkerClient};
-pub use roster::{Alike, FleetEvent, Member, Offer, Roster, RosterError};
+pub use roster::{FleetEvent, Member, Offer, Pinned, Roster, RosterError};

@@ -135,11 +135,11 @@ impl Inner {
 }
 
 /// As long as it is there, the roster takes none but workers of one instruction set.
-pub struct Alike {
+pub struct Pinned {
     roster: Roster,
 }
 
-impl Drop for Alike {
+impl Drop for Pinned {
     fn drop(&mut self) {
         self.roster.lock().instruction_set = None;
     }
@@ -203,21 +203,22 @@ impl Roster {
         let _ = tokio::time::timeout(patience, left).await;
     }
 
-    /// What the workers that are there compute with, and from now on all that come: `frozen` if something was computed before.
-    /// `None` if nobody is there who could say.
+    /// What the workers that are there compute with.
+    pub fn instruction_set(&self) -> Option<String> {
+        self.lock().members.values().next().map(|member| member.offer.instruction_set.clone())
+    }
+
+    /// Lets none in that compute with anything else, as long as the result is there.
     ///
     /// # Errors
-    /// What they compute with, if that is not what is `frozen`.
-    pub fn keep_alike(&self, frozen: Option<&str>) -> Result<Option<(String, Alike)>, String> {
+    /// What the workers that are there compute with, if that is something else.
+    pub fn pin(&self, instruction_set: &str) -> Result<Pinned, String> {
         let mut inner = self.lock();
-        let Some(found) = inner.members.values().next().map(|member| member.offer.instruction_set.clone()) else {
-            return Ok(None);
-        };
-        if frozen.is_some_and(|frozen| frozen != found) {
-            return Err(found);
+        if let Some(found) = inner.instruction_sets().find(|found| *found != instruction_set) {
+            return Err(found.clone());
         }
-        inner.instruction_set = Some(found.clone());
-        Ok(Some((found, Alike { roster: self.clone() })))
+        inner.instruction_set = Some(instruction_set.to_owned());
+        Ok(Pinned { roster: self.clone() })
     }
 
     /// Lets a worker in. One that registers again from the same endpoint replaces its former self.
@@ -342,15 +343,15 @@ mod tests {
     #[tokio::test]
     async fn a_run_keeps_its_workers_alike_even_when_all_of_them_are_others() {
         let roster = Roster::default();
-        assert!(roster.keep_alike(Some("avx2")).unwrap().is_none(), "nobody is there");
+        assert_eq!(roster.instruction_set(), None);
+        drop(roster.pin("avx2").unwrap());
         let first = roster.register(offer("first", "avx512")).await.unwrap();
-        assert_eq!(roster.keep_alike(Some("avx2")).err().as_deref(), Some("avx512"));
-        let (found, alike) = roster.keep_alike(None).unwrap().unwrap();
-        assert_eq!(found, "avx512");
+        assert_eq!(roster.pin("avx2").err().as_deref(), Some("avx512"));
+        let pinned = roster.pin(&roster.instruction_set().unwrap()).unwrap();
         roster.remove(first).await;
         let refused = roster.register(offer("second", "avx2")).await.unwrap_err();
         assert!(matches!(&refused, RosterError::InstructionSet { ours, .. } if ours == "avx512"), "{refused}");
-        drop(alike);
+        drop(pinned);
         roster.register(offer("second", "avx2")).await.unwrap();
     }
 

@@ -321,6 +321,15 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_chain_reads_the_next_layer_while_one_is_finished() {
+        let ahead = |mode| {
+            let cost = count(&outline(2), &job(mode), Solver::default());
+            cost.layers.iter().map(|layer| layer.room.weights_ahead).collect::<Vec<_>>()
+        };
+        assert_eq!((ahead("pruned"), ahead("dense")), (vec![64 * 64 + 2 * 256 * 64, 0], vec![0, 0]));
+    }
+
+    #[test]
     fn what_is_held_out_is_summed_apart_and_sent_where_solving_takes_it() {
         let cost = |held_out: f64, needs_held_out| {
             let job = JobSpec {

@@ -8,7 +8,7 @@ use espalier_proto::v1 as pb;
 use espalier_proto::v1::coordinator_server::Coordinator;
 use tonic::{Request, Response, Status};
 
-use crate::fleet::{FleetEvent, Offer, Roster};
+use crate::fleet::{FleetEvent, Offer, Roster, RosterError};
 
 /// How often workers say that they are alive.
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
@@ -44,8 +44,12 @@ impl Coordinator for WorkerDesk {
             device: message.device,
             gflops: message.gflops,
         };
-        let worker =
-            self.roster.register(offer).await.map_err(|error| Status::failed_precondition(error.to_string()))?;
+        let refused = |error: RosterError| match error {
+            // Another machine may be of the right kind.
+            RosterError::InstructionSet { .. } => Status::aborted(error.to_string()),
+            _ => Status::failed_precondition(error.to_string()),
+        };
+        let worker = self.roster.register(offer).await.map_err(refused)?;
         let heartbeat_interval_ms = HEARTBEAT_INTERVAL.as_millis() as u32;
         Ok(Response::new(pb::RegisterResponse {
             worker: worker.0,

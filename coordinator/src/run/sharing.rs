@@ -2,34 +2,45 @@
 
 use espalier_common::outline::ModelOutline;
 
-use super::Run;
+use super::{Run, wait_for_workers};
 use crate::error::RunError;
 use crate::events::RunEvent;
-use crate::fleet::Alike;
+use crate::fleet::Pinned;
 use crate::journal::JournalRecord;
 use crate::plan::cluster::{ClusterSpec, PlannedWorker};
 use crate::plan::strategy::{self, Asked, Choice};
 
 impl Run {
-    /// As long as the result is there, no worker is taken that could round otherwise than those that began the run.
+    /// Waits for workers. As long as the result is there, none is taken that could round otherwise than those that began the run;
+    /// once the run is over, nothing is computed and anybody will do.
     ///
     /// # Errors
-    /// `InstructionSet` if those that are there could; `Journal`.
-    pub(super) fn keep_alike(&mut self) -> Result<Option<Alike>, RunError> {
+    /// `InstructionSet` if those that are there could; `Journal`; see [`wait_for_workers`].
+    pub(super) async fn gather_workers(&mut self) -> Result<Option<Pinned>, RunError> {
+        if self.past.iter().any(|record| matches!(record, JournalRecord::Finished { .. })) {
+            wait_for_workers(&self.setting).await?;
+            return Ok(None);
+        }
         let frozen = self.past.iter().find_map(|record| match record {
             JournalRecord::Computing { instruction_set } => Some(instruction_set.clone()),
             _ => None,
         });
-        match self.setting.roster.keep_alike(frozen.as_deref()) {
-            Err(found) => Err(RunError::InstructionSet { frozen: frozen.unwrap_or_default(), found }),
-            Ok(None) => Ok(None),
-            Ok(Some((instruction_set, alike))) => {
-                if frozen.is_none() {
-                    self.append(JournalRecord::Computing { instruction_set })?;
-                }
-                Ok(Some(alike))
-            }
-        }
+        let Some(frozen) = frozen else {
+            wait_for_workers(&self.setting).await?;
+            let instruction_set = self.setting.roster.instruction_set().ok_or(RunError::WorkerDiedEarly)?;
+            let pinned = self.pin(&instruction_set)?;
+            self.append(JournalRecord::Computing { instruction_set })?;
+            return Ok(Some(pinned));
+        };
+        // Where others may follow, the wrong ones are turned away while the right ones are waited for.
+        let pinned = if self.setting.workers_return { Some(self.pin(&frozen)?) } else { None };
+        wait_for_workers(&self.setting).await?;
+        pinned.map_or_else(|| self.pin(&frozen), Ok).map(Some)
+    }
+
+    fn pin(&self, frozen: &str) -> Result<Pinned, RunError> {
+        let differs = |found| RunError::InstructionSet { frozen: frozen.to_owned(), found };
+        self.setting.roster.pin(frozen).map_err(differs)
     }
 
     /// The strategy that was chosen last, in this life of the run or an earlier one.

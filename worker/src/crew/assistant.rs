@@ -276,7 +276,8 @@ impl<'a> Assistant<'a> {
     }
 
     fn finish(self) -> Result<(), TaskError> {
-        let Self { place, layer, mut line, sizes, keeps, share, mut phases, .. } = self;
+        let Self { place, layer, mut line, outline: _, sizes, keeps, share, solver, mut phases } = self;
+        drop(solver);
         phases.enter(None);
         place.read_ahead(layer);
         let output = share.finish(place, &mut phases)?;

@@ -41,6 +41,12 @@ pub enum CallError {
         /// What it said.
         reason: String,
     },
+    /// It answered, and this machine is not of the kind that it can use now.
+    #[error("the coordinator cannot use this machine: {reason}")]
+    Unfit {
+        /// What it said.
+        reason: String,
+    },
     /// It did not answer.
     #[error("the coordinator at {url} does not answer: {reason}")]
     Unreachable {
@@ -56,6 +62,7 @@ impl CallError {
     pub fn class(&self) -> FaultClass {
         match self {
             Self::Url { .. } | Self::Gate(_) | Self::Untrusted { .. } | Self::Refused { .. } => FaultClass::Reject,
+            Self::Unfit { .. } => FaultClass::RetryElsewhere,
             Self::Unreachable { .. } => FaultClass::RetryHere,
         }
     }
@@ -149,6 +156,7 @@ impl CoordinatorClient {
                     | Code::Unauthenticated
                     | Code::Unimplemented,
                 ) => CallError::Refused { reason: status.message().to_owned() },
+                (None, Code::Aborted) => CallError::Unfit { reason: status.message().to_owned() },
                 (None, code) => unreachable(format!("{code:?}: {}", status.message())),
             }),
         }

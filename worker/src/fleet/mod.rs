@@ -20,6 +20,8 @@ use crate::session::{Session, UnitReport};
 
 pub use client::{CallError, CoordinatorClient};
 
+/// A coordinator that is only just starting is there within so long, and nobody need be told.
+const UNTOLD: Duration = Duration::from_secs(2);
 /// A coordinator that cannot be registered with for so long at the start is taken for absent.
 const REGISTRATION: Duration = Duration::from_secs(30);
 
@@ -74,7 +76,7 @@ impl Membership {
     /// Registers, then beats and reports until the coordinator says that nothing is left to do.
     ///
     /// # Errors
-    /// `Refused` if the coordinator will not have this worker, `Unreachable` once it has been silent for too long.
+    /// `Refused` or `Unfit` if the coordinator will not have this worker, `Unreachable` once it has been silent for too long.
     pub async fn run(&self, reports: mpsc::Receiver<UnitReport>) -> Result<(), CallError> {
         let interval = self.register(self.silence.unwrap_or(REGISTRATION)).await?;
         tokio::select! {
@@ -97,7 +99,7 @@ impl Membership {
     async fn register(&self, patience: Duration) -> Result<Duration, CallError> {
         let deadline = Instant::now() + patience;
         let mut backoff = Backoff::default();
-        let mut is_told = false;
+        let (began, mut is_told) = (Instant::now(), false);
         self.session.readiness().set(Err("it is not registered"));
         loop {
             self.turn();
@@ -110,9 +112,10 @@ impl Membership {
                     return Ok(Duration::from_millis(u64::from(answer.heartbeat_interval_ms.clamp(10, 60_000))));
                 }
                 Err(error) if self.may_register_again(&error) && Instant::now() < deadline => {
-                    if std::mem::replace(&mut is_told, true) {
+                    if is_told || began.elapsed() < UNTOLD {
                         tracing::debug!(%error, "registering again");
                     } else {
+                        is_told = true;
                         tracing::warn!(%error, patience_seconds = patience.as_secs(), "cannot register yet: trying again");
                     }
                     tokio::time::sleep(backoff.next()).await;

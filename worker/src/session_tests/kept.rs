@@ -94,13 +94,15 @@ async fn shares_that_are_kept_change_no_byte_whatever_the_method() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_hidden_states_travel() {
+async fn no_hidden_states_travel_and_everybody_reads_ahead() {
     let (run, tasks) = (in_small_blocks("llama-tiny", "wanda"), TaskGroup::new());
     let (helpers, endpoints) = some(&run, 2, &tasks);
     let mut lender = TestWorker::prepared(&run, u64::MAX);
     lender.with_assistants(&run, &endpoints).await;
+    assert_eq!([ahead(&lender), ahead(&helpers[0]), ahead(&helpers[1])], [Some(LayerIndex(2)); 3]);
     let mut keeper = TestWorker::prepared(&run, u64::MAX);
     let (first, ..) = keeper.together(&run, &[], Share::even(&endpoints)).await;
+    assert_eq!([ahead(&keeper), ahead(&helpers[0]), ahead(&helpers[1])], [Some(LayerIndex(1)); 3]);
     keeper.together(&run, &[first], Share::even(&endpoints)).await;
     // Two of three shares of two layers' outputs: five sequences of 24 tokens, as floats.
     let (lent, kept) = (lender.session.bytes_received(), keeper.session.bytes_received());
