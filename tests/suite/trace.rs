@@ -193,10 +193,9 @@ fn a_lost_attempt_is_a_span_with_an_error() {
         assert_eq!(attempts.len(), usize::from(number == layer), "{attempts:?}");
         for attempt in attempts {
             let error = attempt.error.as_deref().unwrap_or_default();
-            assert!(
-                error.starts_with("the worker is lost: ") && attempt.get("espalier.outcome") == "failed",
-                "{attempt:?}"
-            );
+            // It may have died before it could say that it begins.
+            let is_told = error.starts_with("the worker is lost: ") || error.contains(" does not answer PruneLayer: ");
+            assert!(is_told && attempt.get("espalier.outcome") == "failed", "{attempt:?}");
             assert_ne!(attempt.get("espalier.worker"), last.get("espalier.worker"));
             assert!(attempt.end <= last.start, "{attempt:?} {last:?}");
         }
