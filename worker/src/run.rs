@@ -345,7 +345,8 @@ impl Run {
         let model = open_model(&job.model.source, &device)?;
         let structure = structure_for(&*method.solver, &*model.decoder, &job);
         let mask = open_mask(&*method.solver)?;
-        Ok(Self { id, job, job_json, store, tokens, model, ahead: Ahead::default(), method, mask, structure, device })
+        let ahead = Ahead::new(Ahead::pays(&job.model.source, &device));
+        Ok(Self { id, job, job_json, store, tokens, model, ahead, method, mask, structure, device })
     }
 
     /// The pattern that a layer is to get.

@@ -497,6 +497,14 @@ impl Session {
         Ok(control)
     }
 
+    /// Reads layers ahead although they are near.
+    #[cfg(test)]
+    pub(crate) fn read_ahead(&self) {
+        if let Attachment::Prepared(attached) = &mut self.state().attachment {
+            Arc::get_mut(attached).unwrap().ahead = crate::ahead::Ahead::new(true);
+        }
+    }
+
     /// The run that it works for.
     #[cfg(test)]
     pub(crate) fn attached(&self) -> Option<Arc<Run>> {

@@ -175,6 +175,7 @@ async fn the_next_layer_of_a_chain_is_read_ahead_and_no_other() {
     for reconstructs in [false, true] {
         let run = TestRun::with("llama-tiny", "wanda", "pruned", reconstructs);
         let mut worker = TestWorker::prepared(&run, u64::MAX);
+        worker.session.read_ahead();
         for layer in 0..LAYERS {
             worker.prune(&run, layer, if layer == 0 { embedded(&[]) } else { held(layer) }).await;
             assert_eq!(ahead(&worker), (layer + 1 < LAYERS).then_some(LayerIndex(layer + 1)), "{reconstructs} {layer}");
@@ -182,6 +183,7 @@ async fn the_next_layer_of_a_chain_is_read_ahead_and_no_other() {
     }
     let run = TestRun::new("llama-tiny", "wanda", "dense");
     let mut worker = TestWorker::prepared(&run, u64::MAX);
+    worker.session.read_ahead();
     worker.prune(&run, 0, embedded(&[])).await;
     assert_eq!(ahead(&worker), None);
 }

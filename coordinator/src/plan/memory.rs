@@ -67,7 +67,7 @@ impl Memory {
 pub struct Room {
     /// Weights of all sublayers.
     pub weights: u64,
-    /// Those of the layer that is read while this one is finished: in a chain, the next.
+    /// Those of the layer that may be read while this one is finished: in a chain, the next.
     pub weights_ahead: u64,
     /// The sequences, and which of them are held out.
     pub split: Split,

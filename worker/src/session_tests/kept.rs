@@ -98,9 +98,11 @@ async fn no_hidden_states_travel_and_everybody_reads_ahead() {
     let (run, tasks) = (in_small_blocks("llama-tiny", "wanda"), TaskGroup::new());
     let (helpers, endpoints) = some(&run, 2, &tasks);
     let mut lender = TestWorker::prepared(&run, u64::MAX);
+    [&lender, &helpers[0], &helpers[1]].iter().for_each(|worker| worker.session.read_ahead());
     lender.with_assistants(&run, &endpoints).await;
     assert_eq!([ahead(&lender), ahead(&helpers[0]), ahead(&helpers[1])], [Some(LayerIndex(2)); 3]);
     let mut keeper = TestWorker::prepared(&run, u64::MAX);
+    keeper.session.read_ahead();
     let (first, ..) = keeper.together(&run, &[], Share::even(&endpoints)).await;
     assert_eq!([ahead(&keeper), ahead(&helpers[0]), ahead(&helpers[1])], [Some(LayerIndex(1)); 3]);
     keeper.together(&run, &[first], Share::even(&endpoints)).await;
