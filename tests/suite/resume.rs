@@ -323,6 +323,37 @@ fn a_run_is_not_taken_up_by_workers_that_round_otherwise() {
     same_output(&reference, &workplace).unwrap();
 }
 
+/// The same in a cluster, where the right ones may follow: whoever does not fit is sent away, first or not, and the run waits.
+#[test]
+fn a_cluster_waits_for_workers_that_round_as_the_first_did() {
+    let reference = undisturbed("llama-tiny", &[]).unwrap();
+    let mut cluster = Cluster::start(1).unwrap();
+    let run = cluster.run();
+    let follower = cluster.submit(&prune("llama-tiny", &[])).unwrap();
+    cluster.wait_until("a commit", |_| (!commits(&run).is_empty()).then_some(())).unwrap();
+    cluster.workers.remove(0).process.kill().unwrap();
+    cluster.coordinator.kill().unwrap();
+    drop(follower);
+    let before = commits(&run);
+    let ours = computed_with(&run, "an abacus").unwrap();
+    cluster.start_again().unwrap();
+    cluster.add_worker(1, &[], &[]).unwrap();
+    let refused = cluster.workers.remove(0).process.finish(GRACE).unwrap();
+    assert_eq!(refused.code(), Some(75), "{}", refused.stderr);
+    let expected = format!("computes with {ours}, but the others with an abacus");
+    assert!(refused.stderr.contains(&expected), "{}", refused.stderr);
+    assert!(cluster.coordinator.ended().unwrap().is_none(), "{}", cluster.coordinator.errors());
+    cluster.coordinator.kill().unwrap();
+    assert_eq!(commits(&run), before);
+    computed_with(&run, &ours).unwrap();
+    cluster.start_again().unwrap();
+    cluster.add_worker(1, &[], &[]).unwrap();
+    let follower = cluster.submit(&prune("llama-tiny", &[])).unwrap();
+    follower.finish(harness::process::PATIENCE).unwrap().success().unwrap();
+    each_layer_once(&run).unwrap();
+    same_output(&reference, &cluster.workplace).unwrap();
+}
+
 #[test]
 fn a_cluster_gives_the_bytes_of_one_machine() {
     let reference = undisturbed("llama-tiny", &[]).unwrap();

@@ -61,7 +61,8 @@ impl Ahead {
     }
 
     /// The layer that is being read, or was and has not been taken.
-    pub fn begun(&self) -> Option<LayerIndex> {
+    #[cfg(test)]
+    pub(crate) fn begun(&self) -> Option<LayerIndex> {
         self.reading.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|(layer, _)| *layer)
     }
 

@@ -181,6 +181,16 @@ async fn the_next_layer_of_a_chain_is_read_ahead_and_no_other() {
             assert_eq!(ahead(&worker), (layer + 1 < LAYERS).then_some(LayerIndex(layer + 1)), "{reconstructs} {layer}");
         }
     }
+    // What nobody took is let go of before a model is evaluated.
+    let run = TestRun::new("llama-tiny", "wanda", "pruned");
+    let mut worker = TestWorker::prepared(&run, u64::MAX);
+    worker.session.read_ahead();
+    worker.prune(&run, 0, embedded(&[])).await;
+    assert_eq!(ahead(&worker), Some(LayerIndex(1)));
+    let (model, tokens) = (run.model.clone(), run.tokens.clone());
+    let evaluation = Evaluation { model, tokens, run_url: run.url(), windows: vec![0] };
+    worker.outcome(&run, Unit::Evaluate(0), Work::Evaluate(evaluation)).await;
+    assert_eq!(ahead(&worker), None);
     let run = TestRun::new("llama-tiny", "wanda", "dense");
     let mut worker = TestWorker::prepared(&run, u64::MAX);
     worker.session.read_ahead();

@@ -208,17 +208,14 @@ impl Roster {
         self.lock().members.values().next().map(|member| member.offer.instruction_set.clone())
     }
 
-    /// Lets none in that compute with anything else, as long as the result is there.
-    ///
-    /// # Errors
-    /// What the workers that are there compute with, if that is something else.
-    pub fn pin(&self, instruction_set: &str) -> Result<Pinned, String> {
+    /// Lets none in that compute with anything else, as long as the first of the results is there. The second are those that are in
+    /// already and do, with what they compute with.
+    pub fn pin(&self, instruction_set: &str) -> (Pinned, BTreeMap<WorkerId, String>) {
         let mut inner = self.lock();
-        if let Some(found) = inner.instruction_sets().find(|found| *found != instruction_set) {
-            return Err(found.clone());
-        }
         inner.instruction_set = Some(instruction_set.to_owned());
-        Ok(Pinned { roster: self.clone() })
+        let others = inner.members.iter().map(|(id, member)| (*id, member.offer.instruction_set.clone()));
+        let others = others.filter(|(_, found)| found != instruction_set).collect();
+        (Pinned { roster: self.clone() }, others)
     }
 
     /// Lets a worker in. One that registers again from the same endpoint replaces its former self.
@@ -344,10 +341,11 @@ mod tests {
     async fn a_run_keeps_its_workers_alike_even_when_all_of_them_are_others() {
         let roster = Roster::default();
         assert_eq!(roster.instruction_set(), None);
-        drop(roster.pin("avx2").unwrap());
+        assert_eq!(roster.pin("avx2").1, BTreeMap::new());
         let first = roster.register(offer("first", "avx512")).await.unwrap();
-        assert_eq!(roster.pin("avx2").err().as_deref(), Some("avx512"));
-        let pinned = roster.pin(&roster.instruction_set().unwrap()).unwrap();
+        assert_eq!(roster.pin("avx2").1, [(first, "avx512".to_owned())].into());
+        let (pinned, others) = roster.pin(&roster.instruction_set().unwrap());
+        assert!(others.is_empty());
         roster.remove(first).await;
         let refused = roster.register(offer("second", "avx2")).await.unwrap_err();
         assert!(matches!(&refused, RosterError::InstructionSet { ours, .. } if ours == "avx512"), "{refused}");

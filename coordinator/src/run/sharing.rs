@@ -32,15 +32,26 @@ impl Run {
             self.append(JournalRecord::Computing { instruction_set })?;
             return Ok(Some(pinned));
         };
-        // Where others may follow, the wrong ones are turned away while the right ones are waited for.
-        let pinned = if self.setting.workers_return { Some(self.pin(&frozen)?) } else { None };
+        if !self.setting.workers_return {
+            wait_for_workers(&self.setting).await?;
+            return self.pin(&frozen).map(Some);
+        }
+        // Others may follow: the wrong ones are turned away, those that were quicker too, while the right ones are waited for.
+        let (pinned, others) = self.setting.roster.pin(&frozen);
+        for (worker, found) in others {
+            tracing::warn!(%worker, %frozen, %found, "turned away: results could differ in the last bit");
+            self.setting.roster.remove(worker).await;
+        }
         wait_for_workers(&self.setting).await?;
-        pinned.map_or_else(|| self.pin(&frozen), Ok).map(Some)
+        Ok(Some(pinned))
     }
 
     fn pin(&self, frozen: &str) -> Result<Pinned, RunError> {
-        let differs = |found| RunError::InstructionSet { frozen: frozen.to_owned(), found };
-        self.setting.roster.pin(frozen).map_err(differs)
+        let (pinned, others) = self.setting.roster.pin(frozen);
+        match others.into_values().next() {
+            Some(found) => Err(RunError::InstructionSet { frozen: frozen.to_owned(), found }),
+            None => Ok(pinned),
+        }
     }
 
     /// The strategy that was chosen last, in this life of the run or an earlier one.
