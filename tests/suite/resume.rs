@@ -338,7 +338,8 @@ fn a_cluster_waits_for_workers_that_round_as_the_first_did() {
     let ours = computed_with(&run, "an abacus").unwrap();
     cluster.start_again().unwrap();
     cluster.add_worker(1, &[], &[]).unwrap();
-    let refused = cluster.workers.remove(0).process.finish(GRACE).unwrap();
+    let refused = cluster.workers.remove(0).process.finish(GRACE);
+    let refused = refused.unwrap_or_else(|error| panic!("{error:#}\n{}", cluster.coordinator.errors()));
     assert_eq!(refused.code(), Some(75), "{}", refused.stderr);
     let expected = format!("computes with {ours}, but the others with an abacus");
     assert!(refused.stderr.contains(&expected), "{}", refused.stderr);
