@@ -88,9 +88,6 @@ pub struct ModelOutline {
     /// Whether the method compares corrected with dense inputs, which then run side by side in `pruned` propagation.
     #[serde(default)]
     pub needs_dense: bool,
-    /// Whether the method solves with statistics of held-out inputs beside the others.
-    #[serde(default)]
-    pub needs_held_out: bool,
     /// Whether the method keeps the zeros of another checkpoint, so that the job asks for none.
     #[serde(default)]
     pub imports_zeros: bool,

@@ -149,7 +149,6 @@ impl From<ModelOutline> for pb::ModelOutline {
             method_version: outline.method_version,
             method_params_json: outline.method_params.to_string(),
             needs_dense: outline.needs_dense,
-            needs_held_out: outline.needs_held_out,
             imports_zeros: outline.imports_zeros,
             needs_whole: outline.needs_whole,
             structure_json: outline.structure.map_or_else(String::new, |structure| {
@@ -226,7 +225,6 @@ impl TryFrom<pb::ModelOutline> for ModelOutline {
             method_params: serde_json::from_str(&outline.method_params_json)
                 .map_err(|error| invalid("outline.method_params_json", error))?,
             needs_dense: outline.needs_dense,
-            needs_held_out: outline.needs_held_out,
             imports_zeros: outline.imports_zeros,
             needs_whole: outline.needs_whole,
             structure: match outline.structure_json.as_str() {

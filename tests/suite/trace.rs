@@ -119,7 +119,9 @@ fn pruned<'a>(tree: &'a Tree, unit: &'a Span) -> BTreeSet<&'a str> {
     for lent in tree.below(work, "lend").filter(|lent| lent.error.is_none()) {
         let assist = tree.only(lent, "assist");
         assert_ne!(assist.from.1, work.from.1);
-        assert!(tree.below(assist, "gram").count() > 0, "{assist:?}");
+        for phase in ["gram", "solve", "verify"] {
+            assert!(tree.below(assist, phase).count() > 0, "{phase} in {assist:?}");
+        }
         workers.insert(assist.from.1.as_str());
     }
     workers

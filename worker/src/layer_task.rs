@@ -26,7 +26,8 @@ use crate::keeping::Keeping;
 use crate::linalg::on_host;
 use crate::mask::MaskError;
 use crate::model::DecoderLayer;
-use crate::prune::verify::verify;
+use crate::prune::measure::relative;
+use crate::prune::verify::{check, verify};
 use crate::prune::{InputStats, Problem, Solution};
 use crate::reconstruct::{self, Draft};
 use crate::source::Workplace;
@@ -304,19 +305,28 @@ fn prune_group(
     };
     let stored = members.par_iter().zip(&solved).map(store).collect::<Result<Vec<_>, TaskError>>()?;
     let (stored, weights): (Vec<StoredTensor>, Vec<Tensor>) = stored.into_iter().unzip();
-    // Assistants can go on while this worker checks.
-    crew.apply(group, &weights, || stored.iter().flat_map(|stored| stored.bytes.iter().copied()).collect())?;
-    let solved = solved.into_iter().zip(stored).zip(&weights);
-    let parts: Vec<Part<'_>> = problems.iter().zip(members).zip(solved).enumerate().collect();
-    let check = |(member, ((problem, sublayer), (((solution, seconds), stored), weight))): Part<'_>| {
-        let verified = verify(problem, stats, weight)
-            .map_err(|source| TaskError::Verify { tensor: sublayer.tensor.clone(), source })?;
+    let tiles =
+        crew.apply(group, &weights, || stored.iter().map(|stored| &*stored.bytes).collect::<Vec<_>>().concat())?;
+    let checked = |((problem, sublayer), weight): ((&Problem<'_>, &SublayerOutline), &Tensor)| {
+        check(problem, weight).map_err(|source| TaskError::Verify { tensor: sublayer.tensor.clone(), source })
+    };
+    let zeros: Vec<u64> =
+        problems.par_iter().zip(members).zip(&weights).map(checked).collect::<Result<_, TaskError>>()?;
+    let pairs: Vec<(&Tensor, &Tensor)> = weights.iter().zip(&dense).collect();
+    let measured = crew.measure(tiles, &pairs, stats)?;
+    let (seconds, waiting) = (watch.seconds(), crew.take_waiting());
+    phases.add("verify", seconds - waiting.seconds(), 0.0);
+    waiting.book(phases);
+    let mut done = Vec::new();
+    let parts = members.iter().zip(solved).zip(stored).zip(zeros).zip(&measured).enumerate();
+    for (member, ((((sublayer, (solution, seconds)), stored), zeros), measured)) in parts {
+        let (rel_error, held_out_error) = relative(measured, stats);
         let report = SublayerReport {
             tensor: sublayer.tensor.clone(),
-            rel_error: verified.rel_error,
-            held_out_error: verified.held_out_error,
-            zeros: verified.zeros,
-            elements: verified.elements,
+            rel_error,
+            held_out_error,
+            zeros,
+            elements: sublayer.elements() as u64,
             seconds,
             iterations: solution.iterations,
             damping: solution.damping,
@@ -325,12 +335,7 @@ fn prune_group(
             alpha: solution.alpha,
             reconstruction: None,
         };
-        Ok(Pruned { group, member, stored, report })
-    };
-    let pruned = parts.into_par_iter().map(check).collect::<Result<_, TaskError>>();
-    phases.add("verify", watch.seconds(), 0.0);
-    pruned
+        done.push(Pruned { group, member, stored, report });
+    }
+    Ok(done)
 }
-
-/// A member of a group: its problem and outline, its solution with the seconds it took, and what is stored of it.
-type Part<'a> = (usize, ((&'a Problem<'a>, &'a SublayerOutline), (((Solution, f64), StoredTensor), &'a Tensor)));

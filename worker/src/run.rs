@@ -253,7 +253,6 @@ pub fn inspect(job_json: &str) -> Result<ModelOutline, RunError> {
         structure: structure_for(&*method.solver, &*decoder, &job),
         imports_zeros: method.solver.imports().is_some(),
         needs_whole: method.solver.structured().is_some() || method.reconstruct.is_some(),
-        needs_held_out: method.solver.needs_held_out(),
         needs_dense: method.solver.needs() >= Statistics::GramAndCross || method.reconstruct.is_some(),
         method_version: method.version,
         method_params: method.params,

@@ -27,7 +27,7 @@ use crate::calibrate::squares::Squares;
 use crate::holdings::HiddenStates;
 use crate::linalg::{on_host, values};
 use crate::model::DecoderLayer;
-use crate::prune::verify::rel_error;
+use crate::prune::verify::rel_errors;
 use crate::prune::{GroupSolver, InputStats, Problem, SolveError, Solver, build};
 use crate::run::RunError;
 use crate::source::Workplace;
@@ -183,12 +183,12 @@ fn error_curves(
     let curve = |(member, sublayer): (usize, &SublayerOutline)| {
         let tensor = sublayer.tensor.as_str();
         let weight = on_host(&sampled(layer.weight(group, member))?)?;
-        let dense = values(&weight)?;
         let error = |sparsity: &f64| {
             let pattern = Pattern::Unstructured { sparsity: *sparsity };
             let problem = Problem { tensor, weight: &weight, pattern, imported: None };
             let solved = solver.solve(&problem, &ctx).map_err(failed(tensor))?.weight;
-            rel_error(&values(&solved)?, &dense, &stats)
+            rel_errors(&solved, &weight, &stats)
+                .map(|(error, _)| error)
                 .map_err(|source| TaskError::Verify { tensor: tensor.to_owned(), source: source.into() })
         };
         let errors = sparsities.iter().map(error).collect::<Result<_, TaskError>>()?;

@@ -93,25 +93,32 @@ impl GramAccumulator {
         Self { columns, tokens: 0, gram: Sum::new(columns, true), dense, on_device: None }
     }
 
-    /// How many numbers [`Self::values`] has.
+    /// How many numbers [`Self::push_values`] adds.
     pub fn length(columns: usize, with_dense: bool) -> usize {
         let length = |symmetric| tiles(columns, symmetric).map(|(_, _, height, width)| height * width).sum::<usize>();
         if with_dense { 2 * length(true) + length(false) } else { length(true) }
     }
 
-    /// The sums as they are, for a wire.
-    pub fn values(&self) -> impl Iterator<Item = f64> {
-        let dense = self.dense.iter().flat_map(|(cross, gram)| [cross, gram]);
-        [&self.gram].into_iter().chain(dense).flat_map(|sum| sum.tiles.iter()).flat_map(|tile| tile.sum.iter().copied())
+    /// How many numbers the sums are.
+    pub fn numbers(&self) -> usize {
+        Self::length(self.columns, self.dense.is_some())
     }
 
-    /// Sums over `tokens` tokens, from their [`Self::values`].
-    pub fn from_values(columns: usize, with_dense: bool, tokens: usize, values: &[f64]) -> Self {
+    /// Puts the sums as they are, for a wire, behind `values`.
+    pub fn push_values(&self, values: &mut Vec<f64>) {
+        let dense = self.dense.iter().flat_map(|(cross, gram)| [cross, gram]);
+        let tiles = [&self.gram].into_iter().chain(dense).flat_map(|sum| sum.tiles.iter());
+        tiles.for_each(|tile| values.extend_from_slice(&tile.sum));
+    }
+
+    /// Sums over `tokens` tokens, from what [`Self::push_values`] gave.
+    pub fn from_values(columns: usize, with_dense: bool, tokens: usize, mut values: &[f64]) -> Self {
         let mut sums = Self { tokens, ..Self::new(columns, with_dense) };
-        let mut values = values.iter();
         let dense = sums.dense.iter_mut().flat_map(|(cross, gram)| [cross, gram]);
         for tile in [&mut sums.gram].into_iter().chain(dense).flat_map(|sum| sum.tiles.iter_mut()) {
-            tile.sum.iter_mut().zip(&mut values).for_each(|(sum, value)| *sum = *value);
+            let (here, rest) = values.split_at(tile.sum.len());
+            tile.sum.copy_from_slice(here);
+            values = rest;
         }
         sums
     }
@@ -318,12 +325,10 @@ impl Sum {
         let mut out = vec![0.0; n * n];
         for tile in &self.tiles {
             for (i, row) in tile.sum.chunks(tile.width).enumerate() {
-                for (j, sum) in row.iter().enumerate() {
-                    let mean = (sum / tokens as f64) as f32;
-                    if !mean.is_finite() {
-                        return Err(GramError::NotFinite { channel: tile.top + i });
-                    }
-                    out[(tile.top + i) * n + tile.left + j] = mean;
+                let means = &mut out[(tile.top + i) * n + tile.left..][..tile.width];
+                means.iter_mut().zip(row).for_each(|(mean, sum)| *mean = (sum / tokens as f64) as f32);
+                if means.iter().any(|mean| !mean.is_finite()) {
+                    return Err(GramError::NotFinite { channel: tile.top + i });
                 }
             }
         }

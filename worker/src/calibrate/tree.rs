@@ -37,6 +37,11 @@ impl Sampling {
         Split { sequences: self.sequences, calibrating: self.calibrating }
     }
 
+    /// Whether some sequences are held out.
+    pub fn has_held_out(&self) -> bool {
+        self.calibrating < self.sequences
+    }
+
     /// Numbers that the sums of a branch are, in [`Sums::values`].
     pub fn values(&self, branch: Branch) -> usize {
         self.split().sums(branch) * GramAccumulator::length(self.columns, self.with_dense)
@@ -64,7 +69,10 @@ impl Sums {
 
     /// All numbers of the sums, for a wire.
     pub fn values(&self) -> Vec<f64> {
-        [&self.calibrating, &self.held_out].into_iter().flatten().flat_map(GramAccumulator::values).collect()
+        let parts = || [&self.calibrating, &self.held_out].into_iter().flatten();
+        let mut values = Vec::with_capacity(parts().map(GramAccumulator::numbers).sum());
+        parts().for_each(|sums| sums.push_values(&mut values));
+        values
     }
 
     /// The sums of a branch from their numbers, as many as [`Sampling::values`] says.

@@ -1,7 +1,6 @@
 //! The assistant's side of a shared layer: it does what the owner's letters ask for, in their order. It keeps nothing, unless it
 //! has a share of its own to keep.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -17,13 +16,15 @@ use espalier_proto::v1::head::Matter;
 use rayon::prelude::*;
 use tokio::sync::mpsc;
 
+use super::measuring::tiles_of;
 use super::share::{Share, sampling};
 use super::{LayerSizes, statistics};
 use crate::boundary;
 use crate::calibrate::cache::Entry;
 use crate::keeping::{Keeping, by_sequence};
 use crate::linalg::{matrix, on_host, values};
-use crate::prune::{Groundwork, GroupSolver, Problem, RowBlock, Solution};
+use crate::prune::measure::measure;
+use crate::prune::{Groundwork, GroupSolver, InputStats, Problem, RowBlock, Solution};
 use crate::run::Run;
 use crate::source::Workplace;
 use crate::transport::parcel::{Body, numbers};
@@ -76,9 +77,21 @@ struct Assistant<'a> {
     sizes: LayerSizes,
     keeps: bool,
     share: Share,
-    /// The group whose statistics came last, ready to be solved.
-    solver: Option<(usize, Box<dyn GroupSolver>)>,
+    /// The group whose statistics came last.
+    prepared: Option<Prepared>,
     phases: Phases,
+}
+
+/// A group whose statistics are there.
+struct Prepared {
+    group: usize,
+    stats: Arc<InputStats>,
+    /// The dense weight of each member, by row.
+    dense: Vec<Tensor>,
+    /// Until the group is solved.
+    solver: Option<Box<dyn GroupSolver>>,
+    /// What each member became, as stored: once it is solved.
+    applied: Vec<Tensor>,
 }
 
 /// The owner's next letter; `None` once it has hung up.
@@ -121,7 +134,7 @@ impl<'a> Assistant<'a> {
         };
         let share = Share::new(leaves, streams.into_iter().map(|entries| (loaded.share(), entries)));
         let keeps = keeping.is_some();
-        let assistant = Self { place, layer, line, outline, sizes, keeps, share, solver: None, phases };
+        let assistant = Self { place, layer, line, outline, sizes, keeps, share, prepared: None, phases };
         assistant.answer(Outgoing::of(Matter::Ready(pb::Ready { threads: rayon::current_num_threads() as u32 })))?;
         Ok(assistant)
     }
@@ -138,7 +151,7 @@ impl<'a> Assistant<'a> {
                 if letter.matter != Matter::Hidden(expected) {
                     return Err(TaskError::OutOfTurn { what: "hidden states" });
                 }
-                let hidden = Tensor::from_vec(numbers::<f32>(&letter.body), shape, &place.run.device)?;
+                let hidden = Tensor::from_vec(numbers::<f32>(&letter.body).into_owned(), shape, &place.run.device)?;
                 entries.push(place.cache.put(hidden)?);
             }
             streams.push(entries);
@@ -160,6 +173,7 @@ impl<'a> Assistant<'a> {
                 Matter::Part(part) => self.take(part, &body)?,
                 Matter::Solve(order) => self.solve(&order)?,
                 Matter::Apply(group) => self.apply(group as usize, &body)?,
+                Matter::Measure(order) => self.measure(order)?,
                 Matter::Finish(pb::Finish {}) => return self.finish(),
                 _ => return Err(TaskError::OutOfTurn { what: "an order" }),
             }
@@ -168,7 +182,7 @@ impl<'a> Assistant<'a> {
     }
 
     fn gather(&mut self, group: usize) -> Result<(), TaskError> {
-        self.solver = None;
+        self.prepared = None;
         self.phases.enter(Some(group));
         let forest = self.share.gather(self.place, group, &self.outline.groups[group], &mut self.phases)?;
         for (branch, sums) in forest.into_branches() {
@@ -183,23 +197,29 @@ impl<'a> Assistant<'a> {
         let first = &self.outline.groups[group][0];
         let method = &self.place.run.method.solver;
         let sampling = sampling(self.place.run, first.columns);
-        let stats = statistics::unpack(&sampling, method.needs_held_out(), body, &Device::Cpu)?;
+        let stats = Arc::new(statistics::unpack(&sampling, body, &Device::Cpu)?);
         let ctx = self.place.control.solve_ctx();
-        let solver = self.phases.time("solve", || method.prepare(Arc::new(stats), &ctx));
+        let solver = self.phases.time("solve", || method.prepare(Arc::clone(&stats), &ctx));
         let failed = |source| TaskError::Solve { tensor: first.tensor.clone(), source };
-        self.solver = Some((group, solver.map_err(failed)?));
+        let solver = Some(solver.map_err(failed)?);
+        // Once for all blocks: on the host weights are turned.
+        let members = 0..self.outline.groups[group].len();
+        let dense = members.map(|member| on_host(self.share.layer().weight(group, member)));
+        let dense = dense.collect::<candle_core::Result<_>>()?;
+        self.prepared = Some(Prepared { group, stats, dense, solver, applied: Vec::new() });
         Ok(())
     }
 
     /// The solver of a group whose statistics came last.
-    fn prepared(&self, group: u32, what: &'static str) -> Result<&dyn GroupSolver, TaskError> {
-        let prepared = self.solver.as_ref().filter(|(prepared, _)| *prepared == group as usize);
-        prepared.map(|(_, solver)| &**solver).ok_or(TaskError::OutOfTurn { what })
+    fn solver(&self, group: u32, what: &'static str) -> Result<(&Prepared, &dyn GroupSolver), TaskError> {
+        let prepared = self.prepared.as_ref().filter(|prepared| prepared.group == group as usize);
+        let solver = prepared.and_then(|prepared| Some((prepared, prepared.solver.as_deref()?)));
+        solver.ok_or(TaskError::OutOfTurn { what })
     }
 
     fn groundwork(&self, group: u32) -> Result<&dyn Groundwork, TaskError> {
         let what = "groundwork";
-        self.prepared(group, what)?.groundwork().ok_or(TaskError::OutOfTurn { what })
+        self.solver(group, what)?.1.groundwork().ok_or(TaskError::OutOfTurn { what })
     }
 
     /// Makes parts of a group's groundwork; each is sent as soon as it is there.
@@ -233,19 +253,16 @@ impl<'a> Assistant<'a> {
     }
 
     fn solve_blocks(&self, order: &pb::Solve) -> Result<(), TaskError> {
-        let (group, solver) = (order.group as usize, self.prepared(order.group, "an order to solve")?);
+        let group = order.group as usize;
+        let (Prepared { dense, .. }, solver) = self.solver(order.group, "an order to solve")?;
         let pattern = Run::layer_pattern(&order.pattern_json)?;
-        let (place, ctx, layer) = (self.place, self.place.control.solve_ctx(), self.share.layer());
-        // Once for all blocks of a matrix: on the host it is copied.
-        let members: BTreeSet<usize> = order.blocks.iter().map(|block| block.member as usize).collect();
-        let by_row = |member| Ok((member, on_host(layer.weight(group, member))?));
-        let weights: BTreeMap<usize, Tensor> = members.into_iter().map(by_row).collect::<Result<_, TaskError>>()?;
+        let (place, ctx) = (self.place, self.place.control.solve_ctx());
         let solve = |block: &pb::Block| -> Result<(pb::SolvedBlock, Vec<f32>), TaskError> {
             let member = block.member as usize;
             let sublayer = &self.outline.groups[group][member];
             let mask = place.run.mask.as_ref();
             let imported = mask.map(|mask| mask.weight(sublayer, &Device::Cpu)).transpose()?;
-            let weight = &weights[&member];
+            let weight = &dense[member];
             let problem = Problem { tensor: &sublayer.tensor, weight, pattern, imported: imported.as_ref() };
             let rows = RowBlock {
                 first: block.first_row as usize,
@@ -265,19 +282,36 @@ impl<'a> Assistant<'a> {
 
     fn apply(&mut self, group: usize, body: &[u8]) -> Result<(), TaskError> {
         let mut rest = body;
+        let mut prepared = self.prepared.as_mut().filter(|prepared| prepared.group == group);
+        if let Some(prepared) = &mut prepared {
+            prepared.solver = None;
+        }
         for (member, sublayer) in self.outline.groups[group].iter().enumerate() {
             let (_, dtype, _) = self.place.stored_as(sublayer)?;
             let (stored, others) = rest.split_at(sublayer.elements() * dtype.bytes());
             rest = others;
             let weight = matrix(cast::f32_from_bytes(dtype, stored), sublayer.columns, &self.place.run.device)?;
+            if let Some(prepared) = &mut prepared {
+                prepared.applied.push(weight.clone());
+            }
             self.share.set_weight(group, member, weight)?;
         }
         Ok(())
     }
 
+    /// Measures rows of a group that was applied, after which its statistics are not needed any more.
+    fn measure(&mut self, order: pb::Measure) -> Result<(), TaskError> {
+        let is_applied = |prepared: &Prepared| prepared.group == order.group as usize && !prepared.applied.is_empty();
+        let prepared =
+            self.prepared.take().filter(is_applied).ok_or(TaskError::OutOfTurn { what: "an order to measure" })?;
+        let pairs: Vec<_> = prepared.applied.iter().zip(&prepared.dense).collect();
+        let measured = self.phases.time("verify", || measure(&tiles_of(&order), &pairs, &prepared.stats))?;
+        self.answer(Outgoing::with_values(Matter::Measured(order), measured.concat()))
+    }
+
     fn finish(self) -> Result<(), TaskError> {
-        let Self { place, layer, mut line, outline: _, sizes, keeps, share, solver, mut phases } = self;
-        drop(solver);
+        let Self { place, layer, mut line, outline: _, sizes, keeps, share, prepared, mut phases } = self;
+        drop(prepared);
         phases.enter(None);
         place.read_ahead(layer);
         let output = share.finish(place, &mut phases)?;

@@ -1,6 +1,6 @@
 //! Blocks of a group that wait to be solved, and those that are.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -13,7 +13,8 @@ pub(super) struct Task {
     pub(super) block: RowBlock,
 }
 
-/// What is to be done, and what is done. The owner takes from the front, assistants get from the back.
+/// What is to be done, and what is done. The owner takes from the front, assistants get from the back; what is largest lies at both
+/// ends, so that what is left when all are nearly through is small.
 pub(super) struct Board {
     tasks: Vec<Task>,
     state: Mutex<State>,
@@ -31,8 +32,9 @@ struct State {
 
 impl Board {
     pub(super) fn new(tasks: Vec<Task>) -> Self {
+        let rows: Vec<usize> = tasks.iter().map(|task| task.block.rows).collect();
         let state = State {
-            waiting: (0..tasks.len()).collect(),
+            waiting: largest_outside(&rows).into(),
             own: 0,
             own_rows: 0,
             own_seconds: 0.0,
@@ -139,6 +141,20 @@ impl Board {
     }
 }
 
+/// An order of things of these sizes: of each size one half in front and one behind, the largest at both ends.
+pub(super) fn largest_outside(sizes: &[usize]) -> Vec<usize> {
+    let kinds: BTreeSet<usize> = sizes.iter().copied().collect();
+    let (mut front, mut behind) = (Vec::new(), Vec::new());
+    for kind in kinds.into_iter().rev() {
+        let alike: Vec<usize> = (0..sizes.len()).filter(|&index| sizes[index] == kind).collect();
+        let (first, last) = alike.split_at(alike.len().div_ceil(2));
+        front.extend(first);
+        behind.push(last.to_vec());
+    }
+    front.extend(behind.into_iter().rev().flatten());
+    front
+}
+
 /// The rows that the solution of a block is of, and what it must be like to be believed; what it is worth is for `verify`.
 pub(super) fn is_plausible(problem: &Problem<'_>, block: &RowBlock, rows: &[f32]) -> bool {
     let zeros = rows.iter().filter(|value| **value == 0.0).count();
@@ -166,24 +182,34 @@ mod tests {
     }
 
     #[test]
+    fn the_largest_are_taken_first_from_both_ends() {
+        assert_eq!(largest_outside(&[144, 144, 144, 144, 96, 96, 96, 96]), [0, 1, 4, 5, 6, 7, 2, 3]);
+        assert_eq!(largest_outside(&[5, 5, 5]), [0, 1, 2]);
+        assert_eq!(largest_outside(&[1, 2, 3, 4]), [3, 2, 1, 0]);
+        let board = Board::new(tasks(&[1, 9, 9]));
+        assert_eq!(board.take_last(1, 1), [2]);
+        assert_eq!(board.take_first(), Some(1));
+    }
+
+    #[test]
     fn what_an_assistant_does_not_do_is_done_by_the_owner() {
-        let board = Board::new(tasks(&[1, 2, 3, 4]));
+        let board = Board::new(tasks(&[3, 3, 3, 3]));
         let lent = board.take_last(9, 2);
         assert_eq!(lent, [2, 3]);
-        board.put(3, solution(4), 0.5);
+        board.put(3, solution(3), 0.5);
         board.work(|task| Ok((solution(task.block.rows), 1.0)));
         assert!(board.is_owner_idle());
         board.give_back(&lent[..1]);
         assert!(board.has_waiting() && !board.is_owner_idle());
         board.work(|task| Ok((solution(task.block.rows), 1.0)));
-        assert!((board.own_seconds(12) - 6.0).abs() < 1e-9);
+        assert!((board.own_seconds(12) - 4.0).abs() < 1e-9);
         let rows: Vec<usize> = board.finish(4).unwrap().iter().map(|(s, _)| s.weight.dim(0).unwrap()).collect();
-        assert_eq!(rows, [1, 2, 3, 4]);
+        assert_eq!(rows, [3; 4]);
     }
 
     #[test]
     fn a_failure_ends_the_work_and_is_told() {
-        let board = Board::new(tasks(&[1, 2, 3]));
+        let board = Board::new(tasks(&[1, 1, 1]));
         let lent = board.take_last(1, 2);
         board.work(|task| if task.member == 0 { Err(SolveError::Cancelled) } else { Ok((solution(1), 1.0)) });
         board.give_back(&lent);

@@ -69,7 +69,7 @@ impl Crew<'_> {
                 return false;
             }
             place.received(body.len() as u64);
-            let kept = Tensor::from_vec(numbers::<f32>(&body), shape, device)
+            let kept = Tensor::from_vec(numbers::<f32>(&body).into_owned(), shape, device)
                 .map_err(TaskError::from)
                 .and_then(|hidden| Ok(place.cache.put(hidden)?));
             match kept {

@@ -11,10 +11,12 @@ mod board;
 mod finish;
 mod groundwork;
 mod input;
+mod measuring;
 mod order;
 pub mod owner;
 mod share;
 mod sizes;
+mod solving;
 mod statistics;
 mod waiting;
 

@@ -54,7 +54,7 @@ pub(super) fn take_solved(
         let Ok(columns) = problem.weight.dim(1) else { return false };
         let (rows, others) = rest.split_at(block.rows * columns * size_of::<f32>());
         rest = others;
-        let rows: Vec<f32> = numbers(rows);
+        let rows = numbers::<f32>(rows).into_owned();
         if !is_plausible(problem, &block, &rows) {
             return false;
         }

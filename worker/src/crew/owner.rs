@@ -19,33 +19,29 @@ use espalier_proto::v1 as pb;
 use espalier_proto::v1::head::Matter;
 use tokio::sync::mpsc;
 
-use super::board::{Board, Task};
+use super::LayerSizes;
 use super::input::Input;
-use super::order::{Order, asked, take_solved};
+use super::measuring::Tiles;
 use super::share::{Share, deal, sampling};
 use super::waiting::Waiting;
-use super::{LayerSizes, statistics};
 use crate::calibrate::tree::{Branch, Forest, LEAVES, Sums};
-use crate::device::in_order;
 use crate::linalg::by_column;
 use crate::model::DecoderLayer;
-use crate::prune::{GroupSolver, InputStats, MOST_PARTS, Problem, Solution, SolveCtx, SolveError, Statistics};
+use crate::prune::{InputStats, MOST_PARTS};
 use crate::source::Workplace;
-use crate::transport::parcel::{Body, bytes_of, numbers};
+use crate::transport::parcel::{Body, numbers};
 use crate::transport::{Line, LinkError, Outgoing, Received};
 use crate::unit::{Phases, TaskError};
 
 /// An assistant may take so many times as long as the owner itself would.
-const PATIENCE: f64 = 4.0;
+pub(super) const PATIENCE: f64 = 4.0;
 /// And this much longer, if nothing else is configured: it has a layer to load, and its machine may have other things to do for a
 /// while.
 pub const LEAST_PATIENCE: Duration = Duration::from_secs(30);
 /// What lines may take to end once they are hung up.
 const HANG_UP: Duration = Duration::from_secs(1);
 /// How long an owner that solves looks for answers at a time.
-const GLANCE: Duration = Duration::from_millis(50);
-/// Orders to solve that an assistant has at a time: one that it is at, and one on its way.
-const ORDERS: usize = 2;
+pub(super) const GLANCE: Duration = Duration::from_millis(50);
 /// Letters that wait to be read: more than all assistants send before they are read.
 const ANSWERS: usize = 64;
 /// Letters to an assistant besides those with its share: what one group takes.
@@ -71,13 +67,14 @@ impl Help {
     }
 
     /// Who helps, and with which leaves. Nobody is lent an empty share: there are at least as many sequences as leaves with some.
+    /// The owner has the last ones, which are held out if any are: sums over these are a second set, and need not travel.
     fn shared(&self, sequences: usize) -> Vec<(&String, Range<usize>)> {
         if let Some(leaves) = &self.leaves {
             return self.assistants.iter().zip(leaves.iter().cloned()).collect();
         }
         let hands = (1 + self.assistants.len()).min(LEAVES).min(sequences);
         let dealt = deal(&self.gflops, hands, sequences);
-        let first_of = |hand: usize| dealt[..hand].iter().sum::<usize>();
+        let first_of = |hand: usize| dealt[1..hand].iter().sum::<usize>();
         let leaves_of = |hand: usize| first_of(hand)..first_of(hand + 1);
         self.assistants.iter().zip((1..hands).map(leaves_of)).collect()
     }
@@ -102,8 +99,8 @@ fn rest(shared: &[(&String, Range<usize>)]) -> Vec<Range<usize>> {
 pub(crate) struct Crew<'a> {
     pub(super) place: &'a Workplace<'a>,
     pub(super) layer: LayerIndex,
-    outline: &'a LayerOutline,
-    pattern: Pattern,
+    pub(super) outline: &'a LayerOutline,
+    pub(super) pattern: Pattern,
     pub(super) input: Input,
     /// The owner's own shares: one or more, and those of assistants that were given up on.
     pub(super) shares: Vec<Share>,
@@ -112,10 +109,16 @@ pub(crate) struct Crew<'a> {
     lines: TaskGroup,
     pub(super) lost: u32,
     /// Waiting that is not booked yet.
-    waiting: Waiting,
+    pub(super) waiting: Waiting,
     /// How long the last letter was on its way.
-    on_its_way: f64,
-    next_order: u32,
+    pub(super) on_its_way: f64,
+    pub(super) next_order: u32,
+    /// Groups that assistants were asked to gather.
+    asked: usize,
+    /// Sums of assistants that were through with a group before others.
+    early: VecDeque<(usize, Matter, Vec<u8>)>,
+    /// The group whose statistics assistants have.
+    pub(super) statistics_of: Option<usize>,
 }
 
 /// An assistant, as long as it is one.
@@ -126,7 +129,7 @@ pub(super) struct Assistant {
     /// What joins it with the owner, once that is agreed on.
     joined_by: Arc<OnceLock<LinkUse>>,
     /// Blocks that it solves at a time; `None` until it has its share and says so.
-    threads: Option<usize>,
+    pub(super) threads: Option<usize>,
     is_there: bool,
     /// It has given all that it was asked for, and hangs up.
     is_through: bool,
@@ -165,6 +168,9 @@ impl<'a> Crew<'a> {
             waiting: Waiting::default(),
             on_its_way: 0.0,
             next_order: 0,
+            asked: 0,
+            early: VecDeque::new(),
+            statistics_of: None,
         };
         let streams = crew.input.streams();
         for (number, (endpoint, leaves)) in shared.iter().cloned().enumerate() {
@@ -252,7 +258,7 @@ impl<'a> Crew<'a> {
     }
 
     /// Gives an assistant up: whatever comes of it now is too late.
-    fn lose(&mut self, number: usize, reason: &str) {
+    pub(super) fn lose(&mut self, number: usize, reason: &str) {
         let assistant = &mut self.assistants[number];
         if std::mem::replace(&mut assistant.is_there, false) {
             tracing::warn!(assistant = assistant.endpoint, reason, "going on without an assistant");
@@ -264,7 +270,7 @@ impl<'a> Crew<'a> {
     }
 
     /// The next letter of an assistant that is still one, within `wait`; faults and ends of lines are dealt with here.
-    fn next_letter(&mut self, wait: Duration) -> Result<Option<(usize, Matter, Vec<u8>)>, TaskError> {
+    pub(super) fn next_letter(&mut self, wait: Duration) -> Result<Option<(usize, Matter, Vec<u8>)>, TaskError> {
         let Some(answers) = &mut self.answers else { return Ok(None) };
         let token = self.place.control.token();
         let received = self.place.runtime.block_on(async {
@@ -302,6 +308,7 @@ impl<'a> Crew<'a> {
             return Ok(());
         }
         let (watch, mut idle) = (Stopwatch::start(), Stopwatch::start());
+        let mut early = std::mem::take(&mut self.early);
         loop {
             let late: Vec<usize> =
                 (0..missing.len()).filter(|&number| self.is_there(number) && missing[number] > 0).collect();
@@ -319,10 +326,16 @@ impl<'a> Crew<'a> {
                 self.waiting.add(idle.seconds(), 0.0);
                 return Ok(());
             }
-            if let Some((number, matter, body)) = self.next_letter(GLANCE)? {
+            let letter = match early.pop_front() {
+                Some(letter) => Some(letter).filter(|(number, ..)| self.is_there(*number)),
+                None => self.next_letter(GLANCE)?,
+            };
+            if let Some((number, matter, body)) = letter {
                 self.waiting.add(idle.seconds(), self.on_its_way);
                 let unpacking = Stopwatch::start();
-                if missing[number] > 0 && take(number, matter, body) {
+                if missing[number] == 0 && !last && self.may_be_early(number, &matter) {
+                    self.early.push_back((number, matter, body));
+                } else if missing[number] > 0 && take(number, matter, body) {
                     missing[number] -= 1;
                     self.assistants[number].is_through = last && missing[number] == 0;
                 } else {
@@ -332,6 +345,13 @@ impl<'a> Crew<'a> {
                 idle = Stopwatch::start();
             }
         }
+    }
+
+    /// Whether this may come while others are waited for: sums of the group that assistants went on with, no more than there are.
+    fn may_be_early(&self, number: usize, matter: &Matter) -> bool {
+        let branches = Branch::of(&self.assistants[number].leaves).len();
+        let of_it = self.early.iter().filter(|(early, ..)| *early == number).count();
+        matches!(matter, Matter::Sums(sums) if sums.group as usize + 1 == self.asked) && of_it < branches
     }
 
     /// Takes over the shares of assistants that are gone.
@@ -357,7 +377,7 @@ impl<'a> Crew<'a> {
     pub(crate) fn gather(&mut self, group: usize, phases: &mut Phases) -> Result<InputStats, TaskError> {
         let members = &self.outline.groups[group];
         let failed = |source| TaskError::Gram { tensor: members[0].tensor.clone(), source };
-        self.send_all(|| Outgoing::of(Matter::Gather(group as u32)));
+        self.ask_on(group);
         self.adopt(phases)?;
         let mut forest = Forest::default();
         let (watch, own) = (Stopwatch::start(), self.own_leaves());
@@ -372,8 +392,7 @@ impl<'a> Crew<'a> {
             let branch = Branch { first: told.first_leaf as usize, leaves: told.leaves as usize };
             let Some(place) = wanted[number].iter().position(|wanted| *wanted == branch) else { return false };
             wanted[number].swap_remove(place);
-            let values: Vec<f64> = numbers(&body);
-            sums[number].push((branch, Sums::from_values(&sampling, branch, &values)));
+            sums[number].push((branch, Sums::from_values(&sampling, branch, &numbers::<f64>(&body))));
             told.group as usize == group
         })?;
         self.take_waiting().book(phases);
@@ -389,6 +408,14 @@ impl<'a> Crew<'a> {
         let stats = forest.finish(&Device::Cpu).map_err(failed)?;
         phases.add("gram", watch.seconds(), 0.0);
         Ok(stats)
+    }
+
+    /// Lets assistants gather a group, if there is one and they are not at it yet.
+    fn ask_on(&mut self, group: usize) {
+        if (self.asked..self.outline.groups.len()).contains(&group) {
+            self.asked = group + 1;
+            self.send_all(|| Outgoing::of(Matter::Gather(group as u32)));
+        }
     }
 
     /// What was waited since this was asked last.
@@ -418,133 +445,8 @@ impl<'a> Crew<'a> {
         Ok(())
     }
 
-    /// Solves the sublayers of a group, block by block: the owner from the first on, assistants from the last. Returns each
-    /// solution with the seconds that were spent on it, whoever spent them.
-    ///
-    /// # Errors
-    /// The member that failed, and why.
-    pub(crate) fn solve(
-        &mut self,
-        group: usize,
-        stats: &InputStats,
-        solver: &dyn GroupSolver,
-        problems: &[Problem<'_>],
-        ctx: &SolveCtx,
-    ) -> Result<Vec<(Solution, f64)>, (usize, SolveError)> {
-        let cut = |(member, problem): (usize, &Problem<'_>)| {
-            solver.blocks(problem).map(|blocks| (member, blocks)).map_err(|error| (member, error))
-        };
-        let device = solver.device();
-        let cut = in_order(device.unwrap_or(&Device::Cpu), problems.iter().enumerate().collect(), cut)?;
-        let tasks =
-            cut.into_iter().flat_map(|(member, blocks)| blocks.into_iter().map(move |block| Task { member, block }));
-        let tasks: Vec<Task> = tasks.collect();
-        // A method that looks at no more than norms is through before its statistics are sent.
-        let method = &self.place.run.method.solver;
-        // Who solves on a device is faster than anybody whom blocks would have to be sent to, and takes them in order.
-        let is_shared = device.is_none()
-            && method.needs() >= Statistics::Gram
-            && tasks.len() > 1
-            && self.assistants.iter().any(|assistant| assistant.is_there);
-        let board = Board::new(tasks);
-        let solve = |task: Task| {
-            let watch = Stopwatch::start();
-            let solved = problems[task.member]
-                .solve_rows(&task.block, |problem, zeros| solver.solve_block(problem, zeros, ctx))?;
-            Ok((solved, watch.seconds()))
-        };
-        let backend = |error: candle_core::Error| (0, SolveError::from(error));
-        if is_shared {
-            let packed = bytes_of(statistics::pack(stats, method.needs_held_out()).map_err(backend)?);
-            let matter = || Matter::Statistics(group as u32);
-            self.send_all(|| Outgoing { matter: matter(), body: Body::Bytes(packed.clone()) });
-        }
-        let groundwork = solver.groundwork().filter(|_| is_shared);
-        let common = groundwork.map(|groundwork| self.lay(group, stats, groundwork)).transpose();
-        let common = common.map_err(|error| (0, error))?.unwrap_or_default();
-        if device.is_some() {
-            board.work(solve);
-        }
-        while board.has_waiting() {
-            rayon::in_place_scope(|scope| {
-                for _ in 0..rayon::current_num_threads() {
-                    scope.spawn(|_| board.work(solve));
-                }
-                if is_shared { self.lend(group, problems, &board) } else { Ok(()) }
-            })
-            .map_err(|TaskCancelled| (0, SolveError::Cancelled))?;
-        }
-        let mut solved = board.finish(problems.len())?;
-        solved.iter_mut().take(1).for_each(|(first, _)| first.flops += common);
-        Ok(solved)
-    }
-
-    /// Gives out blocks to assistants until none waits, and takes what they make of them.
-    fn lend(&mut self, group: usize, problems: &[Problem<'_>], board: &Board) -> Result<(), TaskCancelled> {
-        let mut orders: VecDeque<Order> = VecDeque::new();
-        let (mut idle, mut counted): (Option<Stopwatch>, f64) = (None, 0.0);
-        loop {
-            for _ in 0..ORDERS {
-                (0..self.assistants.len()).for_each(|number| self.order(number, group, board, &mut orders));
-            }
-            if orders.is_empty() {
-                self.waiting.add(idle.map_or(0.0, |idle| idle.seconds() - counted), 0.0);
-                return Ok(());
-            }
-            let letter = self.next_letter(GLANCE).map_err(|_| TaskCancelled)?;
-            self.place.received(letter.as_ref().map_or(0, |(_, _, body)| body.len() as u64));
-            if let Some(idle) = idle.as_ref().filter(|_| letter.is_some()) {
-                self.waiting.add(idle.seconds() - counted, self.on_its_way);
-                counted = idle.seconds();
-            }
-            if let Some((number, matter, body)) = letter
-                && !take_solved(problems, board, &mut orders, (number, &matter, &body))
-            {
-                self.lose(number, "it gave something else than what was asked for");
-            }
-            self.place.control.check_cancelled().map_err(|_| TaskCancelled)?;
-            if board.is_owner_idle() {
-                let watch = idle.get_or_insert_with(Stopwatch::start);
-                let rows = |order: &Order| order.tasks.iter().map(|&task| board.task(task).block.rows).sum::<usize>();
-                let most = orders.iter().map(rows).max().unwrap_or(0) * ORDERS;
-                if watch.seconds() > self.place.patience.as_secs_f64() + PATIENCE * board.own_seconds(most) {
-                    let late: Vec<usize> = orders.iter().map(|order| order.assistant).collect();
-                    late.into_iter().for_each(|number| self.lose(number, "it is too slow"));
-                }
-            }
-            orders.retain(|order| {
-                let stays = self.is_there(order.assistant);
-                if !stays {
-                    board.give_back(&order.tasks);
-                }
-                stays
-            });
-        }
-    }
-
-    /// Asks an assistant for some blocks, if it has too few to do and blocks wait.
-    fn order(&mut self, number: usize, group: usize, board: &Board, orders: &mut VecDeque<Order>) {
-        let under_way = orders.iter().filter(|order| order.assistant == number).count();
-        if !self.is_there(number) || under_way >= ORDERS {
-            return;
-        }
-        let tasks = board.take_last(self.assistants[number].threads.unwrap_or(1), 1 + self.assistants.len());
-        if tasks.is_empty() {
-            return;
-        }
-        self.next_order += 1;
-        let blocks = tasks.iter().map(|&task| asked(board.task(task))).collect();
-        let solve = pb::Solve {
-            order: self.next_order,
-            group: group as u32,
-            pattern_json: serde_json::to_string(&self.pattern).expect("a pattern is plain data"),
-            blocks,
-        };
-        orders.push_back(Order { assistant: number, number: self.next_order, tasks });
-        self.send(number, Outgoing::of(Matter::Solve(solve)));
-    }
-
-    /// Puts the pruned weights of a group into every copy of the layer. `stored` has the bytes of all members.
+    /// Puts the pruned weights of a group into every copy of the layer, and lends out what is to be measured of them; assistants
+    /// then go on. `stored` has the bytes of all members.
     ///
     /// # Errors
     /// What the tensor backend says.
@@ -553,11 +455,13 @@ impl<'a> Crew<'a> {
         group: usize,
         weights: &[Tensor],
         stored: impl FnOnce() -> Vec<u8>,
-    ) -> Result<(), TaskError> {
+    ) -> Result<Tiles, TaskError> {
         if !self.assistants.is_empty() {
             let stored = Bytes::from(stored());
             self.send_all(|| Outgoing { matter: Matter::Apply(group as u32), body: Body::Bytes(stored.clone()) });
         }
+        let tiles = self.lend_tiles(group);
+        self.ask_on(group + 1);
         for (member, weight) in weights.iter().enumerate() {
             // Once for all shares.
             let weight = by_column(weight.clone())?;
@@ -565,7 +469,7 @@ impl<'a> Crew<'a> {
                 share.set_weight(group, member, weight.clone())?;
             }
         }
-        Ok(())
+        Ok(tiles)
     }
 
     /// The only share of a crew of one.
@@ -580,9 +484,6 @@ impl Drop for Crew<'_> {
         self.place.runtime.block_on(self.lines.shut_down(HANG_UP));
     }
 }
-
-/// The unit was cancelled while its blocks were lent out.
-struct TaskCancelled;
 
 /// An error and what caused it, in a line.
 fn described(error: &LinkError) -> String {

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use espalier_common::ids::LayerIndex;
 use espalier_proto::v1::head::Matter;
-use espalier_proto::v1::{Block, Hidden, Part};
+use espalier_proto::v1::{Block, Hidden, Measure, Part};
 
 use super::finish::DIGEST_DIGITS;
 use super::share::sampling;
@@ -13,6 +13,7 @@ use super::statistics;
 use crate::calibrate::tree::{Branch, LEAVES, Sampling, sequences_of};
 use crate::cut_task::header_of;
 use crate::prune::MOST_PARTS;
+use crate::prune::measure::numbers_of_row;
 use crate::run::Run;
 use crate::unit::TaskError;
 
@@ -24,8 +25,6 @@ pub struct LayerSizes {
     sequences: Range<usize>,
     states_bytes: u64,
     groups: Vec<Group>,
-    /// Whether the statistics that are sent are also those of held-out sequences.
-    with_held_out: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -33,6 +32,20 @@ struct Group {
     rows: Vec<usize>,
     sampling: Sampling,
     stored_bytes: u64,
+}
+
+impl Group {
+    /// How many rows these parts of its members are: it must have all of them, and no more in all than it has.
+    fn rows_of(&self, parts: impl Iterator<Item = (u32, u32, u32)>) -> Option<u64> {
+        let mut rows = 0u64;
+        for (member, first, count) in parts {
+            if u64::from(first) + u64::from(count) > *self.rows.get(member as usize)? as u64 {
+                return None;
+            }
+            rows += u64::from(count);
+        }
+        (rows <= self.rows.iter().sum::<usize>() as u64).then_some(rows)
+    }
 }
 
 impl LayerSizes {
@@ -61,7 +74,6 @@ impl LayerSizes {
             leaves,
             states_bytes: (states as u64).saturating_mul(4),
             groups,
-            with_held_out: run.method.solver.needs_held_out(),
         })
     }
 
@@ -81,14 +93,13 @@ impl LayerSizes {
             Matter::Hidden(hidden) => self.of_states(*hidden),
             Matter::Gather(group) => self.group(*group).map(|_| 0),
             Matter::Solve(solve) => self.of_blocks(solve.group, solve.blocks.iter().copied()).map(|_| 0),
-            Matter::Statistics(group) => {
-                self.group(*group).map(|group| statistics::bytes(&group.sampling, self.with_held_out))
-            }
+            Matter::Statistics(group) => self.group(*group).map(|group| statistics::bytes(&group.sampling)),
             Matter::Apply(group) => self.group(*group).map(|group| group.stored_bytes),
             Matter::Make(make) => {
                 (make.parts.len() <= MOST_PARTS).then_some(self.group(make.group)).flatten().map(|_| 0)
             }
             Matter::Part(part) => self.of_part(*part),
+            Matter::Measure(measure) => self.of_tiles(measure).map(|_| 0),
             Matter::Finish(_) => Some(0),
             Matter::Keep(keep) => (keep.layer_sha256.len() == DIGEST_DIGITS).then_some(0),
             _ => None,
@@ -109,6 +120,7 @@ impl LayerSizes {
                 self.of_blocks(solved.group, blocks?.into_iter())
             }
             Matter::Part(part) => self.of_part(*part),
+            Matter::Measured(measure) => self.of_tiles(measure),
             Matter::Output(hidden) => self.of_states(*hidden),
             Matter::Keeping(keep) if keep.stores => Some((self.streams * self.sequences.len() * DIGEST_DIGITS) as u64),
             Matter::Keeping(_) => Some(0),
@@ -130,18 +142,17 @@ impl LayerSizes {
         is_ours.then_some(self.states_bytes)
     }
 
-    /// Bytes of the rows of some blocks of a group, all of which it must have, none twice in all.
+    /// Bytes of the rows of some blocks of a group.
     fn of_blocks(&self, group: u32, blocks: impl Iterator<Item = Block>) -> Option<u64> {
         let group = self.group(group)?;
-        let mut rows = 0u64;
-        for block in blocks {
-            let end = u64::from(block.first_row) + u64::from(block.rows);
-            if end > *group.rows.get(block.member as usize)? as u64 {
-                return None;
-            }
-            rows += u64::from(block.rows);
-        }
-        let all: usize = group.rows.iter().sum();
-        (rows <= all as u64).then_some(rows * group.sampling.columns as u64 * 4)
+        let rows = group.rows_of(blocks.map(|block| (block.member, block.first_row, block.rows)))?;
+        Some(rows * group.sampling.columns as u64 * 4)
+    }
+
+    /// Bytes of what is measured of some rows of a group.
+    fn of_tiles(&self, measure: &Measure) -> Option<u64> {
+        let group = self.group(measure.group)?;
+        let rows = group.rows_of(measure.tiles.iter().map(|tile| (tile.member, tile.first_row, tile.rows)))?;
+        Some(rows * numbers_of_row(group.sampling.has_held_out()) as u64 * 8)
     }
 }

@@ -12,15 +12,10 @@ use crate::prune::problem::DenseStats;
 use crate::transport::parcel::numbers;
 
 /// Bytes of [`pack`].
-pub(super) fn bytes(sampling: &Sampling, with_held_out: bool) -> u64 {
+pub(super) fn bytes(sampling: &Sampling) -> u64 {
     let (n, triangle) = (sampling.columns as u64, triangle_bytes(sampling));
     let once = if sampling.with_dense { 2 * triangle + 4 * n * n } else { triangle };
-    if has_held_out(sampling, with_held_out) { 2 * once } else { once }
-}
-
-/// Whether there are statistics of held-out sequences, and they are asked for.
-fn has_held_out(sampling: &Sampling, with_held_out: bool) -> bool {
-    with_held_out && sampling.calibrating < sampling.sequences
+    if sampling.has_held_out() { 2 * once } else { once }
 }
 
 /// Bytes of the upper triangle of a symmetric matrix of the group's width.
@@ -36,11 +31,13 @@ pub(super) fn triangle(matrix: &[f32]) -> Vec<f32> {
     packed
 }
 
-/// The numbers of the statistics over calibration sequences, in order, and of those over held-out ones if a method looks at them.
-pub(super) fn pack(stats: &InputStats, with_held_out: bool) -> candle_core::Result<Vec<f32>> {
-    let mut packed = Vec::new();
-    let held_out = stats.held_out.as_deref().filter(|_| with_held_out);
-    for stats in [stats].into_iter().chain(held_out) {
+/// The numbers of the statistics over calibration sequences, in order, and of those over held-out ones if there are any.
+pub(super) fn pack(stats: &InputStats) -> candle_core::Result<Vec<f32>> {
+    let n = stats.gram.dim(0)?;
+    let triangle = n * (n + 1) / 2;
+    let once = if stats.dense.is_some() { 2 * triangle + n * n } else { triangle };
+    let mut packed = Vec::with_capacity(once * (1 + usize::from(stats.held_out.is_some())));
+    for stats in [stats].into_iter().chain(stats.held_out.as_deref()) {
         push_triangle(&mut packed, &values(&stats.gram)?);
         if let Some(dense) = &stats.dense {
             packed.extend(values(&dense.cross)?);
@@ -56,14 +53,9 @@ fn push_triangle(packed: &mut Vec<f32>, matrix: &[f32]) {
 }
 
 /// The statistics from a body of the right size.
-pub(super) fn unpack(
-    sampling: &Sampling,
-    with_held_out: bool,
-    body: &[u8],
-    device: &Device,
-) -> candle_core::Result<InputStats> {
-    let packed: Vec<f32> = numbers(body);
-    let has_held_out = has_held_out(sampling, with_held_out);
+pub(super) fn unpack(sampling: &Sampling, body: &[u8], device: &Device) -> candle_core::Result<InputStats> {
+    let packed = numbers::<f32>(body);
+    let has_held_out = sampling.has_held_out();
     let (calibrating, held_out) = packed.split_at(if has_held_out { packed.len() / 2 } else { packed.len() });
     let mut stats = unpack_one(sampling, sampling.calibrating, calibrating, device)?;
     if has_held_out {
@@ -122,19 +114,21 @@ mod tests {
         };
         let cross = matrix(oracle::random(3, n * n), n, &Device::Cpu).unwrap();
         for (with_dense, with_held_out) in [(false, false), (true, false), (false, true), (true, true)] {
-            let sampling = Sampling { columns: n, with_dense, sequences: 5, calibrating: 4, tokens: 6 };
+            let calibrating = if with_held_out { 4 } else { 5 };
+            let sampling = Sampling { columns: n, with_dense, sequences: 5, calibrating, tokens: 6 };
             let of = |seed, tokens| {
                 let dense = with_dense.then(|| DenseStats { cross: cross.clone(), gram: symmetric(seed + 1) });
                 InputStats { gram: symmetric(seed), dense, tokens, held_out: None }
             };
-            let stats = InputStats { held_out: Some(Arc::new(of(5, 6))), ..of(1, 24) };
-            let packed = pack(&stats, with_held_out).unwrap();
+            let held_out = with_held_out.then(|| Arc::new(of(5, 6)));
+            let stats = InputStats { held_out, ..of(1, 6 * calibrating) };
+            let packed = pack(&stats).unwrap();
             let body: &[u8] = bytemuck::cast_slice(&packed);
-            assert_eq!(body.len() as u64, bytes(&sampling, with_held_out));
-            let found = unpack(&sampling, with_held_out, body, &Device::Cpu).unwrap();
-            assert_eq!(pack(&found, with_held_out).unwrap(), packed);
+            assert_eq!(body.len() as u64, bytes(&sampling));
+            let found = unpack(&sampling, body, &Device::Cpu).unwrap();
+            assert_eq!(pack(&found).unwrap(), packed);
             assert_eq!(values(&found.gram).unwrap(), values(&stats.gram).unwrap());
-            assert_eq!((found.tokens, found.dense.is_some()), (24, with_dense));
+            assert_eq!((found.tokens, found.dense.is_some()), (6 * calibrating, with_dense));
             assert_eq!(found.held_out.map(|held_out| held_out.tokens), with_held_out.then_some(6));
         }
     }

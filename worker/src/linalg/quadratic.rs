@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use super::gemm::{View, gemm, row_tile};
 use super::lanes::{Lanes, in_lanes};
+use super::transposed;
 
 /// Partial sums of a dot product: enough of them to hide the latency of an addition.
 const LANES: usize = 32;
@@ -55,12 +56,17 @@ pub fn row_forms(a: &[f32], matrix: &[f32], b: &[f32], n: usize) -> Vec<f64> {
         .collect()
 }
 
-/// Columns of a panel of [`energy`]: few, so that little of the upper half is computed, but wide enough for a product.
+/// Columns of a panel of [`energies`]: few, so that little of the upper half is computed, but wide enough for a product.
 const PANEL: usize = 128;
 
-/// `tr(ΔGΔᵀ)` of `delta [rows, n]` and a symmetric `gram [n, n]`, of which the lower half is read: for each panel of columns,
-/// twice what lies below its square on the diagonal, and the square once.
+/// `tr(ΔGΔᵀ)` of `delta [rows, n]` and a symmetric `gram [n, n]`, see [`energies`].
 pub fn energy(delta: &[f32], gram: &[f32], n: usize) -> f64 {
+    energies(delta, gram, n).iter().sum()
+}
+
+/// `δGδᵀ` of each row δ of `delta [rows, n]` and a symmetric `gram [n, n]`, of which the lower half is read: for each panel of
+/// columns, twice what lies below its square on the diagonal, and the square once.
+pub fn energies(delta: &[f32], gram: &[f32], n: usize) -> Vec<f64> {
     let tile = (row_tile(delta.len() / n.max(1)) * n).max(1);
     let of_tile = |delta: &[f32]| {
         let rows = delta.len() / n;
@@ -82,8 +88,7 @@ pub fn energy(delta: &[f32], gram: &[f32], n: usize) -> f64 {
         }
         forms
     };
-    let forms: Vec<f64> = delta.par_chunks(tile).flat_map_iter(of_tile).collect();
-    forms.iter().sum()
+    delta.par_chunks(tile).flat_map_iter(of_tile).collect()
 }
 
 /// Differences of the dense against the corrected statistics.
@@ -98,29 +103,31 @@ pub struct Correction {
 impl Correction {
     /// From the grams of corrected and dense inputs and their cross product.
     pub fn new(gram: &[f32], cross: &[f32], dense: &[f32], n: usize) -> Self {
-        let mut towards_dense = vec![0.0; n * n];
+        let mut towards_dense = transposed(cross, n);
         let mut gap = vec![0.0; n * n];
-        for i in 0..n {
-            for j in 0..n {
-                let (here, there) = (i * n + j, j * n + i);
-                towards_dense[here] = cross[there] - gram[here];
-                let wide =
-                    f64::from(gram[here]) - f64::from(cross[here]) - f64::from(cross[there]) + f64::from(dense[here]);
-                gap[here] = wide as f32;
+        let statistics = gram.par_chunks(n.max(1)).zip(cross.par_chunks(n.max(1))).zip(dense.par_chunks(n.max(1)));
+        let differences = gap.par_chunks_mut(n.max(1)).zip(towards_dense.par_chunks_mut(n.max(1)));
+        differences.zip(statistics).for_each(|((gap, towards), ((gram, cross), dense))| {
+            for (j, (gap, towards)) in gap.iter_mut().zip(towards).enumerate() {
+                let [g, k, k_t, y] = [gram[j], cross[j], *towards, dense[j]].map(f64::from);
+                *gap = (g - k - k_t + y) as f32;
+                *towards -= gram[j];
             }
-        }
+        });
         Self { towards_dense, gap }
     }
 }
 
-/// `E(V)` with X̂ = X if there is no correction.
-pub fn error(solution: &[f32], weight: &[f32], gram: &[f32], correction: Option<&Correction>, n: usize) -> f64 {
+/// What each row has of `E(V)`, with X̂ = X if there is no correction.
+pub fn errors(solution: &[f32], weight: &[f32], gram: &[f32], correction: Option<&Correction>, n: usize) -> Vec<f64> {
     let delta: Vec<f32> = solution.iter().zip(weight).map(|(v, w)| v - w).collect();
-    let own = energy(&delta, gram, n);
-    let Some(correction) = correction else { return own };
-    let mixed: f64 = row_forms(weight, &correction.towards_dense, &delta, n).iter().sum();
-    let gap = energy(weight, &correction.gap, n);
-    (own - 2.0 * mixed + gap).max(0.0)
+    let mut own = energies(&delta, gram, n);
+    if let Some(correction) = correction {
+        let mixed = row_forms(weight, &correction.towards_dense, &delta, n);
+        let gap = energies(weight, &correction.gap, n);
+        own.iter_mut().zip(mixed.iter().zip(gap)).for_each(|(own, (mixed, gap))| *own += gap - 2.0 * mixed);
+    }
+    own
 }
 
 #[cfg(test)]
@@ -149,7 +156,7 @@ mod tests {
             }
         }
         let correction = Correction::new(&gram, &cross, &dense, n);
-        let found = error(&v, &w, &gram, Some(&correction), n);
+        let found: f64 = errors(&v, &w, &gram, Some(&correction), n).iter().sum();
         assert!((found / expected - 1.0).abs() < 1e-5, "{found} {expected}");
     }
 
@@ -175,6 +182,6 @@ mod tests {
     fn the_error_of_the_dense_weight_on_its_own_inputs_is_zero() {
         let w = oracle::random(1, 6 * 8);
         let gram = oracle::random(2, 64);
-        assert!(error(&w, &w, &gram, None, 8).abs() <= 0.0);
+        assert!(errors(&w, &w, &gram, None, 8).iter().all(|error| error.abs() <= 0.0));
     }
 }

@@ -131,7 +131,8 @@ impl Inverses {
 
     /// Remembers an inverse that another worker made, if it is one: what it makes of a vector must come back.
     pub(crate) fn take(&self, rho: f32, inverse: Vec<f32>) -> bool {
-        /// Share of the vector that may be missing: far more than f32 loses, far less than a wrong ρ does.
+        /// What may be missing of a vector x, as a share of it and of twice F·x. A wrong ρ costs the difference times F·x, and steps
+        /// of a ramp differ by a hundredth at least; f32 loses n·ε of F·x, which is far more than x where little holds ρ up.
         const TOLERANCE: f64 = 1e-3;
         let n = self.conditioned.n;
         if inverse.len() != n * n || !Self::remembers(n, self.known().len() + 1) {
@@ -141,7 +142,8 @@ impl Inverses {
         let through = product(&probe, &inverse, n, n);
         let back = product(&through, &self.conditioned.gram, n, n);
         let missing = probe.iter().zip(&through).zip(back).map(|((x, y), z)| f64::from(z + rho * y - x).powi(2));
-        let is_inverse = missing.sum::<f64>().sqrt() <= TOLERANCE * (n as f64).sqrt();
+        let norm = |vector: &[f32]| vector.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt();
+        let is_inverse = missing.sum::<f64>().sqrt() <= TOLERANCE * (norm(&probe) + 2.0 * norm(&through));
         if is_inverse {
             self.known().insert(rho.to_bits(), Slot::Ready(Arc::new(inverse)));
         }

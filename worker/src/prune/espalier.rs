@@ -27,7 +27,7 @@ use super::{
 };
 use crate::linalg::gemm::product;
 use crate::linalg::pcg::{self, Limits, Quadratic};
-use crate::linalg::{select, values};
+use crate::linalg::{select, transposed, values};
 
 /// This method's row in the table.
 pub const METHOD: Method = Method {
@@ -46,6 +46,8 @@ const WORTH_SENDING: usize = 400;
 /// Steps of the ramp whose inverses a block makes rather than wait for another's.
 const LOOK_AHEAD: usize = 3;
 pub(super) const MOST_ITERATIONS: u32 = 300;
+/// The ρ at which nothing pulls towards a pattern.
+const UNCONSTRAINED: f32 = 0.0;
 /// The largest block of rows: no matrix has as many.
 const MOST_ROWS: usize = 1 << 24;
 
@@ -139,14 +141,16 @@ impl Solver for Espalier {
         let steps = profile.usual_steps();
         let is_remembered = Inverses::remembers(columns, RAMP_STEPS);
         let is_cut = row_block > 0 && is_remembered;
-        let parts = if is_laid(columns) { profile.least_steps().min(steps) } else { 0 };
+        let inverses = steps + usize::from(alpha > 0.0);
+        let parts = if is_laid(columns) { inverses - steps + profile.least_steps().min(steps) } else { 0 };
         // A look at the gradient comes before the refit, and one at the end.
         let products = steps * Ramp::CHECK_EVERY as usize + refit_steps + 2;
-        // A target blend: what it is and where it would lead, a second refit, and two products with held-out inputs.
-        let blended = if alpha > 0.0 { 2 + refit_steps + 2 + 2 } else { 0 };
-        let effort = admm::effort(columns, steps, products + blended);
+        // A target blend: what it is and where it would lead, once to deal out zeros and once in a block; a second refit, and two
+        // products with held-out inputs.
+        let blended = if alpha > 0.0 { 2 * 2 + refit_steps + 2 + 2 } else { 0 };
+        let effort = admm::effort(columns, inverses, products + blended);
         Effort {
-            common_flops: (steps - parts) as u64 * effort.part_flops,
+            common_flops: (inverses - parts) as u64 * effort.part_flops,
             parts,
             block_rows: if is_cut { row_block } else { 0 },
             is_shared: true,
@@ -172,11 +176,11 @@ fn towards_dense(
     if cross.iter().any(|value| !value.is_finite()) {
         return Err(SolveError::NotFinite { what: "cross" });
     }
-    let mut out = vec![0.0; n * n];
-    out.par_chunks_mut(n.max(1)).enumerate().for_each(|(i, row)| {
-        for (j, value) in row.iter_mut().enumerate().filter(|(j, _)| !conditioned.dead[*j]) {
-            let gap = f64::from(cross[j * n + i]) - f64::from(gram[i * n + j]);
-            *value = (gap / f64::from(conditioned.scale[j])) as f32;
+    let mut out = transposed(&cross, n);
+    out.par_chunks_mut(n.max(1)).zip(gram.par_chunks(n.max(1))).for_each(|(row, gram)| {
+        for (j, (value, gram)) in row.iter_mut().zip(gram).enumerate() {
+            let gap = f64::from(*value) - f64::from(*gram);
+            *value = if conditioned.dead[j] { 0.0 } else { (gap / f64::from(conditioned.scale[j])) as f32 };
         }
     });
     Ok(out)
@@ -218,7 +222,7 @@ impl Group {
         let Some(shift) = shift else { return Ok(anchor.to_vec()) };
         let n = self.conditioned.n;
         // Remembered with those of the ramp: every block asks for it.
-        let (inverse, _) = self.inverses.at(0.0, [])?;
+        let (inverse, _) = self.inverses.at(UNCONSTRAINED, [])?;
         let mut out = product(shift, &inverse, n, n);
         out.iter_mut().zip(anchor).for_each(|(v, w)| *v += w);
         Ok(out)
@@ -314,10 +318,23 @@ fn shifted(alpha: f64, mut shift: Vec<f32>) -> Vec<f32> {
     shift
 }
 
-/// The inverses of the ramp's first steps.
+impl Group {
+    /// ρ of a part of the groundwork.
+    fn rho_of(&self, part: usize) -> f32 {
+        let step = if self.towards_dense.is_some() { part.checked_sub(1) } else { Some(part) };
+        step.map_or(UNCONSTRAINED, |step| self.ramp().rho_of(step))
+    }
+
+    /// Whether zeros are dealt out by where the whole matrix would go.
+    fn deals(&self, problem: &Problem<'_>, blocks: usize) -> bool {
+        blocks > 1 && !matches!(problem.pattern, Pattern::NofM { .. })
+    }
+}
+
+/// The inverse that leads to V̂° where there is a target blend, and those of the ramp's first steps.
 impl Groundwork for Group {
     fn parts(&self) -> usize {
-        self.params.profile.least_steps()
+        usize::from(self.towards_dense.is_some()) + self.params.profile.least_steps()
     }
 
     fn flops(&self) -> f64 {
@@ -325,11 +342,11 @@ impl Groundwork for Group {
     }
 
     fn make(&self, part: usize) -> Result<Arc<Vec<f32>>, SolveError> {
-        Ok(self.inverses.at(self.ramp().rho_of(part), [])?.0)
+        Ok(self.inverses.at(self.rho_of(part), [])?.0)
     }
 
     fn take(&self, part: usize, matrix: Vec<f32>) -> bool {
-        part < self.parts() && self.inverses.take(self.ramp().rho_of(part), matrix)
+        part < self.parts() && self.inverses.take(self.rho_of(part), matrix)
     }
 }
 
@@ -338,22 +355,32 @@ impl GroupSolver for Group {
         is_laid(self.conditioned.n).then_some(self)
     }
 
-    /// The zeros are dealt out beforehand: a block gets as many as it has among the smallest values of the whole V̂°, which is
-    /// what the search begins with.
     fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
-        let (rows, n) = problem.weight.dims2()?;
-        let height = self.block_height(rows);
-        let mut blocks = RowBlock::each(problem, height)?;
-        if blocks.len() > 1 && !matches!(problem.pattern, Pattern::NofM { .. }) {
+        RowBlock::each(problem, self.block_height(problem.weight.dim(0)?))
+    }
+
+    /// A block gets as many as it has among the smallest values of the whole V̂°, which is what the search begins with.
+    fn deal(&self, problem: &Problem<'_>, blocks: &mut [RowBlock]) -> Result<(), SolveError> {
+        if self.deals(problem, blocks.len()) {
+            let (rows, n) = problem.weight.dims2()?;
             let weight = admit(NAME, problem, self.conditioned.n)?.weight;
             let mut keep = vec![1; weight.len()];
             let free = self.start(self.params.alpha, &weight)?.free;
             select::keep_largest(&free, problem.pattern.zeros(rows, n), &mut keep);
-            for (block, keep) in blocks.iter_mut().zip(keep.chunks(height * n)) {
+            for block in blocks {
+                let keep = &keep[block.first * n..(block.first + block.rows) * n];
                 block.zeros = keep.iter().filter(|keep| **keep == 0).count();
             }
         }
-        Ok(blocks)
+        Ok(())
+    }
+
+    /// What the target is, and where it would lead.
+    fn deal_flops(&self, problem: &Problem<'_>) -> f64 {
+        let rows = problem.weight.dim(0).unwrap_or(0);
+        let is_dealt =
+            self.towards_dense.is_some() && self.deals(problem, rows.div_ceil(self.block_height(rows).max(1)));
+        if is_dealt { 4.0 * rows as f64 * (self.conditioned.n as f64).powi(2) } else { 0.0 }
     }
 
     fn solve_block(&self, problem: &Problem<'_>, zeros: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {
@@ -402,7 +429,9 @@ mod tests {
         let (solver, _) = build(&json!({ "row_block": 50 })).unwrap();
         let group = solver.prepare(Arc::clone(&problem.stats), &SolveCtx::default()).unwrap();
         let weight = problem.tensor();
-        let blocks = group.blocks(&Problem { tensor: "w", weight: &weight, pattern, imported: None }).unwrap();
+        let problem_of_it = Problem { tensor: "w", weight: &weight, pattern, imported: None };
+        let mut blocks = group.blocks(&problem_of_it).unwrap();
+        group.deal(&problem_of_it, &mut blocks).unwrap();
         let rows = problem.weight.len() / problem.columns;
         assert_eq!(blocks.iter().map(|block| block.rows).collect::<Vec<_>>(), [48; 4]);
         assert_eq!(blocks.iter().map(|block| block.zeros).sum::<usize>(), pattern.zeros(rows, problem.columns));

@@ -47,7 +47,7 @@ impl LayerProblem {
 
     /// `tr((V−W)G(V−W)ᵀ) / tr(WGWᵀ)`.
     pub(crate) fn rel_error(&self, solved: &[f32]) -> f64 {
-        quadratic::error(solved, &self.weight, &self.gram, None, self.columns)
+        quadratic::errors(solved, &self.weight, &self.gram, None, self.columns).iter().sum::<f64>()
             / quadratic::energy(&self.weight, &self.gram, self.columns)
     }
 }

@@ -9,6 +9,7 @@ pub mod fista;
 #[cfg(test)]
 mod fixture;
 pub mod magnitude;
+pub mod measure;
 pub mod on_device;
 pub mod problem;
 pub mod refit;
@@ -105,13 +106,25 @@ pub trait GroupSolver: Send + Sync {
     fn groundwork(&self) -> Option<&dyn Groundwork> {
         None
     }
-    /// Cuts a sublayer into blocks of rows that can be solved apart, with the zeros that each must get. Fixed by the problem
-    /// alone, never by who is there to solve it. One block, unless the method can do with less than the whole matrix.
+    /// Cuts a sublayer into blocks of rows that can be solved apart, with the zeros that each must get unless [`Self::deal`] says
+    /// otherwise. Fixed by the problem alone, never by who is there to solve it. One block, unless the method can do with less
+    /// than the whole matrix.
     ///
     /// # Errors
     /// See [`SolveError`].
     fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
         Ok(vec![RowBlock::whole(problem)?])
+    }
+    /// Deals the zeros of a sublayer out to its blocks by what the whole matrix would lose first, if the method does so.
+    ///
+    /// # Errors
+    /// See [`SolveError`].
+    fn deal(&self, _problem: &Problem<'_>, _blocks: &mut [RowBlock]) -> Result<(), SolveError> {
+        Ok(())
+    }
+    /// Operations of [`Self::deal`].
+    fn deal_flops(&self, _problem: &Problem<'_>) -> f64 {
+        0.0
     }
     /// Minimises ‖X̂·W'ᵀ − X·Wᵀ‖²_F over the W' that obey `problem.pattern`, for the rows of one block: `problem` has these rows
     /// alone, and `zeros` of its weights must go.
@@ -124,7 +137,8 @@ pub trait GroupSolver: Send + Sync {
     /// # Errors
     /// See [`SolveError`].
     fn solve(&self, problem: &Problem<'_>, ctx: &SolveCtx) -> Result<Solution, SolveError> {
-        let blocks = self.blocks(problem)?;
+        let mut blocks = self.blocks(problem)?;
+        self.deal(problem, &mut blocks)?;
         let solve =
             |block: RowBlock| problem.solve_rows(&block, |problem, zeros| self.solve_block(problem, zeros, ctx));
         Solution::joined(in_order(self.device().unwrap_or(&Device::Cpu), blocks, solve)?)
@@ -134,7 +148,7 @@ pub trait GroupSolver: Send + Sync {
 /// What every block of a group needs and takes long to make: symmetric matrices `[in, in]`, the same bits whoever makes them. A
 /// part that is not there when a block needs it is made on the spot, so it can be lost.
 pub trait Groundwork: Send + Sync {
-    /// How many parts are worth making before the first block; at most [`MOST_PARTS`].
+    /// How many parts are worth making before the first block; at most [`MOST_PARTS`]. What dealing out zeros takes comes first.
     fn parts(&self) -> usize;
     /// Operations that a part takes.
     fn flops(&self) -> f64;
@@ -148,7 +162,7 @@ pub trait Groundwork: Send + Sync {
 }
 
 /// The most parts that a [`Groundwork`] has.
-pub const MOST_PARTS: usize = 16;
+pub const MOST_PARTS: usize = 17;
 
 /// Every method there is: those that place zeros, from the plainest to the best, then those that remove whole structures.
 pub const METHODS: &[Method] = &[

@@ -4,8 +4,8 @@ use candle_core::Tensor;
 use espalier_common::fault::FaultClass;
 use espalier_common::pattern::Pattern;
 
+use super::measure::{self, Tile};
 use super::{InputStats, Problem};
-use crate::linalg::quadratic::{self, Correction};
 use crate::linalg::values;
 
 /// What is wrong with a solution. All of these are bugs of ours, but for a failing backend. Messages say it of `it`: whoever asked for
@@ -110,13 +110,13 @@ pub struct Verified {
     pub elements: u64,
 }
 
-/// Checks `solution [out, in]`, as it will be stored, against the problem's pattern, and measures its error.
+/// Checks `solution [out, in]`, as it will be stored, against the problem's pattern; returns how many of its weights are zero.
 ///
 /// Weights that were zero in the dense matrix may stay zero where the pattern keeps them.
 ///
 /// # Errors
 /// See [`VerifyError`].
-pub fn verify(problem: &Problem<'_>, stats: &InputStats, solution: &Tensor) -> Result<Verified, VerifyError> {
+pub fn check(problem: &Problem<'_>, solution: &Tensor) -> Result<u64, VerifyError> {
     let tensor = || problem.tensor.to_owned();
     if solution.dims() != problem.weight.dims() {
         let (found, expected) = (solution.dims().to_vec(), problem.weight.dims().to_vec());
@@ -147,13 +147,17 @@ pub fn verify(problem: &Problem<'_>, stats: &InputStats, solution: &Tensor) -> R
         let index = group * of;
         return Err(VerifyError::Group { tensor: tensor(), pattern, row: index / columns, column: index % columns });
     }
-    let held_out_error = stats.held_out.as_deref().map(|held_out| rel_error(&solved, &dense, held_out)).transpose()?;
-    Ok(Verified {
-        rel_error: rel_error(&solved, &dense, stats)?,
-        held_out_error,
-        zeros: zeros as u64,
-        elements: solved.len() as u64,
-    })
+    Ok(zeros as u64)
+}
+
+/// [`check`], and measures the solution's error.
+///
+/// # Errors
+/// See [`VerifyError`].
+pub fn verify(problem: &Problem<'_>, stats: &InputStats, solution: &Tensor) -> Result<Verified, VerifyError> {
+    let zeros = check(problem, solution)?;
+    let (rel_error, held_out_error) = rel_errors(solution, problem.weight, stats)?;
+    Ok(Verified { rel_error, held_out_error, zeros, elements: solution.elem_count() as u64 })
 }
 
 /// Checks a cut consumer `solution [out, in]`, as it will be stored: finite, and zero in every input that does not stay; and
@@ -174,7 +178,7 @@ pub fn verify_cut(
         return Err(VerifyError::Shape { tensor: tensor(), found, expected });
     }
     let columns = dense.dim(1)?;
-    let (dense, solved) = (values(dense)?, values(solution)?);
+    let solved = values(solution)?;
     if let Some(index) = solved.iter().position(|value| !value.is_finite()) {
         return Err(VerifyError::NotFinite { tensor: tensor(), row: index / columns, column: index % columns });
     }
@@ -182,12 +186,8 @@ pub fn verify_cut(
     if let Some(index) = solved.iter().enumerate().find_map(wrong) {
         return Err(VerifyError::Column { tensor: tensor(), column: index % columns });
     }
-    Ok(Verified {
-        rel_error: rel_error(&solved, &dense, stats)?,
-        held_out_error: stats.held_out.as_deref().map(|held_out| rel_error(&solved, &dense, held_out)).transpose()?,
-        zeros: count_zeros(&solved) as u64,
-        elements: solved.len() as u64,
-    })
+    let (rel_error, held_out_error) = rel_errors(solution, dense, stats)?;
+    Ok(Verified { rel_error, held_out_error, zeros: count_zeros(&solved) as u64, elements: solved.len() as u64 })
 }
 
 /// Checks a cut producer `solution [out, in]`, as it will be stored: finite, and zero in every row that does not stay.
@@ -207,23 +207,15 @@ pub fn verify_rows(tensor: &str, solution: &Tensor, stays: impl Fn(usize) -> boo
     Ok(())
 }
 
-/// ‖V·X̂ᵀ − W·Xᵀ‖² / ‖W·Xᵀ‖² of matrices `[rows, n]`, whichever rows they are; X is X̂ where the statistics have no dense side.
-///
-/// # Errors
-/// What the tensor backend says.
-pub(crate) fn rel_error(solved: &[f32], dense: &[f32], stats: &InputStats) -> candle_core::Result<f64> {
-    let n = stats.gram.dim(0)?;
-    let gram = values(&stats.gram)?;
-    let (error, total) = match &stats.dense {
-        None => (quadratic::error(solved, dense, &gram, None, n), quadratic::energy(dense, &gram, n)),
-        Some(statistics) => {
-            let dense_gram = values(&statistics.gram)?;
-            let correction = Correction::new(&gram, &values(&statistics.cross)?, &dense_gram, n);
-            let error = quadratic::error(solved, dense, &gram, Some(&correction), n);
-            (error, quadratic::energy(dense, &dense_gram, n))
-        }
-    };
-    Ok(if total > 0.0 { error.max(0.0) / total } else { 0.0 })
+/// The relative error of a whole solution, and that on held-out inputs.
+pub(crate) fn rel_errors(
+    solution: &Tensor,
+    dense: &Tensor,
+    stats: &InputStats,
+) -> candle_core::Result<(f64, Option<f64>)> {
+    let tiles: Vec<Tile> = Tile::of(0, solution.dim(0)?).collect();
+    let numbers = measure::measure(&tiles, &[(solution, dense)], stats)?;
+    Ok(measure::relative(&numbers.concat(), stats))
 }
 
 fn is_zero(value: f32) -> bool {

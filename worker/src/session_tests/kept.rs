@@ -103,9 +103,11 @@ async fn no_hidden_states_travel_and_everybody_reads_ahead() {
     assert_eq!([ahead(&lender), ahead(&helpers[0]), ahead(&helpers[1])], [Some(LayerIndex(2)); 3]);
     let mut keeper = TestWorker::prepared(&run, u64::MAX);
     keeper.session.read_ahead();
-    let (first, ..) = keeper.together(&run, &[], Share::even(&endpoints)).await;
+    // As they are lent.
+    let share = || Share { leaves: vec![0..3, 3..6], ..Share::even(&endpoints) };
+    let (first, ..) = keeper.together(&run, &[], share()).await;
     assert_eq!([ahead(&keeper), ahead(&helpers[0]), ahead(&helpers[1])], [Some(LayerIndex(1)); 3]);
-    keeper.together(&run, &[first], Share::even(&endpoints)).await;
+    keeper.together(&run, &[first], share()).await;
     // Two of three shares of two layers' outputs: five sequences of 24 tokens, as floats.
     let (lent, kept) = (lender.session.bytes_received(), keeper.session.bytes_received());
     assert!(kept < lent, "{kept} against {lent}");

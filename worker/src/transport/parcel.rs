@@ -1,5 +1,7 @@
 //! Letters between a layer's owner and its assistants: a head that says what it is about, and a body in checked pieces.
 
+use std::borrow::Cow;
+
 use bytes::Bytes;
 use espalier_proto::v1::head::Matter;
 use espalier_proto::v1::{Head, Piece};
@@ -64,11 +66,14 @@ pub fn bytes_of<T: bytemuck::NoUninit + Send + 'static>(values: Vec<T>) -> Bytes
     Bytes::from_owner(Values(values))
 }
 
-/// The numbers of a body, whose length is a multiple of theirs.
-pub fn numbers<T: bytemuck::Pod>(body: &[u8]) -> Vec<T> {
-    let mut numbers = vec![T::zeroed(); body.len() / size_of::<T>()];
-    bytemuck::cast_slice_mut(&mut numbers).copy_from_slice(body);
-    numbers
+/// The numbers of a body, whose length is a multiple of theirs: where they are, if they lie as numbers must.
+pub fn numbers<T: bytemuck::Pod>(body: &[u8]) -> Cow<'_, [T]> {
+    let copied = |_| {
+        let mut numbers = vec![T::zeroed(); body.len() / size_of::<T>()];
+        bytemuck::cast_slice_mut(&mut numbers).copy_from_slice(body);
+        Cow::Owned(numbers)
+    };
+    bytemuck::try_cast_slice(body).map_or_else(copied, Cow::Borrowed)
 }
 
 /// Owns numbers while pieces point into their bytes.

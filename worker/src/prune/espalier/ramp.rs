@@ -44,7 +44,7 @@ impl Profile {
         match self {
             Self::Fast => 6,
             Self::Balanced => 10,
-            Self::Best => MOST_PARTS,
+            Self::Best => MOST_PARTS - 1,
         }
     }
 }

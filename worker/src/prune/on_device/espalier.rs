@@ -66,6 +66,10 @@ impl GroupSolver for DeviceGroup {
         self.host.blocks(problem)
     }
 
+    fn deal(&self, problem: &Problem<'_>, blocks: &mut [RowBlock]) -> Result<(), SolveError> {
+        self.host.deal(problem, blocks)
+    }
+
     fn solve_block(&self, problem: &Problem<'_>, zeros: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {
         let conditioned = self.conditioned();
         let admitted = admit(NAME, problem, conditioned.n)?;

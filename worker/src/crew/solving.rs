@@ -1,0 +1,157 @@
+//! The owner's side of solving a group: blocks are lent out, and what comes back is taken.
+
+use std::collections::VecDeque;
+
+use candle_core::Device;
+use espalier_common::clock::Stopwatch;
+use espalier_proto::v1 as pb;
+use espalier_proto::v1::head::Matter;
+
+use super::board::{Board, Task};
+use super::order::{Order, asked, take_solved};
+use super::owner::{Crew, GLANCE, PATIENCE};
+use super::statistics;
+use crate::device::in_order;
+use crate::prune::{GroupSolver, InputStats, Problem, RowBlock, Solution, SolveCtx, SolveError, Statistics};
+use crate::transport::Outgoing;
+use crate::transport::parcel::{Body, bytes_of};
+
+/// Orders to solve that an assistant has at a time: one that it is at, and one on its way.
+const ORDERS: usize = 2;
+
+impl Crew<'_> {
+    /// Solves the sublayers of a group, block by block: the owner from the first on, assistants from the last. Returns each
+    /// solution with the seconds that were spent on it, whoever spent them.
+    ///
+    /// # Errors
+    /// The member that failed, and why.
+    pub(crate) fn solve(
+        &mut self,
+        group: usize,
+        stats: &InputStats,
+        solver: &dyn GroupSolver,
+        problems: &[Problem<'_>],
+        ctx: &SolveCtx,
+    ) -> Result<Vec<(Solution, f64)>, (usize, SolveError)> {
+        let cut = problems.iter().map(|problem| solver.blocks(problem)).enumerate();
+        let cut = cut.map(|(member, blocks)| blocks.map(|blocks| (member, blocks)).map_err(|error| (member, error)));
+        let cut: Vec<(usize, Vec<RowBlock>)> = cut.collect::<Result<_, _>>()?;
+        let device = solver.device();
+        // A method that looks at no more than norms is through before its statistics are sent.
+        let method = &self.place.run.method.solver;
+        // Who solves on a device is faster than anybody whom blocks would have to be sent to, and takes them in order.
+        let is_shared = device.is_none()
+            && method.needs() >= Statistics::Gram
+            && cut.iter().map(|(_, blocks)| blocks.len()).sum::<usize>() > 1
+            && (0..self.assistants.len()).any(|number| self.is_there(number));
+        let solve = |task: Task| {
+            let watch = Stopwatch::start();
+            let solved = problems[task.member]
+                .solve_rows(&task.block, |problem, zeros| solver.solve_block(problem, zeros, ctx))?;
+            Ok((solved, watch.seconds()))
+        };
+        let backend = |error: candle_core::Error| (0, SolveError::from(error));
+        let mut statistics_bytes = 0;
+        if is_shared {
+            let packed = bytes_of(statistics::pack(stats).map_err(backend)?);
+            let matter = || Matter::Statistics(group as u32);
+            self.send_all(|| Outgoing { matter: matter(), body: Body::Bytes(packed.clone()) });
+            (self.statistics_of, statistics_bytes) = (Some(group), packed.len());
+        }
+        // Assistants make parts while zeros are dealt out here.
+        let groundwork = solver.groundwork().filter(|_| is_shared);
+        let dealing = problems.iter().map(|problem| solver.deal_flops(problem)).sum();
+        let lent =
+            groundwork.map(|groundwork| (groundwork, self.lend_parts(group, groundwork, (dealing, statistics_bytes))));
+        let deal = |(member, mut blocks): (usize, Vec<RowBlock>)| match solver.deal(&problems[member], &mut blocks) {
+            Ok(()) => Ok(blocks.into_iter().map(move |block| Task { member, block })),
+            Err(error) => Err((member, error)),
+        };
+        let board = Board::new(in_order(device.unwrap_or(&Device::Cpu), cut, deal)?.into_iter().flatten().collect());
+        let common = lent.map(|(groundwork, parts)| self.lay(group, stats, groundwork, parts)).transpose();
+        let common = common.map_err(|error| (0, error))?.unwrap_or_default();
+        if device.is_some() {
+            board.work(solve);
+        }
+        while board.has_waiting() {
+            rayon::in_place_scope(|scope| {
+                for _ in 0..rayon::current_num_threads() {
+                    scope.spawn(|_| board.work(solve));
+                }
+                if is_shared { self.lend(group, problems, &board) } else { Ok(()) }
+            })
+            .map_err(|TaskCancelled| (0, SolveError::Cancelled))?;
+        }
+        let mut solved = board.finish(problems.len())?;
+        solved.iter_mut().take(1).for_each(|(first, _)| first.flops += common);
+        Ok(solved)
+    }
+
+    /// Gives out blocks to assistants until none waits, and takes what they make of them.
+    fn lend(&mut self, group: usize, problems: &[Problem<'_>], board: &Board) -> Result<(), TaskCancelled> {
+        let mut orders: VecDeque<Order> = VecDeque::new();
+        let (mut idle, mut counted): (Option<Stopwatch>, f64) = (None, 0.0);
+        loop {
+            for _ in 0..ORDERS {
+                (0..self.assistants.len()).for_each(|number| self.order(number, group, board, &mut orders));
+            }
+            if orders.is_empty() {
+                self.waiting.add(idle.map_or(0.0, |idle| idle.seconds() - counted), 0.0);
+                return Ok(());
+            }
+            let letter = self.next_letter(GLANCE).map_err(|_| TaskCancelled)?;
+            self.place.received(letter.as_ref().map_or(0, |(_, _, body)| body.len() as u64));
+            if let Some(idle) = idle.as_ref().filter(|_| letter.is_some()) {
+                self.waiting.add(idle.seconds() - counted, self.on_its_way);
+                counted = idle.seconds();
+            }
+            if let Some((number, matter, body)) = letter
+                && !take_solved(problems, board, &mut orders, (number, &matter, &body))
+            {
+                self.lose(number, "it gave something else than what was asked for");
+            }
+            self.place.control.check_cancelled().map_err(|_| TaskCancelled)?;
+            if board.is_owner_idle() {
+                let watch = idle.get_or_insert_with(Stopwatch::start);
+                let rows = |order: &Order| order.tasks.iter().map(|&task| board.task(task).block.rows).sum::<usize>();
+                let most = orders.iter().map(rows).max().unwrap_or(0) * ORDERS;
+                if watch.seconds() > self.place.patience.as_secs_f64() + PATIENCE * board.own_seconds(most) {
+                    let late: Vec<usize> = orders.iter().map(|order| order.assistant).collect();
+                    late.into_iter().for_each(|number| self.lose(number, "it is too slow"));
+                }
+            }
+            orders.retain(|order| {
+                let stays = self.is_there(order.assistant);
+                if !stays {
+                    board.give_back(&order.tasks);
+                }
+                stays
+            });
+        }
+    }
+
+    /// Asks an assistant for some blocks, if it has too few to do and blocks wait.
+    fn order(&mut self, number: usize, group: usize, board: &Board, orders: &mut VecDeque<Order>) {
+        let under_way = orders.iter().filter(|order| order.assistant == number).count();
+        if !self.is_there(number) || under_way >= ORDERS {
+            return;
+        }
+        let tasks = board.take_last(self.assistants[number].threads.unwrap_or(1), 1 + self.assistants.len());
+        if tasks.is_empty() {
+            return;
+        }
+        self.next_order += 1;
+        let blocks = tasks.iter().map(|&task| asked(board.task(task))).collect();
+        let solve = pb::Solve {
+            order: self.next_order,
+            group: group as u32,
+            pattern_json: serde_json::to_string(&self.pattern).expect("a pattern is plain data"),
+            blocks,
+        };
+        orders.push_back(Order { assistant: number, number: self.next_order, tasks });
+        self.send(number, Outgoing::of(Matter::Solve(solve)));
+    }
+}
+
+/// The unit was cancelled while its blocks were lent out.
+struct TaskCancelled;
