@@ -134,7 +134,6 @@ pub(super) mod tests {
             method_version: "1".into(),
             method_params: serde_json::Value::Null,
             needs_dense: false,
-            needs_held_out: false,
             imports_zeros: false,
             needs_whole: false,
             structure: None,

@@ -128,7 +128,6 @@ pub fn count(outline: &ModelOutline, job: &JobSpec, solver: Solver) -> JobCost {
         hidden: outline.hidden_size as u64,
         streams: if two_streams { 2 } else { 1 },
         split,
-        solves_on_both: outline.needs_held_out,
     };
     let effort = |columns: usize| {
         let told = outline.efforts.iter().find(|effort| effort.columns == columns).copied();
@@ -181,8 +180,6 @@ struct Size {
     hidden: u64,
     streams: u64,
     split: Split,
-    /// Whether solving takes the statistics of both.
-    solves_on_both: bool,
 }
 
 impl Size {
@@ -217,8 +214,7 @@ impl Size {
             gram_flops: a_gram * self.tokens() * (columns as f64).powi(2),
             effort,
             sums_bytes: self.sums_bytes(columns),
-            statistics_bytes: self.sums_bytes(columns) / 2
-                * if self.solves_on_both { self.split.sides() as u64 } else { 1 },
+            statistics_bytes: self.sums_bytes(columns) / 2 * self.split.sides() as u64,
             stored_bytes: members.iter().map(stored).sum(),
         }
     }
@@ -292,7 +288,6 @@ pub(super) mod tests {
             structure: None,
             efforts: Vec::new(),
             needs_dense: false,
-            needs_held_out: false,
             imports_zeros: false,
             needs_whole: false,
         }
@@ -330,18 +325,17 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn what_is_held_out_is_summed_apart_and_sent_where_solving_takes_it() {
-        let cost = |held_out: f64, needs_held_out| {
+    fn what_is_held_out_is_summed_and_sent_apart() {
+        let cost = |held_out: f64| {
             let job = JobSpec {
                 calibration: CalibrationSpec { held_out: Some(held_out), ..job("pruned").calibration },
                 ..job("pruned")
             };
-            let cost = count(&ModelOutline { needs_held_out, ..outline(1) }, &job, Solver::default());
+            let cost = count(&outline(1), &job, Solver::default());
             cost.layers.into_iter().next().unwrap()
         };
-        let (none, kept, taken) = (cost(0.0, true), cost(0.1, false), cost(0.1, true));
-        let statistics = |layer: &LayerCost| layer.groups[2].statistics_bytes;
-        assert_eq!((statistics(&kept), statistics(&taken)), (statistics(&none), 2 * statistics(&none)));
+        let (none, kept) = (cost(0.0), cost(0.1));
+        assert_eq!(kept.groups[2].statistics_bytes, 2 * none.groups[2].statistics_bytes);
         // A measure on both.
         assert!((kept.verify_flops / none.verify_flops - 2.0).abs() < 1e-12);
         // Of ten sequences the last two are leaf 7, which is now of both kinds.

@@ -7,9 +7,10 @@ use serde::Serialize;
 
 use super::cost::{F32, GroupCost, LayerCost};
 
-/// What a worker that does nothing takes: the program, its threads and buffers, and the model's headers.
-pub const PROCESS_BYTES: u64 = 48 << 20;
-/// One part in so many comes on top: what the allocator has been given back and keeps.
+/// What a worker takes besides: 48 MiB for the program, its threads and buffers, and the model's headers, and the 64 MiB that the
+/// allocator keeps of what was freed.
+pub const PROCESS_BYTES: u64 = (48 + 64) << 20;
+/// One part in so many comes on top: what lies between allocations.
 const SLACK: u64 = 8;
 
 /// What a worker needs at most, by what it needs it for.

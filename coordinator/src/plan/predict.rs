@@ -273,21 +273,20 @@ impl<'a> Rehearsal<'a> {
         let assistants = if shares.is_some() { assistants } else { &assistants[..assistants.len().min(lent)] };
         let crew: Vec<WorkerId> = [lease.worker].into_iter().chain(assistants.iter().copied()).collect();
         let speeds: Vec<f64> = crew.iter().map(|worker| self.workers[worker.0 as usize].gflops * 1e9).collect();
-        let leaves = match shares {
+        let leaves: Vec<Range<usize>> = match shares {
             Some(kept) => {
-                let kept = kept.iter().map(Range::len);
-                let own = LEAVES.saturating_sub(kept.clone().sum());
-                [own].into_iter().chain(kept).collect()
+                // What nobody else keeps is one run of them.
+                let first = (0..LEAVES).find(|leaf| kept.iter().all(|kept| !kept.contains(leaf))).unwrap_or(LEAVES);
+                let own = LEAVES.saturating_sub(kept.iter().map(Range::len).sum());
+                [first..first + own].into_iter().chain(kept.iter().cloned()).collect()
             }
-            None => deal(&speeds, LEAVES),
+            None => in_turn(&deal(&speeds, LEAVES)),
         };
         // Sequences are shared out beforehand, so that whoever is last counts.
-        let slowest = |(leaves, speed): (&usize, &f64)| *leaves as f64 / LEAVES as f64 / speed;
+        let slowest = |(leaves, speed): (&Range<usize>, &f64)| leaves.len() as f64 / LEAVES as f64 / speed;
         let gathering = leaves.iter().zip(&speeds).map(slowest).fold(0.0, f64::max);
-        let mut first = 0;
-        for (hand, (&worker, &leaves)) in crew.iter().zip(&leaves).enumerate() {
-            let (leaves, is_owner) = (first..first + leaves, hand == 0);
-            first = leaves.end;
+        for (hand, (&worker, leaves)) in crew.iter().zip(leaves.iter().cloned()).enumerate() {
+            let is_owner = hand == 0;
             let kept = match shares {
                 Some(_) => leaves.len() as u64,
                 None if is_owner => LEAVES as u64,
@@ -312,8 +311,10 @@ impl<'a> Rehearsal<'a> {
         if let Unit::Prune(_) = lease.unit {
             phases.push(("gram", own.gram_flops() * gathering / efficiency));
             phases.push(("solve", own.groups.iter().map(|group| solving_seconds(group, &speeds)).sum()));
-            // The owner's alone, as is what it writes.
-            phases.push(("verify", own.verify_flops / (speed * efficiency)));
+            // Measured by all who have the statistics, which are those who solve.
+            let are_many = own.groups.iter().any(|group| group.solving_bytes(crew.len() as u64 - 1) > 0);
+            let measuring = if are_many { speeds.iter().sum() } else { speed };
+            phases.push(("verify", own.verify_flops / (measuring * efficiency)));
             phases.push(("store", own.store_bytes as f64 / (self.cluster.storage.gigabytes_per_second * 1e9)));
         }
         phases
@@ -327,14 +328,14 @@ impl<'a> Rehearsal<'a> {
     }
 
     /// Bytes that the owner of a layer and its assistants send each other.
-    fn shared_bytes(&self, layer: &LayerCost, leaves: &[usize], is_lent: bool) -> u64 {
+    fn shared_bytes(&self, layer: &LayerCost, leaves: &[Range<usize>], is_lent: bool) -> u64 {
         let assistants = leaves.len() as u64 - 1;
-        let lent: usize = if is_lent { leaves[1..].iter().sum() } else { 0 };
+        let lent: usize = if is_lent { leaves[1..].iter().map(Range::len).sum() } else { 0 };
         // Each share goes to its assistant and comes back.
         let hidden = self.cost.boundary_bytes.saturating_mul(2 * lent as u64) / LEAVES as u64;
         let of_group = |group: &GroupCost| {
             // Sums over each branch of the shares, and what the weights became, for everybody.
-            let sums = group.sums_bytes.saturating_mul(travelling_sums(leaves, layer.room.split));
+            let sums = group.sums_bytes.saturating_mul(travelling_sums(&leaves[1..], layer.room.split));
             let applied = group.stored_bytes.saturating_mul(assistants);
             sums.saturating_add(applied).saturating_add(group.solving_bytes(assistants))
         };
@@ -410,15 +411,21 @@ fn solving_seconds(group: &GroupCost, speeds: &[f64]) -> f64 {
     (before / slowest + blocks) * 100.0 / f64::from(effort.speed_percent.max(1))
 }
 
+/// Which leaves the owner and its assistants have, of so many each: the owner the last ones.
+fn in_turn(leaves: &[usize]) -> Vec<Range<usize>> {
+    let mut first = 0;
+    let mut ranges: Vec<Range<usize>> = Vec::new();
+    for &leaves in leaves[1..].iter().chain(&leaves[..1]) {
+        ranges.push(first..first + leaves);
+        first += leaves;
+    }
+    ranges.rotate_right(1);
+    ranges
+}
+
 /// Sums over whole branches of the tree of leaves that the shares of assistants are.
-fn travelling_sums(leaves: &[usize], split: Split) -> u64 {
-    let mut first = leaves[0];
-    let of_share = leaves[1..].iter().map(|&leaves| {
-        let share = first..first + leaves;
-        first = share.end;
-        Branch::of(&share).into_iter().map(|branch| split.sums(branch) as u64).sum::<u64>()
-    });
-    of_share.sum()
+fn travelling_sums(shares: &[Range<usize>], split: Split) -> u64 {
+    shares.iter().flat_map(Branch::of).map(|branch| split.sums(branch) as u64).sum()
 }
 
 #[cfg(test)]
@@ -451,7 +458,7 @@ mod tests {
         assert_eq!(plan.critical_path.len(), 6);
         // Two handovers, and in each layer two of three shares that go out and come back: six of eight leaves, [2, 3, 3].
         let boundary = 320 * 64 * 4;
-        // The groups are one block each, which is the owner's. Sums come over leaves 2 and 3, 4, 5, and 6 and 7; what the weights
+        // The groups are one block each, which is the owner's. Sums come over leaves 0 and 1, 2, 3, and 4 and 5; what the weights
         // became goes to both assistants in bf16.
         let of_group = |(rows, columns): (u64, u64)| 4 * (columns * (columns + 1) / 2 * 8) + 2 * 2 * rows * columns;
         let groups: u64 = [(64, 64), (256, 64), (64, 256)].map(of_group).iter().sum();
