@@ -111,7 +111,6 @@ pub(super) fn predict(
 
 fn summary(planned: &Planned, mode: Propagation) -> String {
     let (plan, choice) = (&planned.prediction, &planned.strategy);
-    let gigabytes = |bytes: u64| format!("{:.2}", bytes as f64 / 1e9);
     let mut workers = table::table(&[
         "worker",
         "layers",
@@ -150,17 +149,7 @@ fn summary(planned: &Planned, mode: Propagation) -> String {
         Propagation::Pruned => "each layer waits for the one before",
         Propagation::Dense => "layers are pruned side by side",
     };
-    let tight = plan.workers.iter().filter(|part| part.peak_bytes > part.worker.memory_bytes).map(|part| {
-        let WorkerPart { worker: PlannedWorker { name, memory_bytes, .. }, memory, peak_bytes, .. } = part;
-        let most = gigabytes(memory.most_hidden(*memory_bytes));
-        format!(
-            "\n{name} would need {} of its {} GB with a quarter of them for hidden states: memory_budget under [worker] must be \
-             {most} GB at most",
-            gigabytes(*peak_bytes),
-            gigabytes(*memory_bytes)
-        )
-    });
-    let tight: String = tight.collect();
+    let tight = tight(&plan.workers);
     let others = planned.strategies.iter().filter(|(strategy, _)| **strategy != choice.strategy);
     let others: Vec<String> = others
         .map(|(strategy, cost)| {
@@ -180,4 +169,56 @@ fn summary(planned: &Planned, mode: Propagation) -> String {
         choice.why,
         others.concat()
     )
+}
+
+/// Decimal gigabytes, as people are told of them.
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.2}", bytes as f64 / 1e9)
+}
+
+/// What to do about workers whose memory is not enough for as many hidden states as they keep in it if they are not told otherwise;
+/// those that need the same in a line of their own.
+fn tight(workers: &[WorkerPart]) -> String {
+    let mut alike: Vec<(String, Vec<&str>)> = Vec::new();
+    for part in workers.iter().filter(|part| part.peak_bytes > part.worker.memory_bytes) {
+        let WorkerPart { worker: PlannedWorker { name, memory_bytes, .. }, memory, peak_bytes, .. } = part;
+        let text = format!(
+            "would need {} of {} GB with a quarter of them for hidden states: memory_budget under [worker] must be {} GB at most",
+            gigabytes(*peak_bytes),
+            gigabytes(*memory_bytes),
+            gigabytes(memory.most_hidden(*memory_bytes))
+        );
+        match alike.iter_mut().find(|(other, _)| *other == text) {
+            Some((_, names)) => names.push(name),
+            None => alike.push((text, vec![name])),
+        }
+    }
+    let line = |(text, names): &(String, Vec<&str>)| match &names[..] {
+        [name] => format!("\n{name} {text}"),
+        [name, others @ ..] => format!("\n{name} and {} like it {text}", others.len()),
+        [] => String::new(),
+    };
+    alike.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::memory::Memory;
+
+    #[test]
+    fn workers_that_are_tight_alike_share_a_line() {
+        let part = |name: &str, gigabytes: u64| WorkerPart {
+            worker: PlannedWorker { name: name.to_owned(), memory_bytes: gigabytes << 30, gflops: 1.0 },
+            layers: Vec::new(),
+            busy_seconds: 0.0,
+            memory: Memory { weights_bytes: 6 << 30, ..Memory::default() },
+            peak_bytes: 9 << 30,
+        };
+        let found = tight(&[part("a", 8), part("large", 16), part("b", 8), part("c", 8), part("d", 7)]);
+        let lines: Vec<&str> = found.trim().lines().collect();
+        assert!(lines[0].starts_with("a and 2 like it would need 9.66 of 8.59 GB"), "{found}");
+        assert!(lines[1].starts_with("d would need 9.66 of 7.52 GB") && lines.len() == 2, "{found}");
+        assert_eq!(tight(&[part("large", 16)]), "");
+    }
 }

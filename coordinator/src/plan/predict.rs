@@ -278,7 +278,7 @@ impl<'a> Rehearsal<'a> {
                 // What nobody else keeps is one run of them.
                 let first = (0..LEAVES).find(|leaf| kept.iter().all(|kept| !kept.contains(leaf))).unwrap_or(LEAVES);
                 let own = LEAVES.saturating_sub(kept.iter().map(Range::len).sum());
-                [first..first + own].into_iter().chain(kept.iter().cloned()).collect()
+                std::iter::once(first..first + own).chain(kept.iter().cloned()).collect()
             }
             None => in_turn(&deal(&speeds, LEAVES)),
         };

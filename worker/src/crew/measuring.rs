@@ -63,7 +63,9 @@ impl Crew<'_> {
         let mut tiles = own;
         let width = numbers_of_row(stats.held_out.is_some());
         let missing = lent.iter().map(|lent| usize::from(!lent.is_empty())).collect();
+        let place = self.place;
         self.collect((self.own_leaves(), watch.seconds()), (missing, false), |number, matter, body| {
+            place.received(body.len() as u64);
             if matter != Matter::Measured(asked(group, &lent[number])) {
                 return false;
             }
