@@ -5,7 +5,7 @@ TEXT := tests/golden/text
 ROWS ?= methods:: seeds_
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo cluster test test-s3 test-deploy test-metrics soak fuzz lint cuda-check cuda-kernels cuda-build bench \
+.PHONY: help build demo cluster test test-s3 test-deploy test-metrics test-page soak fuzz lint cuda-check cuda-kernels cuda-build bench \
 	bench-peers docs real real-methods real-structured
 
 help: ## List the targets
@@ -63,6 +63,18 @@ test-metrics: build ## Hold rules, dashboard and runbook against real scrapes, a
 		then set -x; promtool check rules deploy/observability/rules.yaml && promtool test rules deploy/observability/rules_test.yaml; \
 		else echo "test-metrics: SKIPPED: promtool is not installed, so rules and scrapes were not checked by it" >&2; fi
 	$(CARGO) test --release -p espalier-tests --test suite -- --nocapture --test-threads 2 observe::
+
+# What drives the browser; the browser is the system's.
+PLAYWRIGHT := playwright==1.60.0
+DRIVEN_WITH := $(TARGET)/page/$(subst ==,-,$(PLAYWRIGHT))
+
+$(DRIVEN_WITH)/bin/python:
+	@rm -rf "$(TARGET)/page" && python3 -m venv "$(TARGET)/page/partial" \
+		&& "$(TARGET)/page/partial/bin/python" -m pip install --quiet $(PLAYWRIGHT) \
+		&& mv "$(TARGET)/page/partial" "$(DRIVEN_WITH)"
+
+test-page: build $(DRIVEN_WITH)/bin/python ## Hold the page against the report in headless Chromium (Debian: chromium), driven by what this gets from PyPI once
+	"$(DRIVEN_WITH)/bin/python" tests/deploy/page.py "$(TARGET)/release" "$(TARGET)/page/pictures"
 
 lint: ## Check formatting, clippy, documentation, licences and sources; any warning fails
 	$(CARGO) fmt --all --check
