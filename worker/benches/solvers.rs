@@ -138,7 +138,7 @@ fn problem<'a>(weight: &'a Tensor, pattern: Pattern, imported: Option<&'a Tensor
 fn solution(name: &str, params: &Value, problem: &Problem<'_>, stats: &Arc<InputStats>) -> Result<Solution> {
     let (solver, _) = prune::build(name, params)?;
     let ctx = SolveCtx::default();
-    Ok(solver.prepare(Arc::clone(stats), &ctx)?.solve(problem, &ctx)?)
+    Ok(solver.prepare(Arc::clone(stats), &ctx)?.solve(problem, solver.blocks(problem)?, &ctx)?)
 }
 
 /// Solves again and again.

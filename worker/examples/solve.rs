@@ -52,7 +52,7 @@ fn answer(request: &Request, weight: &Tensor, stats: &Arc<InputStats>) -> Result
     let (solver, _) = prune::build(&request.method, &request.params)?;
     let ctx = SolveCtx::default();
     let watch = Stopwatch::start();
-    let solution = solver.prepare(Arc::clone(stats), &ctx)?.solve(&problem, &ctx)?;
+    let solution = solver.prepare(Arc::clone(stats), &ctx)?.solve(&problem, solver.blocks(&problem)?, &ctx)?;
     let seconds = watch.seconds();
     solution.weight.save_safetensors("weight", &request.output)?;
     Ok(json!({ "seconds": seconds, "iterations": solution.iterations, "flops": solution.flops }))

@@ -276,6 +276,13 @@ fn prune_group(
     };
     place.control.set_progress("solve", 0, members.len());
     let watch = Stopwatch::start();
+    let mut cut = Vec::new();
+    for (member, sublayer) in members.iter().enumerate() {
+        let weight = crew.layer().weight(group, member);
+        let problem = Problem { tensor: &sublayer.tensor, weight, pattern, imported: None };
+        cut.push(place.run.method.solver.blocks(&problem).map_err(failed(member))?);
+    }
+    crew.offer(group, stats, cut.iter().map(Vec::len).sum())?;
     let solver = place.prepare_solver(Arc::clone(stats)).map_err(failed(0))?;
     let phase = place.solve_phase(solver.device().is_some());
     let imported = |sublayer| place.run.mask.as_ref().map(|mask| mask.weight(sublayer, &Device::Cpu)).transpose();
@@ -289,7 +296,7 @@ fn prune_group(
         imported: imported[member].as_ref(),
     };
     let problems: Vec<Problem<'_>> = (0..members.len()).map(problem).collect();
-    let solved = crew.solve(group, stats, &*solver, &problems, &ctx);
+    let solved = crew.solve(group, stats, &*solver, (&problems, cut), &ctx);
     let solved = solved.map_err(|(member, source)| failed(member)(source))?;
     drop(solver);
     let (seconds, waiting) = (watch.seconds(), crew.take_waiting());

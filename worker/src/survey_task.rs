@@ -186,7 +186,8 @@ fn error_curves(
         let error = |sparsity: &f64| {
             let pattern = Pattern::Unstructured { sparsity: *sparsity };
             let problem = Problem { tensor, weight: &weight, pattern, imported: None };
-            let solved = solver.solve(&problem, &ctx).map_err(failed(tensor))?.weight;
+            let blocks = pruner.blocks(&problem).map_err(failed(tensor))?;
+            let solved = solver.solve(&problem, blocks, &ctx).map_err(failed(tensor))?.weight;
             rel_errors(&solved, &weight, &stats)
                 .map(|(error, _)| error)
                 .map_err(|source| TaskError::Verify { tensor: tensor.to_owned(), source: source.into() })

@@ -41,15 +41,10 @@ fn deal(parts: usize, [owner, others]: [f64; 2], hands: usize) -> Vec<Vec<usize>
 
 impl Crew<'_> {
     /// Asks assistants for their shares of what all blocks of a group need, by when each can begin: the owner once it has dealt out
-    /// zeros, which takes it `dealing` operations of products, assistants once they have the statistics, so many bytes.
-    pub(super) fn lend_parts(
-        &mut self,
-        group: usize,
-        groundwork: &dyn Groundwork,
-        (dealing, statistics_bytes): (f64, usize),
-    ) -> Parts {
+    /// zeros, which takes it `dealing` operations of products, assistants once they have the statistics.
+    pub(super) fn lend_parts(&mut self, group: usize, groundwork: &dyn Groundwork, dealing: f64) -> Parts {
         let there: Vec<usize> = (0..self.assistants.len()).filter(|&number| self.is_there(number)).collect();
-        let later = [dealing * SPEED_OF_PARTS, statistics_bytes as f64 * OPERATIONS_A_BYTE];
+        let later = [dealing * SPEED_OF_PARTS, self.statistics_bytes as f64 * OPERATIONS_A_BYTE];
         let mut dealt = deal(groundwork.parts(), later.map(|flops| flops / groundwork.flops()), 1 + there.len());
         let mut wanted: Vec<Vec<usize>> = self.assistants.iter().map(|_| Vec::new()).collect();
         for (&number, lent) in there.iter().zip(dealt.drain(1..)) {

@@ -119,6 +119,8 @@ pub(crate) struct Crew<'a> {
     early: VecDeque<(usize, Matter, Vec<u8>)>,
     /// The group whose statistics assistants have.
     pub(super) statistics_of: Option<usize>,
+    /// How large those are.
+    pub(super) statistics_bytes: usize,
 }
 
 /// An assistant, as long as it is one.
@@ -171,6 +173,7 @@ impl<'a> Crew<'a> {
             asked: 0,
             early: VecDeque::new(),
             statistics_of: None,
+            statistics_bytes: 0,
         };
         let streams = crew.input.streams();
         for (number, (endpoint, leaves)) in shared.iter().cloned().enumerate() {

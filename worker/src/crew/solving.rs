@@ -13,6 +13,7 @@ use super::owner::{Crew, GLANCE, PATIENCE};
 use super::statistics;
 use crate::device::in_order;
 use crate::prune::{GroupSolver, InputStats, Problem, RowBlock, Solution, SolveCtx, SolveError, Statistics};
+use crate::source::Workplace;
 use crate::transport::Outgoing;
 use crate::transport::parcel::{Body, bytes_of};
 
@@ -20,6 +21,26 @@ use crate::transport::parcel::{Body, bytes_of};
 const ORDERS: usize = 2;
 
 impl Crew<'_> {
+    /// Sends the statistics of a group to whoever is there, if its `blocks` are to be solved together.
+    ///
+    /// # Errors
+    /// What the tensor backend says.
+    pub(crate) fn offer(&mut self, group: usize, stats: &InputStats, blocks: usize) -> candle_core::Result<()> {
+        let Workplace { run, .. } = self.place;
+        let solver = &run.method.solver;
+        // Who solves on a device is faster than anybody whom blocks would have to be sent to, and takes them in order.
+        let is_on_device = !run.device.is_cpu() && solver.on_device().is_some();
+        // A method that looks at no more than norms is through before its statistics are sent.
+        let is_shared = !is_on_device && solver.needs() >= Statistics::Gram && blocks > 1;
+        if is_shared && (0..self.assistants.len()).any(|number| self.is_there(number)) {
+            let packed = bytes_of(statistics::pack(stats)?);
+            let matter = || Matter::Statistics(group as u32);
+            self.send_all(|| Outgoing { matter: matter(), body: Body::Bytes(packed.clone()) });
+            (self.statistics_of, self.statistics_bytes) = (Some(group), packed.len());
+        }
+        Ok(())
+    }
+
     /// Solves the sublayers of a group, block by block: the owner from the first on, assistants from the last. Returns each
     /// solution with the seconds that were spent on it, whoever spent them.
     ///
@@ -30,39 +51,22 @@ impl Crew<'_> {
         group: usize,
         stats: &InputStats,
         solver: &dyn GroupSolver,
-        problems: &[Problem<'_>],
+        (problems, cut): (&[Problem<'_>], Vec<Vec<RowBlock>>),
         ctx: &SolveCtx,
     ) -> Result<Vec<(Solution, f64)>, (usize, SolveError)> {
-        let cut = problems.iter().map(|problem| solver.blocks(problem)).enumerate();
-        let cut = cut.map(|(member, blocks)| blocks.map(|blocks| (member, blocks)).map_err(|error| (member, error)));
-        let cut: Vec<(usize, Vec<RowBlock>)> = cut.collect::<Result<_, _>>()?;
         let device = solver.device();
-        // A method that looks at no more than norms is through before its statistics are sent.
-        let method = &self.place.run.method.solver;
-        // Who solves on a device is faster than anybody whom blocks would have to be sent to, and takes them in order.
-        let is_shared = device.is_none()
-            && method.needs() >= Statistics::Gram
-            && cut.iter().map(|(_, blocks)| blocks.len()).sum::<usize>() > 1
-            && (0..self.assistants.len()).any(|number| self.is_there(number));
+        let is_shared = self.statistics_of == Some(group);
         let solve = |task: Task| {
             let watch = Stopwatch::start();
             let solved = problems[task.member]
                 .solve_rows(&task.block, |problem, zeros| solver.solve_block(problem, zeros, ctx))?;
             Ok((solved, watch.seconds()))
         };
-        let backend = |error: candle_core::Error| (0, SolveError::from(error));
-        let mut statistics_bytes = 0;
-        if is_shared {
-            let packed = bytes_of(statistics::pack(stats).map_err(backend)?);
-            let matter = || Matter::Statistics(group as u32);
-            self.send_all(|| Outgoing { matter: matter(), body: Body::Bytes(packed.clone()) });
-            (self.statistics_of, statistics_bytes) = (Some(group), packed.len());
-        }
         // Assistants make parts while zeros are dealt out here.
         let groundwork = solver.groundwork().filter(|_| is_shared);
-        let dealing = problems.iter().map(|problem| solver.deal_flops(problem)).sum();
-        let lent =
-            groundwork.map(|groundwork| (groundwork, self.lend_parts(group, groundwork, (dealing, statistics_bytes))));
+        let dealing = problems.iter().zip(&cut).map(|(problem, blocks)| solver.deal_flops(problem, blocks)).sum();
+        let lent = groundwork.map(|groundwork| (groundwork, self.lend_parts(group, groundwork, dealing)));
+        let cut: Vec<_> = cut.into_iter().enumerate().collect();
         let deal = |(member, mut blocks): (usize, Vec<RowBlock>)| match solver.deal(&problems[member], &mut blocks) {
             Ok(()) => Ok(blocks.into_iter().map(move |block| Task { member, block })),
             Err(error) => Err((member, error)),

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 
 use crate::calibrate::tree::Sampling;
 use crate::linalg::factor::mirror_upper;
-use crate::linalg::{matrix, values};
+use crate::linalg::{held, matrix, slices};
 use crate::prune::InputStats;
 use crate::prune::problem::DenseStats;
 use crate::transport::parcel::numbers;
@@ -38,10 +38,14 @@ pub(super) fn pack(stats: &InputStats) -> candle_core::Result<Vec<f32>> {
     let once = if stats.dense.is_some() { 2 * triangle + n * n } else { triangle };
     let mut packed = Vec::with_capacity(once * (1 + usize::from(stats.held_out.is_some())));
     for stats in [stats].into_iter().chain(stats.held_out.as_deref()) {
-        push_triangle(&mut packed, &values(&stats.gram)?);
-        if let Some(dense) = &stats.dense {
-            packed.extend(values(&dense.cross)?);
-            push_triangle(&mut packed, &values(&dense.gram)?);
+        let matrices: Vec<Tensor> = match &stats.dense {
+            Some(dense) => vec![stats.gram.clone(), dense.cross.clone(), dense.gram.clone()],
+            None => vec![stats.gram.clone()],
+        };
+        let matrices = held(&matrices);
+        for (index, matrix) in slices(&matrices)?.into_iter().enumerate() {
+            // The cross product alone is not symmetric.
+            if index == 1 { packed.extend_from_slice(matrix) } else { push_triangle(&mut packed, matrix) }
         }
     }
     Ok(packed)
@@ -49,7 +53,7 @@ pub(super) fn pack(stats: &InputStats) -> candle_core::Result<Vec<f32>> {
 
 fn push_triangle(packed: &mut Vec<f32>, matrix: &[f32]) {
     let n = matrix.len().isqrt();
-    (0..n).for_each(|row| packed.extend(&matrix[row * n + row..(row + 1) * n]));
+    (0..n).for_each(|row| packed.extend_from_slice(&matrix[row * n + row..(row + 1) * n]));
 }
 
 /// The statistics from a body of the right size.
@@ -102,7 +106,7 @@ pub(super) fn from_triangle(triangle: &[f32], n: usize) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linalg::oracle;
+    use crate::linalg::{oracle, values};
 
     #[test]
     fn statistics_come_back_bit_for_bit() {

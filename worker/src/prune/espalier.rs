@@ -123,6 +123,19 @@ impl Solver for Espalier {
         supports_valid(NAME, pattern)
     }
 
+    /// As many rows as there may be at most, the blocks as even as multiples of 16 allow. There is but one if the inverses of the
+    /// whole ramp cannot be remembered: each block would make them anew.
+    fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
+        let (rows, columns) = problem.weight.dims2()?;
+        let height = match self.params.row_block {
+            most if most > 0 && Inverses::remembers(columns, RAMP_STEPS) => {
+                rows.div_ceil(rows.div_ceil(most).max(1)).next_multiple_of(16)
+            }
+            _ => rows,
+        };
+        RowBlock::each(problem, height)
+    }
+
     fn prepare(&self, stats: Arc<InputStats>, ctx: &SolveCtx) -> Result<Box<dyn GroupSolver>, SolveError> {
         ctx.check_cancelled()?;
         Ok(Box::new(self.group(&stats)?))
@@ -238,18 +251,6 @@ impl Group {
         Ok(Start { anchor, shift, free })
     }
 
-    /// Rows of a block: as many as there may be at most, the blocks as even as multiples of 16 allow. There is but one if the
-    /// inverses of the whole ramp cannot be remembered: each block would make them anew.
-    fn block_height(&self, rows: usize) -> usize {
-        let n = self.conditioned.n;
-        match self.params.row_block {
-            most if most > 0 && Inverses::remembers(n, RAMP_STEPS) => {
-                rows.div_ceil(rows.div_ceil(most).max(1)).next_multiple_of(16)
-            }
-            _ => rows,
-        }
-    }
-
     /// Searches with the target `C_α`, refits towards it and, where α is guarded, towards `C_0` on the same support.
     fn search(
         &self,
@@ -355,10 +356,6 @@ impl GroupSolver for Group {
         is_laid(self.conditioned.n).then_some(self)
     }
 
-    fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
-        RowBlock::each(problem, self.block_height(problem.weight.dim(0)?))
-    }
-
     /// A block gets as many as it has among the smallest values of the whole V̂°, which is what the search begins with.
     fn deal(&self, problem: &Problem<'_>, blocks: &mut [RowBlock]) -> Result<(), SolveError> {
         if self.deals(problem, blocks.len()) {
@@ -376,11 +373,9 @@ impl GroupSolver for Group {
     }
 
     /// What the target is, and where it would lead.
-    fn deal_flops(&self, problem: &Problem<'_>) -> f64 {
-        let rows = problem.weight.dim(0).unwrap_or(0);
-        let is_dealt =
-            self.towards_dense.is_some() && self.deals(problem, rows.div_ceil(self.block_height(rows).max(1)));
-        if is_dealt { 4.0 * rows as f64 * (self.conditioned.n as f64).powi(2) } else { 0.0 }
+    fn deal_flops(&self, problem: &Problem<'_>, blocks: &[RowBlock]) -> f64 {
+        let is_dealt = self.towards_dense.is_some() && self.deals(problem, blocks.len());
+        if is_dealt { 4.0 * (problem.weight.elem_count() * self.conditioned.n) as f64 } else { 0.0 }
     }
 
     fn solve_block(&self, problem: &Problem<'_>, zeros: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {
@@ -430,7 +425,7 @@ mod tests {
         let group = solver.prepare(Arc::clone(&problem.stats), &SolveCtx::default()).unwrap();
         let weight = problem.tensor();
         let problem_of_it = Problem { tensor: "w", weight: &weight, pattern, imported: None };
-        let mut blocks = group.blocks(&problem_of_it).unwrap();
+        let mut blocks = solver.blocks(&problem_of_it).unwrap();
         group.deal(&problem_of_it, &mut blocks).unwrap();
         let rows = problem.weight.len() / problem.columns;
         assert_eq!(blocks.iter().map(|block| block.rows).collect::<Vec<_>>(), [48; 4]);
@@ -452,9 +447,8 @@ mod tests {
         let weight = corrected.problem.tensor();
         for alpha in [0.0, 0.5] {
             let (solver, _) = build(&json!({ "row_block": 16, "alpha": alpha })).unwrap();
-            let group = solver.prepare(Arc::clone(&corrected.problem.stats), &SolveCtx::default()).unwrap();
             let problem = Problem { tensor: "w", weight: &weight, pattern: patterns()[0], imported: None };
-            assert_eq!(group.blocks(&problem).unwrap().len(), 3, "{alpha}");
+            assert_eq!(solver.blocks(&problem).unwrap().len(), 3, "{alpha}");
         }
     }
 

@@ -156,7 +156,9 @@ pub(crate) fn solution(method: &str, params: &Value, problem: &LayerProblem, pat
     solver.supports(pattern).unwrap();
     let ctx = SolveCtx::default();
     let group = solver.prepare(Arc::clone(&problem.stats), &ctx).unwrap();
-    group.solve(&Problem { tensor: "a.weight", weight: &problem.tensor(), pattern, imported: None }, &ctx).unwrap()
+    let weight = problem.tensor();
+    let problem = Problem { tensor: "a.weight", weight: &weight, pattern, imported: None };
+    group.solve(&problem, solver.blocks(&problem).unwrap(), &ctx).unwrap()
 }
 
 /// As [`solution`], on a device.
@@ -171,7 +173,9 @@ pub(crate) fn solution_on(
     let ctx = SolveCtx::default();
     let group = solver.on_device().unwrap().prepare_on(Arc::clone(&problem.stats), device, &ctx).unwrap();
     assert!(group.device().is_some_and(|own| own.same_device(device)));
-    group.solve(&Problem { tensor: "a.weight", weight: &problem.tensor(), pattern, imported: None }, &ctx).unwrap()
+    let weight = problem.tensor();
+    let problem = Problem { tensor: "a.weight", weight: &weight, pattern, imported: None };
+    group.solve(&problem, solver.blocks(&problem).unwrap(), &ctx).unwrap()
 }
 
 /// The values of [`solution`].

@@ -46,6 +46,15 @@ pub trait Solver: Send + Sync {
     /// # Errors
     /// `Unsupported`.
     fn supports(&self, pattern: Pattern) -> Result<(), SolveError>;
+    /// Cuts a sublayer into blocks of rows that can be solved apart, with the zeros that each must get unless [`GroupSolver::deal`]
+    /// says otherwise. Fixed by the problem alone, never by who is there to solve it. One block, unless the method can do with
+    /// less than the whole matrix.
+    ///
+    /// # Errors
+    /// See [`SolveError`].
+    fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
+        Ok(vec![RowBlock::whole(problem)?])
+    }
     /// Does once what all sublayers of a group share: conditioning and factorising their statistics.
     ///
     /// # Errors
@@ -95,8 +104,8 @@ const F32: u64 = size_of::<f32>() as u64;
 
 /// A solver made ready for the inputs of one group.
 ///
-/// A sublayer is solved block by block: [`Self::blocks`] cuts it, [`Self::solve_block`] solves one block whoever has the others.
-/// Both may be called from several threads at once, unless it solves on a device.
+/// A sublayer is solved block by block, as [`Solver::blocks`] cuts it: [`Self::solve_block`] solves one block whoever has the others.
+/// It may be called from several threads at once, unless it solves on a device.
 pub trait GroupSolver: Send + Sync {
     /// The device that it solves on, block after block, called by the thread that owns it; `None` for the host.
     fn device(&self) -> Option<&Device> {
@@ -106,15 +115,6 @@ pub trait GroupSolver: Send + Sync {
     fn groundwork(&self) -> Option<&dyn Groundwork> {
         None
     }
-    /// Cuts a sublayer into blocks of rows that can be solved apart, with the zeros that each must get unless [`Self::deal`] says
-    /// otherwise. Fixed by the problem alone, never by who is there to solve it. One block, unless the method can do with less
-    /// than the whole matrix.
-    ///
-    /// # Errors
-    /// See [`SolveError`].
-    fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
-        Ok(vec![RowBlock::whole(problem)?])
-    }
     /// Deals the zeros of a sublayer out to its blocks by what the whole matrix would lose first, if the method does so.
     ///
     /// # Errors
@@ -123,7 +123,7 @@ pub trait GroupSolver: Send + Sync {
         Ok(())
     }
     /// Operations of [`Self::deal`].
-    fn deal_flops(&self, _problem: &Problem<'_>) -> f64 {
+    fn deal_flops(&self, _problem: &Problem<'_>, _blocks: &[RowBlock]) -> f64 {
         0.0
     }
     /// Minimises ‖X̂·W'ᵀ − X·Wᵀ‖²_F over the W' that obey `problem.pattern`, for the rows of one block: `problem` has these rows
@@ -132,12 +132,11 @@ pub trait GroupSolver: Send + Sync {
     /// # Errors
     /// See [`SolveError`].
     fn solve_block(&self, problem: &Problem<'_>, zeros: usize, ctx: &SolveCtx) -> Result<Solution, SolveError>;
-    /// Solves all blocks of a sublayer.
+    /// Solves a sublayer that is cut into these blocks.
     ///
     /// # Errors
     /// See [`SolveError`].
-    fn solve(&self, problem: &Problem<'_>, ctx: &SolveCtx) -> Result<Solution, SolveError> {
-        let mut blocks = self.blocks(problem)?;
+    fn solve(&self, problem: &Problem<'_>, mut blocks: Vec<RowBlock>, ctx: &SolveCtx) -> Result<Solution, SolveError> {
         self.deal(problem, &mut blocks)?;
         let solve =
             |block: RowBlock| problem.solve_rows(&block, |problem, zeros| self.solve_block(problem, zeros, ctx));

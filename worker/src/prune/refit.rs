@@ -73,6 +73,11 @@ fn build(params: &serde_json::Value) -> Result<Built, ParamsError> {
 struct Refit(Params);
 
 impl Solver for Refit {
+    /// Rows have nothing in common but the inputs.
+    fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
+        RowBlock::each(problem, ROWS)
+    }
+
     fn needs(&self) -> Statistics {
         if self.0.alpha > 0.0 { Statistics::GramAndCross } else { Statistics::Gram }
     }
@@ -202,11 +207,6 @@ impl Group {
 }
 
 impl GroupSolver for Group {
-    /// Rows have nothing in common but the inputs.
-    fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
-        RowBlock::each(problem, ROWS)
-    }
-
     fn solve_block(&self, problem: &Problem<'_>, _: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {
         let alpha = self.params.alpha;
         let solved = self.solve_towards(alpha, problem, ctx)?;
@@ -252,7 +252,7 @@ mod tests {
         let group = solver.prepare(Arc::clone(&problem.stats), &ctx).unwrap();
         let (weight, pattern) = (problem.tensor(), Pattern::Imported);
         let asked = Problem { tensor: "a.weight", weight: &weight, pattern, imported: Some(&imported) };
-        values(&group.solve(&asked, &ctx).unwrap().weight).unwrap()
+        values(&group.solve(&asked, solver.blocks(&asked).unwrap(), &ctx).unwrap().weight).unwrap()
     }
 
     fn row_error(problem: &LayerProblem, solved: &[f32], row: usize) -> f64 {
@@ -375,7 +375,10 @@ mod tests {
         let (weight, narrow) = (problem.tensor(), matrix(vec![1.0; 24], 6, &Device::Cpu).unwrap());
         for imported in [None, Some(&narrow)] {
             let asked = Problem { tensor: "a.weight", weight: &weight, pattern: Pattern::Imported, imported };
-            assert!(matches!(group.solve(&asked, &ctx), Err(SolveError::Unsupported { .. })));
+            assert!(matches!(
+                group.solve(&asked, solver.blocks(&asked).unwrap(), &ctx),
+                Err(SolveError::Unsupported { .. })
+            ));
         }
         assert!(solver.supports(Pattern::Unstructured { sparsity: 0.5 }).is_err());
     }

@@ -69,6 +69,14 @@ struct SparseGpt {
 }
 
 impl Solver for SparseGpt {
+    /// Those of an N:M pattern do not compete; those of an unstructured one do, in every block of columns.
+    fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
+        match problem.pattern {
+            Pattern::NofM { .. } => RowBlock::each(problem, 2 * ROWS),
+            _ => Ok(vec![RowBlock::whole(problem)?]),
+        }
+    }
+
     fn needs(&self) -> Statistics {
         Statistics::Gram
     }
@@ -106,14 +114,6 @@ impl Params {
             Pattern::NofM { keep, of } => ((self.block / of).max(1) * of, Some((keep, of))),
             _ => (self.block, None),
         }
-    }
-}
-
-/// Blocks of rows: those of an N:M pattern do not compete; those of an unstructured one do, in every block of columns.
-pub(super) fn blocks(problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
-    match problem.pattern {
-        Pattern::NofM { .. } => RowBlock::each(problem, 2 * ROWS),
-        _ => Ok(vec![RowBlock::whole(problem)?]),
     }
 }
 
@@ -219,10 +219,6 @@ fn choose(weight: &[f32], keep: &mut [u8], (columns, n): (Range<usize>, usize), 
 }
 
 impl GroupSolver for Compensation {
-    fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
-        blocks(problem)
-    }
-
     fn solve_block(&self, problem: &Problem<'_>, _: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {
         let admitted = admit(NAME, problem, self.conditioned.n)?;
         let mut weight = admitted.weight;

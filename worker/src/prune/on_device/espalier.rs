@@ -62,10 +62,6 @@ impl GroupSolver for DeviceGroup {
         Some(&self.device)
     }
 
-    fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
-        self.host.blocks(problem)
-    }
-
     fn deal(&self, problem: &Problem<'_>, blocks: &mut [RowBlock]) -> Result<(), SolveError> {
         self.host.deal(problem, blocks)
     }

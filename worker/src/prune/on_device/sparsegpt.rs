@@ -9,8 +9,8 @@ use super::refused;
 use crate::linalg::ops::{self, FactorError};
 use crate::linalg::{matrix, values};
 use crate::prune::condition::{Conditioned, SharedFlops, admit};
-use crate::prune::sparsegpt::{NAME, Params, blocks};
-use crate::prune::{GroupSolver, InputStats, Problem, RowBlock, Solution, SolveCtx, SolveError};
+use crate::prune::sparsegpt::{NAME, Params};
+use crate::prune::{GroupSolver, InputStats, Problem, Solution, SolveCtx, SolveError};
 
 /// The upper factor U of the inverse gram on a device.
 pub(in crate::prune) struct DeviceCompensation {
@@ -84,10 +84,6 @@ impl DeviceCompensation {
 impl GroupSolver for DeviceCompensation {
     fn device(&self) -> Option<&Device> {
         Some(&self.device)
-    }
-
-    fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
-        blocks(problem)
     }
 
     fn solve_block(&self, problem: &Problem<'_>, _: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {
