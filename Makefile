@@ -14,10 +14,10 @@ help: ## List the targets
 build: ## Build the two binaries
 	$(CARGO) build --release --bins
 
-demo: build ## Prune the bundled tiny LLaMA to 50 % on two workers and evaluate it, offline
+demo: build ## Prune the bundled tiny LLaMA to 50 % on two workers and evaluate it, offline; HTTP=127.0.0.1:8080 serves its page meanwhile
 	@rm -rf "$(TARGET)/demo" && mkdir -p "$(TARGET)/demo"
 	"$(TARGET)/release/espalier" prune tests/golden/tiny/llama-tiny --output "$(TARGET)/demo/llama-tiny-50" \
-		--method sparsegpt --sparsity 0.5 --workers 2 \
+		--method sparsegpt --sparsity 0.5 --workers 2 $(if $(HTTP),--http "$(HTTP)") \
 		--calibration $(TEXT)/wikitext2-valid-head.txt --samples 32 --seq-len 256 \
 		--eval $(TEXT)/wikitext2-test-head.txt --eval-seq-len 256 --eval-max-windows 32
 

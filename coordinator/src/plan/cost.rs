@@ -79,8 +79,10 @@ impl GroupCost {
 pub struct LayerCost {
     /// Bytes to read from the checkpoint.
     pub load_bytes: u64,
-    /// Operations of running all tokens through it once, all streams.
+    /// Operations of running all tokens through it once, one stream of them.
     pub forward_flops: f64,
+    /// Streams of hidden states before and behind it.
+    pub streams: u64,
     /// Its groups, in the order in which they are solved.
     pub groups: Vec<GroupCost>,
     /// Operations of measuring the error of each solution.
@@ -118,7 +120,7 @@ pub struct JobCost {
 
 /// Counts what `job` costs on a model of this outline.
 pub fn count(outline: &ModelOutline, job: &JobSpec, solver: Solver) -> JobCost {
-    let two_streams = outline.needs_dense && job.propagation.mode == Propagation::Pruned;
+    let lanes = if outline.needs_dense { 2 } else { 1 };
     let samples = job.calibration.samples;
     let split =
         Split { sequences: samples, calibrating: samples - job.held_out_samples().min(samples.saturating_sub(1)) };
@@ -126,7 +128,8 @@ pub fn count(outline: &ModelOutline, job: &JobSpec, solver: Solver) -> JobCost {
         samples: job.calibration.samples as u64,
         sequence: job.calibration.sequence_length as u64,
         hidden: outline.hidden_size as u64,
-        streams: if two_streams { 2 } else { 1 },
+        streams: if job.propagation.mode == Propagation::Pruned { lanes } else { 1 },
+        lanes,
         split,
     };
     let effort = |columns: usize| {
@@ -178,7 +181,10 @@ struct Size {
     samples: u64,
     sequence: u64,
     hidden: u64,
+    /// Hidden states at a boundary: in a chain, dense ones beside the others where a method compares them.
     streams: u64,
+    /// Those inside a layer that is pruned: wherever it gets its input from, what its groups become sets the two apart.
+    lanes: u64,
     split: Split,
 }
 
@@ -187,26 +193,26 @@ impl Size {
         self.samples as f64 * self.sequence as f64
     }
 
-    /// Bytes of something so wide for every token, all streams.
-    fn bytes_of(self, width: u64) -> u64 {
-        self.samples.saturating_mul(self.sequence).saturating_mul(width).saturating_mul(F32 * self.streams)
+    /// Bytes of something so wide for every token, in so many copies.
+    fn bytes_of(self, width: u64, copies: u64) -> u64 {
+        self.samples.saturating_mul(self.sequence).saturating_mul(width).saturating_mul(F32 * copies)
     }
 
     fn boundary_bytes(self) -> u64 {
-        self.bytes_of(self.hidden)
+        self.bytes_of(self.hidden, self.streams)
     }
 
     /// Numbers that the sums over some of the sequences are, in f64.
     fn sums_bytes(self, width: u64) -> u64 {
         let half = width.saturating_mul(width.saturating_add(1)) / 2;
         // Both grams are symmetric, the cross product is not.
-        half.saturating_mul(if self.streams == 2 { 4 } else { 1 }).saturating_mul(F64)
+        half.saturating_mul(if self.lanes == 2 { 4 } else { 1 }).saturating_mul(F64)
     }
 
     fn group(self, members: &[SublayerOutline], effort: Effort) -> GroupCost {
         let columns = effort.columns as u64;
         // A symmetric product is done by halves; a cross product is not, and comes on top.
-        let a_gram = if self.streams == 2 { 4.0 } else { 1.0 };
+        let a_gram = if self.lanes == 2 { 4.0 } else { 1.0 };
         let stored =
             |sublayer: &SublayerOutline| (sublayer.elements() as u64).saturating_mul(bytes_of(&sublayer.dtype));
         GroupCost {
@@ -221,7 +227,7 @@ impl Size {
 
     fn layer(self, layer: &LayerOutline, effort: impl Fn(usize) -> Effort) -> LayerCost {
         let weights: u64 = layer.sublayers().map(|sublayer| sublayer.elements() as u64).sum();
-        let (tokens, streams) = (self.tokens(), self.streams as f64);
+        let tokens = self.tokens();
         // Scores and weighted sums, causal: half of 2 · 2 · sequence · width a token.
         let attention = 2.0 * tokens * self.sequence as f64 * self.hidden as f64;
         let members = layer.groups.iter().filter(|group| !group.is_empty());
@@ -229,22 +235,25 @@ impl Size {
         let sweep = |sublayer: &SublayerOutline| 2.0 * sublayer.elements() as f64 * sublayer.columns as f64;
         let sweeps: f64 = layer.sublayers().map(sweep).sum();
         let widest = layer.sublayers().map(|one| one.columns.max(one.rows) as u64).max().unwrap_or(0);
+        let input_bytes = |group: &GroupCost| self.bytes_of(group.effort.columns as u64, self.lanes);
         let room = Room {
             weights,
             weights_ahead: 0,
             split: self.split,
-            streams: self.streams,
+            lanes: self.lanes,
             boundary_bytes: self.boundary_bytes(),
-            input_bytes: groups.iter().map(|group| self.bytes_of(group.effort.columns as u64)).collect(),
+            residual_bytes: self.bytes_of(self.hidden, self.lanes),
+            input_bytes: groups.iter().map(input_bytes).collect(),
             // The residual stream and its norm, and what the widest sublayers give.
             sequence_bytes: self.sequence.saturating_mul(F32).saturating_mul(2 * self.hidden + 3 * widest),
         };
         LayerCost {
             load_bytes: layer.bytes,
-            forward_flops: streams * (2.0 * tokens * weights as f64 + attention),
+            forward_flops: 2.0 * tokens * weights as f64 + attention,
+            streams: self.streams,
             groups,
             // Two energies of half a sweep each; against dense inputs, three and a whole one.
-            verify_flops: self.split.sides() as f64 * sweeps * if self.streams == 2 { 2.5 } else { 1.0 },
+            verify_flops: self.split.sides() as f64 * sweeps * if self.lanes == 2 { 2.5 } else { 1.0 },
             store_bytes: layer.bytes,
             room,
         }
@@ -344,14 +353,17 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_second_stream_doubles_the_forward_and_only_in_a_chain() {
+    fn a_second_stream_is_at_a_boundary_in_a_chain_alone_and_in_every_layer_that_is_pruned() {
         let cost = |mode, two| {
             let outline = ModelOutline { needs_dense: two, ..outline(1) };
             count(&outline, &job(mode), Solver::default())
         };
-        let (one, two) = (cost("pruned", false), cost("pruned", true));
-        assert!((two.layers[0].forward_flops / one.layers[0].forward_flops - 2.0).abs() < 1e-12);
-        assert_eq!(two.boundary_bytes, 2 * one.boundary_bytes);
-        assert_eq!(cost("dense", true), cost("dense", false));
+        let (one, two, apart) = (cost("pruned", false), cost("pruned", true), cost("dense", true));
+        assert_eq!([&one, &two, &apart].map(|cost| cost.boundary_bytes / one.boundary_bytes), [1, 2, 1]);
+        assert_eq!([&one, &two, &apart].map(|cost| cost.layers[0].streams), [1, 2, 1]);
+        assert_eq!([&one, &two, &apart].map(|cost| cost.layers[0].room.lanes), [1, 2, 2]);
+        assert_eq!(two.layers[0].groups, apart.layers[0].groups);
+        assert!((apart.layers[0].gram_flops() / one.layers[0].gram_flops() - 4.0).abs() < 1e-12);
+        assert!((apart.layers[0].verify_flops / one.layers[0].verify_flops - 2.5).abs() < 1e-12);
     }
 }

@@ -72,10 +72,12 @@ pub struct Room {
     pub weights_ahead: u64,
     /// The sequences, and which of them are held out.
     pub split: Split,
-    /// Streams of hidden states.
-    pub streams: u64,
+    /// Copies of it that are run side by side while it is pruned, and of the hidden states inside it.
+    pub lanes: u64,
     /// Bytes of the hidden states before the layer, all sequences and streams.
     pub boundary_bytes: u64,
+    /// Bytes of the residual stream inside the layer, all sequences and lanes.
+    pub residual_bytes: u64,
     /// Bytes of the inputs of each group.
     pub input_bytes: Vec<u64>,
     /// Bytes of one sequence on its way through the layer.
@@ -115,7 +117,7 @@ impl LayerCost {
 
     /// The last group's weights are in place, and the sequences go through them.
     fn while_finished(&self, stored_bytes: u64, part: &Part) -> Memory {
-        let weights = self.room.weights.saturating_mul(self.room.streams).saturating_add(self.room.weights_ahead);
+        let weights = self.room.weights.saturating_mul(self.room.lanes).saturating_add(self.room.weights_ahead);
         let input_bytes = self.room.input_bytes.last().copied().unwrap_or_default();
         Memory {
             weights_bytes: weights.saturating_mul(F32).saturating_add(if part.is_owner { stored_bytes } else { 0 }),
@@ -137,7 +139,7 @@ impl LayerCost {
 
     /// The layer's input as far as it is kept to the end, for whoever is lost; beside it the residual stream and the group's input.
     fn hidden(&self, input_bytes: u64, part: &Part) -> u64 {
-        let carried = self.room.boundary_bytes.saturating_add(input_bytes).saturating_mul(part.leaves.len() as u64)
+        let carried = self.room.residual_bytes.saturating_add(input_bytes).saturating_mul(part.leaves.len() as u64)
             / LEAVES as u64;
         carried.saturating_add(self.room.boundary_bytes.saturating_mul(part.kept) / LEAVES as u64)
     }
@@ -147,7 +149,7 @@ impl LayerCost {
         // Those that come from others, as a letter and as numbers; those that go, the same.
         let travelling = if part.others == 0 { 0 } else { 2 };
         Memory {
-            weights_bytes: self.room.weights.saturating_mul(F32 * self.room.streams),
+            weights_bytes: self.room.weights.saturating_mul(F32 * self.room.lanes),
             gram_bytes: group.sums_bytes.saturating_mul(own),
             letters_bytes: group.sums_bytes.saturating_mul(travelling),
             sequence_bytes: self.room.sequence_bytes,
@@ -157,7 +159,7 @@ impl LayerCost {
     }
 
     fn while_solved(&self, group: &GroupCost, (input_bytes, stored_bytes): (u64, u64), part: &Part) -> Memory {
-        let weights_bytes = self.room.weights.saturating_mul(F32 * self.room.streams);
+        let weights_bytes = self.room.weights.saturating_mul(F32 * self.room.lanes);
         let group_bytes = group.weights().saturating_mul(F32);
         // A mean of the sums in f32, and both triangles of what is symmetric.
         let gram_bytes = group.sums_bytes.saturating_mul(self.room.split.sides() as u64);

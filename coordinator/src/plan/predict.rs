@@ -268,7 +268,8 @@ impl<'a> Rehearsal<'a> {
         }
         phases.push(("load", load_bytes as f64 / (self.cluster.storage.gigabytes_per_second * 1e9)));
         let (own, before) = layers.split_last().expect("a unit has a layer");
-        let replayed: f64 = before.iter().map(|layer| layer.forward_flops).sum();
+        let replayed: f64 = before.iter().map(|layer| layer.forward_flops * layer.streams as f64).sum();
+        let copies = if let Unit::Prune(_) = lease.unit { own.room.lanes } else { own.streams };
         let lent = if self.cost.is_shared { self.cost.most_hands - 1 } else { 0 };
         let assistants = if shares.is_some() { assistants } else { &assistants[..assistants.len().min(lent)] };
         let crew: Vec<WorkerId> = [lease.worker].into_iter().chain(assistants.iter().copied()).collect();
@@ -307,7 +308,7 @@ impl<'a> Rehearsal<'a> {
             self.bytes_moved = self.bytes_moved.saturating_add(bytes);
             phases.push(("transfer", bytes as f64 * 8.0 / (self.cluster.network.gigabits_per_second * 1e9)));
         }
-        phases.push(("forward", (replayed / speed + own.forward_flops * gathering) / efficiency));
+        phases.push(("forward", (replayed / speed + own.forward_flops * copies as f64 * gathering) / efficiency));
         if let Unit::Prune(_) = lease.unit {
             phases.push(("gram", own.gram_flops() * gathering / efficiency));
             phases.push(("solve", own.groups.iter().map(|group| solving_seconds(group, &speeds)).sum()));
