@@ -221,7 +221,9 @@ fn a_plan_knows_both_strategies_and_chooses_by_cost() {
     };
     let model = tiny("llama-tiny");
     let plan = |more: &[&str]| {
+        // Sums over held-out sequences travel with `data` alone: an owner that lends keeps those sequences.
         let plan = ["plan", utf8(&model), "--cluster", "cluster.toml", "--samples", "8", "--seq-len", "64"];
+        let plan = [&plan[..], &["--held-out", "0"]].concat();
         workplace.run(plan.iter().chain(more)).unwrap()
     };
     let json = |more: &[&str]| plan(&[more, &["--json"]].concat()).success().unwrap().json().unwrap();
