@@ -205,9 +205,11 @@ impl Point {
         matches!(self, Self::Behind(Kind::SurveyLeased | Kind::SurveyCommitted | Kind::SurveyFailed))
     }
 
-    /// Whether there is such a thing in `pruned` propagation only.
+    /// Whether there is such a thing for certain in `pruned` propagation only: where layers are independent, hidden states move if
+    /// another worker is quick enough to get a layer at all.
     pub(super) fn needs_chain(self) -> bool {
-        self == Self::During(Transfer::StoredBoundary)
+        use Transfer::{HiddenStatesReceived, HiddenStatesSent, StoredBoundary};
+        matches!(self, Self::During(StoredBoundary | HiddenStatesSent | HiddenStatesReceived))
     }
 
     /// Whether a worker that is lost here, on one machine, ends the run: it is not planned yet.
