@@ -418,6 +418,22 @@ mod tests {
     }
 
     #[test]
+    fn an_inverse_that_nothing_holds_up_but_damping_is_taken_and_one_of_the_next_step_is_not() {
+        // Inputs that are all but alike, as those of a first layer: the largest eigenvalue is near n, the least is the damping.
+        let (n, tokens) = (600, 40);
+        let (common, own) = (oracle::random(1, tokens), oracle::random(2, tokens * n));
+        let inputs: Vec<f32> = own.iter().enumerate().map(|(at, own)| common[at / n] + 0.01 * own).collect();
+        let gram: Vec<f32> = oracle::gram(&inputs, &inputs, n).iter().map(|&value| value as f32).collect();
+        let gram = crate::linalg::matrix(gram, n, &candle_core::Device::Cpu).unwrap();
+        let (conditioned, ()) = Conditioned::factored(&gram, 1e-4, |_| Ok(())).unwrap();
+        let conditioned = Arc::new(conditioned);
+        let [here, there] = [(); 2].map(|()| Inverses::new(Arc::clone(&conditioned)));
+        let (free, next) = (there.at(0.0, []).unwrap().0, there.at(0.1, []).unwrap().0);
+        assert!(!here.take(0.0, next.to_vec()) && !here.take(0.1, free.to_vec()));
+        assert!(here.take(0.0, free.to_vec()) && here.take(0.1, next.to_vec()));
+    }
+
+    #[test]
     fn threads_that_meet_at_an_inverse_make_those_ahead_and_get_the_same_bits() {
         let problem = fixture::random(1, 2, 40, 90);
         let (conditioned, ()) = Conditioned::factored(&problem.stats.gram, 0.01, |_| Ok(())).unwrap();
