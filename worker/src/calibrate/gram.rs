@@ -5,6 +5,7 @@ use espalier_common::fault::FaultClass;
 use rayon::prelude::*;
 
 use super::device_sums::DeviceSums;
+use crate::device::memory::free_bytes;
 use crate::linalg::factor::mirror_upper;
 use crate::linalg::gemm::{View, gemm};
 use crate::linalg::{held, matrix, slices};
@@ -79,18 +80,18 @@ impl GramError {
 #[derive(Debug, Clone)]
 pub struct GramAccumulator {
     columns: usize,
+    with_dense: bool,
     tokens: usize,
-    gram: Sum,
-    dense: Option<(Sum, Sum)>,
-    /// What grows on another device than the CPU, and is not in the sums above yet.
+    /// What is on the host.
+    host: Option<HostSums>,
+    /// What is on another device than the CPU, and not in the sums of the host.
     on_device: Option<DeviceSums>,
 }
 
 impl GramAccumulator {
     /// An empty sum over inputs `columns` wide; `with_dense` if dense inputs X come beside the corrected X̂.
     pub fn new(columns: usize, with_dense: bool) -> Self {
-        let dense = with_dense.then(|| (Sum::new(columns, false), Sum::new(columns, true)));
-        Self { columns, tokens: 0, gram: Sum::new(columns, true), dense, on_device: None }
+        Self { columns, with_dense, tokens: 0, host: None, on_device: None }
     }
 
     /// How many numbers [`Self::push_values`] adds.
@@ -101,26 +102,32 @@ impl GramAccumulator {
 
     /// How many numbers the sums are.
     pub fn numbers(&self) -> usize {
-        Self::length(self.columns, self.dense.is_some())
+        Self::length(self.columns, self.with_dense)
     }
 
     /// Puts the sums as they are, for a wire, behind `values`.
-    pub fn push_values(&self, values: &mut Vec<f64>) {
-        let dense = self.dense.iter().flat_map(|(cross, gram)| [cross, gram]);
-        let tiles = [&self.gram].into_iter().chain(dense).flat_map(|sum| sum.tiles.iter());
-        tiles.for_each(|tile| values.extend_from_slice(&tile.sum));
+    ///
+    /// # Errors
+    /// As [`Self::settle`].
+    pub fn push_values(&mut self, values: &mut Vec<f64>) -> Result<(), GramError> {
+        self.settle()?;
+        self.on_host().each().flat_map(|sum| &sum.tiles).for_each(|tile| values.extend_from_slice(&tile.sum));
+        Ok(())
     }
 
     /// Sums over `tokens` tokens, from what [`Self::push_values`] gave.
     pub fn from_values(columns: usize, with_dense: bool, tokens: usize, mut values: &[f64]) -> Self {
-        let mut sums = Self { tokens, ..Self::new(columns, with_dense) };
-        let dense = sums.dense.iter_mut().flat_map(|(cross, gram)| [cross, gram]);
-        for tile in [&mut sums.gram].into_iter().chain(dense).flat_map(|sum| sum.tiles.iter_mut()) {
+        let mut sums = HostSums::new(columns, with_dense);
+        for tile in sums.each_mut().flat_map(|sum| sum.tiles.iter_mut()) {
             let (here, rest) = values.split_at(tile.sum.len());
             tile.sum.copy_from_slice(here);
             values = rest;
         }
-        sums
+        Self { tokens, host: Some(sums), ..Self::new(columns, with_dense) }
+    }
+
+    fn on_host(&mut self) -> &mut HostSums {
+        self.host.get_or_insert_with(|| HostSums::new(self.columns, self.with_dense))
     }
 
     /// Tokens added so far.
@@ -131,7 +138,7 @@ impl GramAccumulator {
     /// Floating-point operations so far, symmetric products counted at half.
     pub fn flops(&self) -> f64 {
         let full = 2.0 * self.tokens as f64 * (self.columns * self.columns) as f64;
-        if self.dense.is_some() { 2.0 * full } else { 0.5 * full }
+        if self.with_dense { 2.0 * full } else { 0.5 * full }
     }
 
     /// Adds the inputs of some sequences, in calibration order: `corrected` X̂ and, if dense inputs were asked for, `dense` X,
@@ -150,16 +157,17 @@ impl GramAccumulator {
         let (corrected, dense) = (held(&corrected), dense.as_deref().map(held));
         let corrected = slices(&corrected)?;
         let dense = dense.as_deref().map(slices).transpose()?;
-        let paired = match (&dense, &self.dense) {
-            (Some(dense), Some(_)) => dense.iter().map(|rows| rows.len()).eq(corrected.iter().map(|rows| rows.len())),
-            (None, None) => true,
+        let paired = match (&dense, self.with_dense) {
+            (Some(dense), true) => dense.iter().map(|rows| rows.len()).eq(corrected.iter().map(|rows| rows.len())),
+            (None, false) => true,
             _ => false,
         };
         if !paired {
             return Err(GramError::Unpaired);
         }
-        self.gram.add(&corrected, &corrected);
-        if let (Some(dense), Some((cross, gram))) = (&dense, &mut self.dense) {
+        let sums = self.on_host();
+        sums.gram.add(&corrected, &corrected);
+        if let (Some(dense), Some((cross, gram))) = (&dense, &mut sums.dense) {
             cross.add(&corrected, dense);
             gram.add(dense, dense);
         }
@@ -177,13 +185,13 @@ impl GramAccumulator {
         };
         let tokens = lengths(corrected)?;
         let of_dense = dense.map(lengths).transpose()?;
-        if of_dense.is_some() != self.dense.is_some() || of_dense.is_some_and(|dense| dense != tokens) {
+        if of_dense.is_some() != self.with_dense || of_dense.is_some_and(|dense| dense != tokens) {
             return Err(GramError::Unpaired);
         }
         for (index, (inputs, tokens)) in corrected.iter().zip(tokens).enumerate() {
             let sums = match self.on_device.take() {
                 Some(sums) => sums,
-                None => DeviceSums::new(self.columns, self.dense.is_some(), inputs.device())?,
+                None => DeviceSums::new(self.columns, self.with_dense, inputs.device())?,
             };
             let sums = self.on_device.insert(sums);
             sums.add(inputs, dense.map(|dense| &dense[index]))?;
@@ -192,32 +200,50 @@ impl GramAccumulator {
         Ok(())
     }
 
-    /// Takes to the host what was summed elsewhere. Everything but [`Self::add`] wants that.
+    /// Takes to the host what was summed elsewhere.
     ///
     /// # Errors
     /// `Backend`.
     pub fn settle(&mut self) -> Result<(), GramError> {
-        if let Some(sums) = &self.on_device {
-            let sums = sums.to_host()?;
-            let dense = self.dense.iter_mut().flat_map(|(cross, gram)| [cross, gram]);
-            [&mut self.gram].into_iter().chain(dense).zip(&sums).for_each(|(sum, more)| sum.add_matrix(more));
-            self.on_device = None;
+        if let Some(sums) = self.on_device.take() {
+            let matrices = sums.to_host()?;
+            drop(sums);
+            self.on_host().each_mut().zip(&matrices).for_each(|(sum, more)| sum.add_matrix(more));
         }
         Ok(())
     }
 
-    /// The sum over the sequences of `first` and then those of `second`.
+    /// The same, unless where it is there is room for what comes next: as much again, the products that go into it, and their mean.
     ///
     /// # Errors
-    /// `Mismatch`.
-    pub fn merge(mut first: Self, second: &Self) -> Result<Self, GramError> {
-        if first.columns != second.columns || first.dense.is_some() != second.dense.is_some() {
+    /// As [`Self::settle`].
+    pub fn settle_if_tight(&mut self) -> Result<(), GramError> {
+        /// Free bytes for a byte of these sums.
+        const ROOM: u64 = 3;
+        match &self.on_device {
+            Some(sums) if free_bytes(sums.device()).is_some_and(|free| free < ROOM * sums.bytes()) => self.settle(),
+            _ => Ok(()),
+        }
+    }
+
+    /// The sum over the sequences of `first` and then those of `second`: where both are, if that is one place, else on the host.
+    ///
+    /// # Errors
+    /// `Mismatch`; `Backend`.
+    pub fn merge(mut first: Self, mut second: Self) -> Result<Self, GramError> {
+        if first.columns != second.columns || first.with_dense != second.with_dense {
             return Err(GramError::Mismatch { left: first.columns, right: second.columns });
         }
-        first.gram.merge(&second.gram);
-        if let (Some((cross, gram)), Some((more_cross, more_gram))) = (&mut first.dense, &second.dense) {
-            cross.merge(more_cross);
-            gram.merge(more_gram);
+        match (&first, &second) {
+            (Self { host: None, on_device: Some(sums), .. }, Self { host: None, on_device: Some(more), .. }) => {
+                sums.merge(more)?;
+            }
+            _ => {
+                first.settle()?;
+                second.settle()?;
+                let more = second.on_host();
+                first.on_host().each_mut().zip(more.each()).for_each(|(sum, more)| sum.merge(more));
+            }
         }
         first.tokens += second.tokens;
         Ok(first)
@@ -228,18 +254,32 @@ impl GramAccumulator {
     /// # Errors
     /// `Empty` if nothing was added, `NotFinite` with the first channel that overflowed.
     pub fn finish(mut self, device: &Device) -> Result<InputStats, GramError> {
-        self.settle()?;
-        if self.tokens == 0 {
+        let (columns, tokens) = (self.columns, self.tokens);
+        if tokens == 0 {
             return Err(GramError::Empty);
         }
-        let mean =
-            |sum: &Sum| -> Result<Tensor, GramError> { Ok(matrix(sum.mean(self.tokens)?, self.columns, device)?) };
-        let gram = mean(&self.gram)?;
-        let dense = match &self.dense {
-            Some((cross, gram)) => Some(DenseStats { cross: mean(cross)?, gram: mean(gram)? }),
-            None => None,
+        let means = match (&self.host, self.on_device.take()) {
+            (None, Some(sums)) => sums.means(tokens)?,
+            (_, sums) => {
+                self.on_device = sums;
+                self.settle()?;
+                self.on_host().each().map(|sum| sum.mean(tokens)).collect()
+            }
         };
-        Ok(InputStats { gram, dense, tokens: self.tokens, held_out: None })
+        let of_row = |mean: &Vec<f32>| {
+            let rows = mean.par_chunks(columns.max(1)).enumerate();
+            rows.find_first(|(_, row)| row.iter().any(|value| !value.is_finite())).map(|(channel, _)| channel)
+        };
+        if let Some(channel) = means.iter().find_map(of_row) {
+            return Err(GramError::NotFinite { channel });
+        }
+        let mut means = means.into_iter().map(|mean| Ok::<_, GramError>(matrix(mean, columns, device)?));
+        let gram = means.next().expect("a gram is always summed")?;
+        let dense = match (means.next(), means.next()) {
+            (Some(cross), Some(gram)) => Some(DenseStats { cross: cross?, gram: gram? }),
+            _ => None,
+        };
+        Ok(InputStats { gram, dense, tokens, held_out: None })
     }
 
     /// The same inputs, row-major f32.
@@ -249,6 +289,28 @@ impl GramAccumulator {
             found => Err(GramError::Shape { columns: self.columns, found: found.to_vec() }),
         };
         sequences.iter().map(by_row).collect()
+    }
+}
+
+/// `Σ X̂ᵀX̂`, and `Σ X̂ᵀX` and `Σ XᵀX` if dense inputs come beside the corrected ones.
+#[derive(Debug, Clone)]
+struct HostSums {
+    gram: Sum,
+    dense: Option<(Sum, Sum)>,
+}
+
+impl HostSums {
+    fn new(columns: usize, with_dense: bool) -> Self {
+        let dense = with_dense.then(|| (Sum::new(columns, false), Sum::new(columns, true)));
+        Self { gram: Sum::new(columns, true), dense }
+    }
+
+    fn each(&self) -> impl Iterator<Item = &Sum> {
+        [&self.gram].into_iter().chain(self.dense.iter().flat_map(|(cross, gram)| [cross, gram]))
+    }
+
+    fn each_mut(&mut self) -> impl Iterator<Item = &mut Sum> {
+        [&mut self.gram].into_iter().chain(self.dense.iter_mut().flat_map(|(cross, gram)| [cross, gram]))
     }
 }
 
@@ -315,27 +377,28 @@ impl Sum {
     }
 
     fn merge(&mut self, other: &Self) {
-        for (tile, more) in self.tiles.iter_mut().zip(&other.tiles) {
+        self.tiles.par_iter_mut().zip(&other.tiles).for_each(|(tile, more)| {
             tile.sum.iter_mut().zip(&more.sum).for_each(|(sum, x)| *sum += x);
-        }
+        });
     }
 
-    fn mean(&self, tokens: usize) -> Result<Vec<f32>, GramError> {
+    fn mean(&self, tokens: usize) -> Vec<f32> {
         let n = self.columns;
         let mut out = vec![0.0; n * n];
-        for tile in &self.tiles {
-            for (i, row) in tile.sum.chunks(tile.width).enumerate() {
-                let means = &mut out[(tile.top + i) * n + tile.left..][..tile.width];
-                means.iter_mut().zip(row).for_each(|(mean, sum)| *mean = (sum / tokens as f64) as f32);
-                if means.iter().any(|mean| !mean.is_finite()) {
-                    return Err(GramError::NotFinite { channel: tile.top + i });
+        let side = self.tiles.first().map_or(1, |tile| tile.height);
+        let bands: Vec<&[Tile]> = self.tiles.chunk_by(|one, other| one.top == other.top).collect();
+        out.par_chunks_mut((side * n).max(1)).zip(bands).for_each(|(band, tiles)| {
+            for tile in tiles {
+                for (row, sums) in band.chunks_mut(n).zip(tile.sum.chunks(tile.width)) {
+                    let means = row[tile.left..][..tile.width].iter_mut();
+                    means.zip(sums).for_each(|(mean, sum)| *mean = (sum / tokens as f64) as f32);
                 }
             }
-        }
+        });
         if self.symmetric {
             mirror_upper(&mut out, n);
         }
-        Ok(out)
+        out
     }
 }
 
@@ -414,6 +477,36 @@ mod tests {
     }
 
     #[test]
+    fn where_sums_are_merged_and_averaged_makes_no_difference_to_the_bits() {
+        for device in ops::host::devices() {
+            let lengths = [9, 13, 30];
+            let (corrected, dense) = (sequences(1, &lengths, 30), sequences(5, &lengths, 30));
+            let sums = |at: usize, is_settled: bool| {
+                let inputs = |all: &[Tensor]| vec![all[at].to_device(&device).unwrap()];
+                let mut sums = GramAccumulator::new(30, true);
+                sums.add_on_device(&inputs(&corrected), Some(&inputs(&dense))).unwrap();
+                if is_settled {
+                    sums.settle().unwrap();
+                } else {
+                    sums.settle_if_tight().unwrap();
+                    assert!(sums.host.is_none(), "{device:?}");
+                }
+                sums
+            };
+            let bits = |settled: [bool; 3]| {
+                let merged = GramAccumulator::merge(sums(0, settled[0]), sums(1, settled[1])).unwrap();
+                let stats = GramAccumulator::merge(merged, sums(2, settled[2])).unwrap().finish(&Device::Cpu).unwrap();
+                let dense = stats.dense.unwrap();
+                [stats.gram, dense.cross, dense.gram].map(|mean| values(&mean).unwrap())
+            };
+            let there = bits([false; 3]);
+            for settled in [[true; 3], [true, false, false], [false, false, true]] {
+                assert!(bits(settled) == there, "{device:?} {settled:?}");
+            }
+        }
+    }
+
+    #[test]
     fn bits_depend_neither_on_threads_nor_on_grouping() {
         let inputs = sequences(3, &[50, 7, 31, 64], 130);
         let run = |threads, group| {
@@ -437,7 +530,7 @@ mod tests {
             accumulator.add(inputs, None).unwrap();
             accumulator
         };
-        let merged = GramAccumulator::merge(sum(&inputs[..2]), &sum(&inputs[2..])).unwrap();
+        let merged = GramAccumulator::merge(sum(&inputs[..2]), sum(&inputs[2..])).unwrap();
         assert_eq!(merged.tokens(), 152);
         for (x, y) in finished(merged).iter().zip(finished(sum(&inputs))) {
             assert!((x - y).abs() <= 1e-6 * y.abs());

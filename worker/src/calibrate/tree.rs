@@ -56,23 +56,27 @@ pub struct Sums {
 }
 
 impl Sums {
-    fn merge(self, second: &Self) -> Result<Self, GramError> {
-        let merge = |first: Option<GramAccumulator>, second: &Option<GramAccumulator>| match (first, second) {
+    fn merge(self, second: Self) -> Result<Self, GramError> {
+        let merge = |first: Option<GramAccumulator>, second: Option<GramAccumulator>| match (first, second) {
             (Some(first), Some(second)) => GramAccumulator::merge(first, second).map(Some),
-            (first, second) => Ok(first.or_else(|| second.clone())),
+            (first, second) => Ok(first.or(second)),
         };
         Ok(Self {
-            calibrating: merge(self.calibrating, &second.calibrating)?,
-            held_out: merge(self.held_out, &second.held_out)?,
+            calibrating: merge(self.calibrating, second.calibrating)?,
+            held_out: merge(self.held_out, second.held_out)?,
         })
     }
 
     /// All numbers of the sums, for a wire.
-    pub fn values(&self) -> Vec<f64> {
-        let parts = || [&self.calibrating, &self.held_out].into_iter().flatten();
-        let mut values = Vec::with_capacity(parts().map(GramAccumulator::numbers).sum());
-        parts().for_each(|sums| sums.push_values(&mut values));
-        values
+    ///
+    /// # Errors
+    /// As [`GramAccumulator::settle`].
+    pub fn values(&mut self) -> Result<Vec<f64>, GramError> {
+        let parts = [&self.calibrating, &self.held_out].into_iter().flatten();
+        let mut values = Vec::with_capacity(parts.map(GramAccumulator::numbers).sum());
+        let parts = [&mut self.calibrating, &mut self.held_out].into_iter().flatten();
+        parts.into_iter().try_for_each(|sums| sums.push_values(&mut values))?;
+        Ok(values)
     }
 
     /// The sums of a branch from their numbers, as many as [`Sampling::values`] says.
@@ -107,7 +111,7 @@ impl Forest {
                 break;
             }
             let (_, other) = self.branches.remove(&sibling).expect("it was just seen");
-            sums = if sibling < branch.first { other.merge(&sums)? } else { sums.merge(&other)? };
+            sums = if sibling < branch.first { other.merge(sums)? } else { sums.merge(other)? };
             branch = Branch { first: branch.first.min(sibling), leaves: 2 * branch.leaves };
         }
         self.branches.insert(branch.first, (branch, sums));
@@ -190,9 +194,8 @@ impl Gatherer {
     }
 
     fn close_leaf(&mut self) -> Result<(), GramError> {
-        // A leaf that was summed elsewhere comes to the host: branches are merged, and sent, from there.
         for sums in [&mut self.leaf.calibrating, &mut self.leaf.held_out].into_iter().flatten() {
-            sums.settle()?;
+            sums.settle_if_tight()?;
         }
         match self.leaves.next() {
             Some(first) => self.forest.insert(Branch { first, leaves: 1 }, std::mem::take(&mut self.leaf)),
@@ -260,8 +263,8 @@ mod tests {
                 let mut forest = Forest::default();
                 // The last part is there first, and each goes over a wire.
                 for part in cuts.windows(2).rev() {
-                    for (branch, sums) in gathered(sampling, part[0]..part[1], 3).into_branches() {
-                        let values = sums.values();
+                    for (branch, mut sums) in gathered(sampling, part[0]..part[1], 3).into_branches() {
+                        let values = sums.values().unwrap();
                         assert_eq!(values.len(), sampling.values(branch));
                         forest.insert(branch, Sums::from_values(&sampling, branch, &values)).unwrap();
                     }

@@ -185,10 +185,12 @@ impl<'a> Assistant<'a> {
         self.prepared = None;
         self.phases.enter(Some(group));
         let forest = self.share.gather(self.place, group, &self.outline.groups[group], &mut self.phases)?;
-        for (branch, sums) in forest.into_branches() {
+        for (branch, mut sums) in forest.into_branches() {
             let (first_leaf, leaves) = (branch.first as u32, branch.leaves as u32);
             let matter = Matter::Sums(pb::Sums { group: group as u32, first_leaf, leaves });
-            self.answer(Outgoing::with_values(matter, sums.values()))?;
+            let failed = |source| TaskError::Gram { tensor: self.outline.groups[group][0].tensor.clone(), source };
+            let values = self.phases.time("gram", || sums.values()).map_err(failed)?;
+            self.answer(Outgoing::with_values(matter, values))?;
         }
         Ok(())
     }

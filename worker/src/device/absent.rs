@@ -27,6 +27,14 @@ pub(super) fn free_bytes(_: &Device) -> Option<u64> {
     None
 }
 
+pub(super) fn to_host(_: &Tensor) -> Result<Vec<f32>> {
+    Err(Error::NotCompiledWithCudaSupport)
+}
+
+pub(super) fn peak_bytes(_: &Device) -> u64 {
+    0
+}
+
 pub(super) fn is_out_of_memory(_: &Error) -> bool {
     false
 }
@@ -44,10 +52,6 @@ pub(super) fn u8_like(_: &CudaStorage, _: usize) -> Result<CudaStorage> {
 }
 
 pub(super) fn counts_like(_: &CudaStorage, _: usize) -> Result<CudaStorage> {
-    Err(Error::NotCompiledWithCudaSupport)
-}
-
-pub(super) fn counts_of(_: &CudaStorage) -> Result<Vec<u32>> {
     Err(Error::NotCompiledWithCudaSupport)
 }
 

@@ -95,14 +95,6 @@ pub fn counts_like(tensor: &CudaStorage, length: usize) -> Result<CudaStorage> {
     backend::counts_like(tensor, length)
 }
 
-/// Waits for counts and copies them to the host.
-///
-/// # Errors
-/// What the driver says; in the build for the CPU always.
-pub fn counts_of(counts: &CudaStorage) -> Result<Vec<u32>> {
-    backend::counts_of(counts)
-}
-
 /// `L⁻¹ [n, n]`, zeros above the diagonal, of `matrix = LLᵀ`, by cuSOLVER and cuBLAS.
 ///
 /// # Errors

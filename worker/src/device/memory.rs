@@ -6,9 +6,22 @@ use espalier_common::clock::Stopwatch;
 use super::backend;
 pub use super::backend::Pinned;
 
+/// The elements of an f32 tensor, row-major, on the host.
+///
+/// # Errors
+/// If it is of another type, or what the backend says.
+pub fn to_host(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
+    if tensor.device().is_cpu() { tensor.flatten_all()?.to_vec1() } else { backend::to_host(tensor) }
+}
+
 /// Bytes of a GPU that nobody has; `None` for the CPU, or if the driver does not say.
 pub fn free_bytes(device: &Device) -> Option<u64> {
     backend::free_bytes(device)
+}
+
+/// The most bytes of a GPU's memory that this process used at a time; 0 for the CPU, or if the driver does not say.
+pub fn peak_device_bytes(device: &Device) -> u64 {
+    backend::peak_bytes(device)
 }
 
 /// Whether a GPU had no memory left.

@@ -24,6 +24,7 @@ use std::slice::from_ref;
 use candle_core::{DType, Device, Layout, Result, Storage, Tensor, bail};
 
 pub use self::transpose::transposed;
+use crate::device::memory::to_host;
 
 /// The elements of a tensor as row-major f32.
 ///
@@ -34,7 +35,7 @@ pub fn values(tensor: &Tensor) -> Result<Vec<f32>> {
         let by_column = tensor.t()?;
         return Ok(transposed(slices(&held(from_ref(&by_column)))?[0], tensor.dim(0)?));
     }
-    tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+    to_host(&tensor.to_dtype(DType::F32)?)
 }
 
 /// The same matrix `[rows, columns]` f32 with its columns one after another in memory, if it is on the CPU. As the right-hand

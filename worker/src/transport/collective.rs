@@ -92,14 +92,14 @@ pub async fn all_reduce(
             {
                 own.insert(branch, sums)?;
             }
-            let sum = own.into_sum()?;
-            let body = Bytes::from(bytemuck::cast_slice(&sum.values()).to_vec());
+            let mut sum = own.into_sum()?;
+            let body = Bytes::from(bytemuck::cast_slice(&sum.values()?).to_vec());
             broadcast(place, body, bytes_of(whole)).await?;
             sum
         }
         Place::Outside(number, link) => {
-            for (_, sums) in own.into_branches() {
-                let body = Bytes::from(bytemuck::cast_slice(&sums.values()).to_vec());
+            for (_, mut sums) in own.into_branches() {
+                let body = Bytes::from(bytemuck::cast_slice(&sums.values()?).to_vec());
                 link.send(body).await.map_err(at(number))?;
             }
             let body = broadcast(place, Bytes::new(), bytes_of(whole)).await?;

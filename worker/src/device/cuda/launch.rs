@@ -9,7 +9,8 @@ use candle_core::cuda_backend::cudarc::driver::{
     CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg as _, SyncOnDrop,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
-use candle_core::{CudaStorage, Layout, Result, bail};
+use candle_core::{CudaStorage, Layout, Result, Storage, Tensor, bail};
+use rayon::prelude::*;
 
 use crate::device::kernels::{Arg, Launch, SOURCE, THREADS};
 
@@ -143,6 +144,23 @@ pub(super) fn f32_view<'a>(storage: &'a CudaStorage, layout: &Layout) -> Result<
     Ok(storage.as_cuda_slice::<f32>()?.slice(start..start + layout.shape().elem_count()))
 }
 
+/// The values of an f32 tensor of a GPU, row-major. A copy into pages that nobody has touched waits for each to be cleared, which
+/// makes it a tenth as fast: all threads touch them first.
+pub(in crate::device) fn to_host(tensor: &Tensor) -> Result<Vec<f32>> {
+    /// Numbers that a thread touches at a time.
+    const STRETCH: usize = 1 << 20;
+    let tensor = tensor.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else { bail!("the tensor is not on a GPU") };
+    let view = f32_view(storage, layout)?;
+    let mut values = vec![0.0; view.len()];
+    values.par_chunks_mut(STRETCH).for_each(|stretch| stretch.fill(0.0));
+    let stream = storage.device.cuda_stream();
+    stream.memcpy_dtoh(&view, &mut values).w()?;
+    stream.synchronize().w()?;
+    Ok(values)
+}
+
 /// Memory for f32.
 pub(in crate::device) fn f32_like(tensor: &CudaStorage, length: usize) -> Result<CudaStorage> {
     let device = &tensor.device;
@@ -165,9 +183,4 @@ pub(in crate::device) fn u8_like(tensor: &CudaStorage, length: usize) -> Result<
 pub(in crate::device) fn counts_like(tensor: &CudaStorage, length: usize) -> Result<CudaStorage> {
     let device = &tensor.device;
     Ok(CudaStorage::wrap_cuda_slice(device.alloc_zeros::<u32>(length)?, device.clone()))
-}
-
-/// Counts on the host.
-pub(in crate::device) fn counts_of(counts: &CudaStorage) -> Result<Vec<u32>> {
-    counts.device.clone_dtoh(counts.as_cuda_slice::<u32>()?)
 }

@@ -11,19 +11,24 @@ mod nccl;
 #[path = "without_nccl.rs"]
 mod nccl;
 mod pinned;
+mod pool;
 
 use candle_core::cuda_backend::cudarc::cublas::result::CublasError;
 use candle_core::cuda_backend::cudarc::cublas::sys::cublasStatus_t;
 use candle_core::cuda_backend::cudarc::driver::sys::{CUdevice_attribute, cudaError_enum};
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, DriverError, result};
-use candle_core::cuda_backend::{CudaError, set_gemm_reduced_precision_f32};
+use candle_core::cuda_backend::{CudaError, WrapErr as _, set_gemm_reduced_precision_f32};
 use candle_core::{Device, Error, Result};
 use espalier_common::device::Gpu;
 
 pub(super) use self::factor::inverse_of_cholesky;
-pub(super) use self::launch::{counts_like, counts_of, f32_like, launch, u8_like};
+pub(super) use self::launch::{counts_like, f32_like, launch, to_host, u8_like};
 pub(super) use self::nccl::carrier;
 pub use self::pinned::Pinned;
+use self::pool::Pool;
+
+/// This part of what a GPU has free at first stays with a worker that has freed it: others may be on the same GPU.
+const KEPT_SHARE: u64 = 4;
 
 /// The GPUs there are, or why none can be used.
 pub(super) fn gpus() -> std::result::Result<Vec<Gpu>, String> {
@@ -62,14 +67,26 @@ fn said(error: &DriverError) -> String {
 /// for each other's.
 pub(super) fn open(number: usize, tf32: bool) -> Result<Device> {
     set_gemm_reduced_precision_f32(tf32);
-    Device::new_cuda_with_stream(number)
+    let device = Device::new_cuda_with_stream(number)?;
+    if let Some((pool, free)) = pool_of(&device).zip(free_bytes(&device)) {
+        pool.keep(free / KEPT_SHARE).w()?;
+    }
+    Ok(device)
+}
+
+fn pool_of(device: &Device) -> Option<Pool> {
+    Pool::of(device.as_cuda_device().ok()?.cuda_stream().context()).ok()
 }
 
 /// Bytes of a GPU that nobody has; `None` for another device, or if the driver does not say.
 pub(super) fn free_bytes(device: &Device) -> Option<u64> {
-    let device = device.as_cuda_device().ok()?;
-    device.cuda_stream().context().bind_to_thread().ok()?;
-    result::mem_get_info().ok().map(|(free, _)| free as u64)
+    let idle = pool_of(device)?.idle_bytes().ok()?;
+    result::mem_get_info().ok().map(|(free, _)| free as u64 + idle)
+}
+
+/// The most bytes of a GPU that this process had in use at a time; 0 for another device, or if the driver does not say.
+pub(super) fn peak_bytes(device: &Device) -> u64 {
+    pool_of(device).and_then(|pool| pool.peak_bytes().ok()).unwrap_or(0)
 }
 
 /// Whether a GPU had no memory left.

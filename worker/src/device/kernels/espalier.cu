@@ -10,6 +10,7 @@ typedef unsigned long long count_t;
 // Digits of the radix selection.
 #define DIGIT_BITS 12
 #define BINS (1 << DIGIT_BITS)
+#define BINS_OF_THREAD (BINS / THREADS)
 // The widest block of columns of a sweep.
 #define MOST_COLUMNS 1024
 
@@ -58,6 +59,10 @@ extern "C" __global__ void accumulate(double *sum, const float *values, count_t 
     EACH(i, n) { sum[i] += (double)values[i]; }
 }
 
+extern "C" __global__ void accumulate_sums(double *sum, const double *values, count_t n) {
+    EACH(i, n) { sum[i] += values[i]; }
+}
+
 extern "C" __global__ void reversed(float *out, const float *values, count_t n) {
     EACH(i, n) { out[i] = values[n - 1 - i]; }
 }
@@ -76,14 +81,18 @@ extern "C" __global__ void mirror_upper(float *matrix, count_t n) {
     }
 }
 
-// Counts the digit at `shift`, `bits` wide, of the ranks whose digits above it are `prefix`.
-extern "C" __global__ void count_digits(unsigned int *counts, const float *values, count_t n, count_t prefix, count_t shift,
-                                        count_t bits) {
+// Where a selection is: the digits of the first kept rank found so far, low word first, and how many ranks lie below them.
+__device__ count_t prefix_of(const unsigned int *position) { return (count_t)position[1] << 32 | position[0]; }
+
+// Counts the digit at `shift`, `bits` wide, of the ranks whose digits above it are those found so far.
+extern "C" __global__ void count_digits(unsigned int *counts, const float *values, const unsigned int *position, count_t n,
+                                        count_t shift, count_t bits) {
     __shared__ unsigned int own[BINS];
     for (unsigned int bin = threadIdx.x; bin < BINS; bin += THREADS) {
         own[bin] = 0;
     }
     __syncthreads();
+    count_t prefix = prefix_of(position);
     EACH(i, n) {
         count_t rank = rank_of(values[i], i);
         if (rank >> (shift + bits) == prefix) {
@@ -99,8 +108,45 @@ extern "C" __global__ void count_digits(unsigned int *counts, const float *value
     __syncthreads();
 }
 
-// Keeps what ranks at `first` or above.
-extern "C" __global__ void keep_from(unsigned char *keep, const float *values, count_t n, count_t first) {
+// Finds the digit of the rank that has `drop` below it, and clears the counts for the next one. One block.
+extern "C" __global__ void find_digit(unsigned int *position, unsigned int *counts, count_t drop, count_t bits) {
+    __shared__ unsigned int sums[THREADS];
+    unsigned int *own = counts + threadIdx.x * BINS_OF_THREAD;
+    unsigned int sum = 0;
+    for (unsigned int bin = 0; bin < BINS_OF_THREAD; bin++) {
+        sum += own[bin];
+    }
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    for (unsigned int reach = 1; reach < THREADS; reach *= 2) {
+        unsigned int before = threadIdx.x >= reach ? sums[threadIdx.x - reach] : 0;
+        __syncthreads();
+        sums[threadIdx.x] += before;
+        __syncthreads();
+    }
+    count_t prefix = prefix_of(position), below = drop - position[2];
+    unsigned int end = sums[threadIdx.x], start = end - sum;
+    __syncthreads();
+    if (start <= below && below < end) {
+        unsigned int bin = 0;
+        for (; start + own[bin] <= below; bin++) {
+            start += own[bin];
+        }
+        prefix = prefix << bits | (threadIdx.x * BINS_OF_THREAD + bin);
+        position[0] = (unsigned int)prefix;
+        position[1] = (unsigned int)(prefix >> 32);
+        position[2] += start;
+    }
+    for (unsigned int bin = 0; bin < BINS_OF_THREAD; bin++) {
+        own[bin] = 0;
+    }
+}
+
+// Keeps what ranks at the position or above, and not below `least`.
+extern "C" __global__ void keep_from(unsigned char *keep, const float *values, const unsigned int *position, count_t n,
+                                     count_t least) {
+    count_t first = prefix_of(position);
+    first = first > least ? first : least;
     EACH(i, n) { keep[i] = rank_of(values[i], i) >= first ? 1 : 0; }
 }
 

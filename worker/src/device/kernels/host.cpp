@@ -68,9 +68,9 @@ template <typename... T> static void call(void (*kernel)(T...), Arguments given)
 
 #define KERNEL(name) {#name, [](Arguments given) { call(name, given); }}
 static const std::map<std::string, std::function<void(Arguments)>> KERNELS = {
-    KERNEL(accumulate),  KERNEL(reversed),    KERNEL(identity),   KERNEL(mirror_upper),   KERNEL(count_digits), KERNEL(keep_from),
-    KERNEL(keep_n_of_m), KERNEL(admm_right), KERNEL(admm_update), KERNEL(conjugate_step), KERNEL(sweep),
-    KERNEL(causal_softmax),
+    KERNEL(accumulate), KERNEL(accumulate_sums), KERNEL(reversed), KERNEL(identity), KERNEL(mirror_upper), KERNEL(count_digits),
+    KERNEL(find_digit), KERNEL(keep_from), KERNEL(keep_n_of_m), KERNEL(admm_right), KERNEL(admm_update), KERNEL(conjugate_step),
+    KERNEL(sweep), KERNEL(causal_softmax),
 };
 
 int main() {

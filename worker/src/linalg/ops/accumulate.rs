@@ -1,11 +1,11 @@
-//! Sums in f64 of products in f32.
+//! Sums in f64, of products in f32 and of other sums.
 
-use candle_core::{CpuStorage, CudaStorage, InplaceOp2, Layout, Result, Tensor, bail};
+use candle_core::{CpuStorage, CudaStorage, DType, InplaceOp2, Layout, Result, Tensor, bail};
 
 use super::{Place, PlaceMut, values};
 use crate::device::kernels::{Arg, Call, Launch};
 
-/// `sum ← sum + values`, element by element, for a contiguous f64 `sum` and contiguous f32 `values` of its shape.
+/// `sum ← sum + values`, element by element, for a contiguous f64 `sum` and contiguous f32 or f64 `values` of its shape.
 ///
 /// # Errors
 /// If they are anything else, or what the backend says.
@@ -13,16 +13,19 @@ pub fn accumulate(sum: &Tensor, values: &Tensor) -> Result<()> {
     if sum.dims() != values.dims() {
         bail!("{:?} cannot be added to {:?}", values.dims(), sum.dims());
     }
-    sum.inplace_op2(values, &Accumulate)
+    sum.inplace_op2(values, &Accumulate { of_sums: values.dtype() == DType::F64 })
 }
 
-struct Accumulate;
+struct Accumulate {
+    /// Whether what is added is f64 too.
+    of_sums: bool,
+}
 
 impl Accumulate {
-    fn call<'a, S>(sum: PlaceMut<'a, S>, values: Place<'a, S>) -> Call<'a, S> {
+    fn call<'a, S>(&self, sum: PlaceMut<'a, S>, values: Place<'a, S>) -> Call<'a, S> {
         let elements = values.1.shape().elem_count();
         Call {
-            launch: Launch::over("accumulate", elements),
+            launch: Launch::over(if self.of_sums { "accumulate_sums" } else { "accumulate" }, elements),
             args: vec![Arg::Write(sum.0, sum.1), Arg::Read(values.0, values.1), Arg::Count(elements)],
         }
     }
@@ -34,18 +37,20 @@ impl InplaceOp2 for Accumulate {
     }
 
     fn cpu_fwd(&self, sum: &mut CpuStorage, sum_l: &Layout, x: &CpuStorage, x_l: &Layout) -> Result<()> {
-        let x = values::<f32>((x, x_l))?;
-        match (sum_l.contiguous_offsets(), sum) {
-            (Some((start, end)), CpuStorage::F64(sum)) => {
-                sum[start..end].iter_mut().zip(x).for_each(|(sum, x)| *sum += f64::from(*x));
-                Ok(())
-            }
+        let sum = match (sum_l.contiguous_offsets(), sum) {
+            (Some((start, end)), CpuStorage::F64(sum)) => sum[start..end].iter_mut(),
             _ => bail!("sums are a contiguous f64 tensor"),
+        };
+        if self.of_sums {
+            sum.zip(values::<f64>((x, x_l))?).for_each(|(sum, x)| *sum += x);
+        } else {
+            sum.zip(values::<f32>((x, x_l))?).for_each(|(sum, x)| *sum += f64::from(*x));
         }
+        Ok(())
     }
 
     fn cuda_fwd(&self, sum: &mut CudaStorage, sum_l: &Layout, x: &CudaStorage, x_l: &Layout) -> Result<()> {
-        Self::call((sum, sum_l), (x, x_l)).run()
+        self.call((sum, sum_l), (x, x_l)).run()
     }
 }
 
@@ -57,18 +62,21 @@ mod tests {
     use crate::linalg::ops::host;
     use crate::linalg::{matrix, oracle};
 
+    /// Sums of three f32 matrices, and that sum and itself.
     fn sums_on(device: &Device) -> Vec<f64> {
         let sum = Tensor::zeros((3, 100), DType::F64, device).unwrap();
         for seed in 0..3 {
             accumulate(&sum, &matrix(oracle::random(seed, 300), 100, device).unwrap()).unwrap();
         }
-        sum.flatten_all().unwrap().to_vec1().unwrap()
+        let twice = sum.copy().unwrap();
+        accumulate(&twice, &sum).unwrap();
+        twice.flatten_all().unwrap().to_vec1().unwrap()
     }
 
     #[test]
     fn sums_keep_the_digits_that_f32_would_lose() {
         let expected: Vec<f64> =
-            (0..300).map(|at| (0..3).map(|seed| f64::from(oracle::random(seed, 300)[at])).sum()).collect();
+            (0..300).map(|at| 2.0 * (0..3).map(|seed| f64::from(oracle::random(seed, 300)[at])).sum::<f64>()).collect();
         for device in host::devices() {
             assert!(sums_on(&device) == expected, "{device:?}");
         }
@@ -76,12 +84,15 @@ mod tests {
 
     #[test]
     fn the_kernel_does_what_the_pass_does() {
-        let (mut sum, x) = (CpuStorage::F64(vec![0.25; 1000]), CpuStorage::F32(oracle::random(1, 1000)));
-        let layout = Layout::contiguous(1000);
-        let mut expected = CpuStorage::F64(vec![0.25; 1000]);
-        Accumulate.cpu_fwd(&mut expected, &layout, &x, &layout).unwrap();
-        if host::run(Accumulate::call((&mut sum, &layout), (&x, &layout))) {
-            assert_eq!(sum.as_slice::<f64>().unwrap(), expected.as_slice::<f64>().unwrap());
+        let doubles = oracle::random(2, 1000).into_iter().map(|value| f64::from(value) / 3.0).collect();
+        for (x, of_sums) in [(CpuStorage::F32(oracle::random(1, 1000)), false), (CpuStorage::F64(doubles), true)] {
+            let (mut sum, pass) = (CpuStorage::F64(vec![0.25; 1000]), Accumulate { of_sums });
+            let layout = Layout::contiguous(1000);
+            let mut expected = sum.clone();
+            pass.cpu_fwd(&mut expected, &layout, &x, &layout).unwrap();
+            if host::run(pass.call((&mut sum, &layout), (&x, &layout))) {
+                assert_eq!(sum.as_slice::<f64>().unwrap(), expected.as_slice::<f64>().unwrap());
+            }
         }
     }
 

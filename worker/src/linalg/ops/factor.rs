@@ -27,8 +27,16 @@ pub fn inverse(matrix: &Tensor) -> std::result::Result<Tensor, FactorError> {
     let lower = inverse_of_cholesky(matrix)?;
     // A⁻¹ = MᵀM. Its symmetry is the product's, but for rounding.
     let product = lower.t()?.matmul(&lower)?;
-    product.inplace_op1(&MirrorUpper)?;
+    mirrored(&product)?;
     Ok(product)
+}
+
+/// Puts what is above the diagonal of a contiguous `matrix [n, n]` f32 below it too.
+///
+/// # Errors
+/// If it is anything else, or what the backend says.
+pub fn mirrored(matrix: &Tensor) -> Result<()> {
+    matrix.inplace_op1(&MirrorUpper)
 }
 
 /// The upper triangular `U [n, n]` with `matrix⁻¹ = UᵀU`; see [`factor::upper_of_inverse`].

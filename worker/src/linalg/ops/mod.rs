@@ -21,7 +21,7 @@ use candle_core::{CpuStorage, Layout, Result, bail};
 pub use self::accumulate::accumulate;
 pub use self::admm::{right_side, update};
 pub use self::conjugate::{Goals, conjugate_step};
-pub use self::factor::{FactorError, inverse, upper_of_inverse};
+pub use self::factor::{FactorError, inverse, mirrored, upper_of_inverse};
 pub use self::select::{keep_largest, keep_n_of_m};
 pub use self::sweep::{MOST_COLUMNS, Swept, sweep};
 

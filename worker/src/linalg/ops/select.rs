@@ -1,7 +1,8 @@
 //! What stays, by magnitude: over all values, or of every M.
 //!
 //! A GPU sorts no rows wider than its blocks' memory, and needs not: the rank of a value is 63 bits, magnitude and index, and the
-//! rank of the first kept one is found digit by digit, with a histogram of the ranks that share the digits found so far.
+//! rank of the first kept one is found digit by digit, with a histogram of the ranks that share the digits found so far. The host
+//! only launches: it never waits for a digit.
 
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
@@ -13,6 +14,8 @@ use crate::linalg::select;
 const RANK_BITS: usize = 63;
 /// Bits of a digit: as the kernel has it.
 const DIGIT_BITS: usize = 12;
+/// Words that say where a selection is: two for the digits found so far, and how many ranks lie below them.
+const POSITION: usize = 3;
 
 /// A u8 tensor that is 0 for the `drop` smallest magnitudes and 1 elsewhere; of equal ones the lower index goes first.
 ///
@@ -41,52 +44,63 @@ struct Largest {
 }
 
 impl Largest {
-    /// The rank of the first value that stays, `drop` being neither none nor all; `count` gives a histogram of the digits at
-    /// `shift`, so many bits wide, of ranks whose higher digits are `prefix`.
-    fn first_kept(&self, mut count: impl FnMut(u64, usize, usize) -> Result<Vec<u32>>) -> Result<u64> {
-        let (mut prefix, mut left, mut below) = (0u64, RANK_BITS, self.drop);
-        while left > 0 {
+    /// Shift and width of each digit of a rank, the highest first.
+    fn digits() -> impl Iterator<Item = (usize, usize)> {
+        (0..RANK_BITS.div_ceil(DIGIT_BITS)).map(|digit| {
+            let left = RANK_BITS - digit * DIGIT_BITS;
             let bits = DIGIT_BITS.min(left);
-            left -= bits;
-            let counts = count(prefix, left, bits)?;
-            let mut digit = 0;
-            while let Some(here) = counts.get(digit).map(|&here| here as usize).filter(|&here| here <= below) {
-                below -= here;
-                digit += 1;
-            }
-            if digit >= 1 << bits {
-                bail!("a histogram of ranks has fewer than {} values", self.drop);
-            }
-            prefix = prefix << bits | digit as u64;
-        }
-        Ok(prefix)
+            (left - bits, bits)
+        })
     }
 
-    fn counting<'a, S>(counts: PlaceMut<'a, S>, values: Place<'a, S>, digit: (u64, usize, usize)) -> Call<'a, S> {
+    /// Whether the rank of the first value that stays has to be found.
+    fn cuts(&self, elements: usize) -> bool {
+        self.drop > 0 && self.drop < elements
+    }
+
+    fn counting<'a, S>(
+        counts: PlaceMut<'a, S>,
+        values: Place<'a, S>,
+        position: Place<'a, S>,
+        (shift, bits): (usize, usize),
+    ) -> Call<'a, S> {
         let elements = values.1.shape().elem_count();
-        let (prefix, shift, bits) = digit;
         Call {
             launch: Launch::over("count_digits", elements),
             args: vec![
                 Arg::Write(counts.0, counts.1),
                 Arg::Read(values.0, values.1),
+                Arg::Read(position.0, position.1),
                 Arg::Count(elements),
-                Arg::Count(prefix as usize),
                 Arg::Count(shift),
                 Arg::Count(bits),
             ],
         }
     }
 
-    fn keeping<'a, S>(keep: PlaceMut<'a, S>, values: Place<'a, S>, first: u64) -> Call<'a, S> {
+    fn finding<'a, S>(&self, position: PlaceMut<'a, S>, counts: PlaceMut<'a, S>, bits: usize) -> Call<'a, S> {
+        Call {
+            launch: Launch::over("find_digit", 1),
+            args: vec![
+                Arg::Write(position.0, position.1),
+                Arg::Write(counts.0, counts.1),
+                Arg::Count(self.drop),
+                Arg::Count(bits),
+            ],
+        }
+    }
+
+    fn keeping<'a, S>(&self, keep: PlaceMut<'a, S>, values: Place<'a, S>, position: Place<'a, S>) -> Call<'a, S> {
         let elements = values.1.shape().elem_count();
+        let least = if self.drop < elements { 0 } else { usize::MAX };
         Call {
             launch: Launch::over("keep_from", elements),
             args: vec![
                 Arg::Write(keep.0, keep.1),
                 Arg::Read(values.0, values.1),
+                Arg::Read(position.0, position.1),
                 Arg::Count(elements),
-                Arg::Count(first as usize),
+                Arg::Count(least),
             ],
         }
     }
@@ -106,20 +120,17 @@ impl CustomOp1 for Largest {
 
     fn cuda_fwd(&self, x: &CudaStorage, x_l: &Layout) -> Result<(CudaStorage, Shape)> {
         let elements = x_l.shape().elem_count();
-        let first = match self.drop {
-            0 => 0,
-            drop if drop >= elements => u64::MAX,
-            _ => {
-                let layout = Layout::contiguous(1 << DIGIT_BITS);
-                self.first_kept(|prefix, shift, bits| {
-                    let mut counts = kernels::counts_like(x, 1 << DIGIT_BITS)?;
-                    Self::counting((&mut counts, &layout), (x, x_l), (prefix, shift, bits)).run()?;
-                    kernels::counts_of(&counts)
-                })?
+        let (at, bins) = (Layout::contiguous(POSITION), Layout::contiguous(1 << DIGIT_BITS));
+        let mut position = kernels::counts_like(x, POSITION)?;
+        if self.cuts(elements) {
+            let mut counts = kernels::counts_like(x, 1 << DIGIT_BITS)?;
+            for digit in Self::digits() {
+                Self::counting((&mut counts, &bins), (x, x_l), (&position, &at), digit).run()?;
+                self.finding((&mut position, &at), (&mut counts, &bins), digit.1).run()?;
             }
-        };
+        }
         let mut keep = kernels::u8_like(x, elements)?;
-        Self::keeping((&mut keep, &Layout::contiguous(x_l.shape())), (x, x_l), first).run()?;
+        self.keeping((&mut keep, &Layout::contiguous(x_l.shape())), (x, x_l), (&position, &at)).run()?;
         Ok((keep, x_l.shape().clone()))
     }
 }
@@ -207,19 +218,19 @@ mod tests {
 
     #[test]
     fn the_kernels_do_what_the_passes_do() {
-        for (length, drop) in [(960, 1), (960, 480), (960, 959), (5_000, 2_501)] {
+        for (length, drop) in [(960, 0), (960, 1), (960, 480), (960, 959), (960, 960), (5_000, 2_501)] {
             let values = tied(length as u64, length);
             let (layout, x) = (Layout::contiguous(length), CpuStorage::F32(values.clone()));
-            let bins = Layout::contiguous(1 << DIGIT_BITS);
-            let mut there = true;
-            let first = Largest { drop }.first_kept(|prefix, shift, bits| {
-                let mut counts = CpuStorage::U32(vec![0; 1 << DIGIT_BITS]);
-                there &= host::run(Largest::counting((&mut counts, &bins), (&x, &layout), (prefix, shift, bits)));
-                // Without a compiler any histogram will do.
-                Ok(if there { counts.as_slice::<u32>()?.to_vec() } else { vec![u32::MAX; 1 << DIGIT_BITS] })
-            });
+            let (at, bins) = (Layout::contiguous(POSITION), Layout::contiguous(1 << DIGIT_BITS));
+            let mut position = CpuStorage::U32(vec![0; POSITION]);
+            let mut counts = CpuStorage::U32(vec![0; 1 << DIGIT_BITS]);
+            let (largest, mut there) = (Largest { drop }, true);
+            for digit in Largest::digits().take_while(|_| largest.cuts(length)) {
+                there &= host::run(Largest::counting((&mut counts, &bins), (&x, &layout), (&position, &at), digit));
+                there &= host::run(largest.finding((&mut position, &at), (&mut counts, &bins), digit.1));
+            }
             let mut keep = CpuStorage::U8(vec![7; length]);
-            if there && host::run(Largest::keeping((&mut keep, &layout), (&x, &layout), first.unwrap())) {
+            if there && host::run(largest.keeping((&mut keep, &layout), (&x, &layout), (&position, &at))) {
                 assert_eq!(keep.as_slice::<u8>().unwrap(), sorted(&values, drop), "{drop} of {length}");
             }
         }
