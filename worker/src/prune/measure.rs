@@ -7,6 +7,7 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::InputStats;
+use super::on_device::measure::DeviceYardstick;
 use crate::linalg::gemm::row_tile;
 use crate::linalg::quadratic::{self, Correction};
 use crate::linalg::{held, slices, values};
@@ -34,25 +35,38 @@ pub fn numbers_of_row(has_held_out: bool) -> usize {
     2 * (1 + usize::from(has_held_out))
 }
 
-/// Measures tiles of `pairs` of solutions and dense weights `[out, in]`. For each tile, row by row its [`numbers_of_row`].
+/// Measures tiles of `pairs` of solutions and dense weights `[out, in]`, where the solutions are. For each tile, row by row its
+/// [`numbers_of_row`].
 ///
 /// # Errors
 /// What the tensor backend says.
 pub fn measure(tiles: &[Tile], pairs: &[(&Tensor, &Tensor)], stats: &InputStats) -> candle_core::Result<Vec<Vec<f64>>> {
     let width = numbers_of_row(stats.held_out.is_some());
     let mut measured: Vec<Vec<f64>> = tiles.iter().map(|tile| vec![0.0; tile.rows.len() * width]).collect();
+    let Some(device) = tiles.first().map(|tile| pairs[tile.member].0.device()) else { return Ok(measured) };
+    let put = |side: usize, measured: &mut [f64], found: Vec<[f64; 2]>| {
+        for (row, found) in measured.chunks_mut(width).zip(found) {
+            row[2 * side..2 * side + 2].copy_from_slice(&found);
+        }
+    };
     // One side after the other: each needs matrices of its own.
     for (side, stats) in [stats].into_iter().chain(stats.held_out.as_deref()).enumerate() {
-        let yardstick = Yardstick::of(stats)?;
-        measured.par_iter_mut().zip(tiles).try_for_each(|(measured, tile)| {
-            let (solution, dense) = pairs[tile.member];
-            let rows = |matrix: &Tensor| values(&matrix.narrow(0, tile.rows.start, tile.rows.len())?);
-            let found = yardstick.rows(&rows(solution)?, &rows(dense)?, stats)?;
-            for (row, found) in measured.chunks_mut(width).zip(found) {
-                row[2 * side..2 * side + 2].copy_from_slice(&found);
+        if device.is_cpu() {
+            let yardstick = Yardstick::of(stats)?;
+            measured.par_iter_mut().zip(tiles).try_for_each(|(measured, tile)| {
+                let (solution, dense) = pairs[tile.member];
+                let rows = |matrix: &Tensor| values(&matrix.narrow(0, tile.rows.start, tile.rows.len())?);
+                put(side, measured, yardstick.rows(&rows(solution)?, &rows(dense)?, stats)?);
+                Ok::<_, candle_core::Error>(())
+            })?;
+        } else {
+            let yardstick = DeviceYardstick::new(stats, device)?;
+            let dense =
+                pairs.iter().map(|(_, dense)| dense.to_device(device)).collect::<candle_core::Result<Vec<_>>>()?;
+            for (measured, tile) in measured.iter_mut().zip(tiles) {
+                put(side, measured, yardstick.rows(pairs[tile.member].0, &dense[tile.member], tile)?);
             }
-            Ok::<_, candle_core::Error>(())
-        })?;
+        }
     }
     Ok(measured)
 }

@@ -10,6 +10,7 @@
 //! and the time that takes is booked on a phase of its own.
 
 pub(super) mod espalier;
+pub(super) mod measure;
 mod search;
 pub(super) mod sparsegpt;
 

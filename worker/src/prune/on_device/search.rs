@@ -84,7 +84,7 @@ impl DeviceGram {
 }
 
 /// `Σ_j a_ij·b_ij` of each row, in f64.
-fn row_dots(a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {
+pub(super) fn row_dots(a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {
     (a.to_dtype(DType::F64)? * b.to_dtype(DType::F64)?)?.sum(1)
 }
 
