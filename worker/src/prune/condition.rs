@@ -1,5 +1,6 @@
 //! Statistics made fit for a factorisation: dead channels taken out, damped, scaled to a unit diagonal.
 
+use std::slice::from_ref;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::Tensor;
@@ -9,7 +10,7 @@ use rayon::prelude::*;
 
 use super::{Problem, Solution, SolveError};
 use crate::linalg::factor::NotPositiveDefinite;
-use crate::linalg::{matrix, values};
+use crate::linalg::{held, matrix, slices, values};
 
 /// How often damping is multiplied by ten before a group is given up.
 const MOST_RAISES: u32 = 3;
@@ -45,14 +46,15 @@ impl Conditioned {
         damping: f64,
         factor: impl Fn(&Self) -> Result<T, NotPositiveDefinite>,
     ) -> Result<(Self, T), SolveError> {
-        let raw = values(gram)?;
-        if !all_finite(&raw) {
+        let held = held(from_ref(gram));
+        let raw = slices(&held)?[0];
+        if !all_finite(raw) {
             return Err(SolveError::NotFinite { what: "gram" });
         }
         let mut damping = damping;
         let mut raised = 0;
         loop {
-            let conditioned = Self::new(&raw, damping, raised);
+            let conditioned = Self::new(raw, damping, raised);
             match factor(&conditioned) {
                 Ok(factored) => return Ok((conditioned, factored)),
                 Err(_) if raised < MOST_RAISES => {
@@ -81,13 +83,14 @@ impl Conditioned {
         // Zero for dead channels, which leaves them nothing but the diagonal.
         let inverse: Vec<f64> =
             scale.iter().zip(&dead).map(|(&s, dead)| if *dead { 0.0 } else { 1.0 / f64::from(s) }).collect();
-        let mut gram = raw.to_vec();
-        gram.par_chunks_mut(n.max(1)).enumerate().for_each(|(i, row)| {
+        // Zeros are pages that nobody has touched: whoever fills them has them cleared, all threads at once.
+        let mut gram = vec![0.0; n * n];
+        gram.par_chunks_mut(n.max(1)).zip(raw.par_chunks(n.max(1))).enumerate().for_each(|(i, (row, raw))| {
             Arch::new().dispatch(
                 #[inline(always)]
                 || {
-                    row.iter_mut().zip(&inverse).for_each(|(value, &factor)| {
-                        *value = (f64::from(*value) * (inverse[i] * factor)) as f32;
+                    row.iter_mut().zip(raw).zip(&inverse).for_each(|((value, raw), &factor)| {
+                        *value = (f64::from(*raw) * (inverse[i] * factor)) as f32;
                     });
                 },
             );
@@ -216,11 +219,15 @@ pub(crate) fn admit(method: &'static str, problem: &Problem<'_>, width: usize) -
     Ok(Admitted { weight, rows, columns })
 }
 
-fn all_finite(values: &[f32]) -> bool {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || values.iter().fold(true, |finite, value| finite & value.is_finite()),
-    )
+/// Whether there is no NaN and no infinity among them.
+pub(crate) fn all_finite(values: &[f32]) -> bool {
+    const CHUNK: usize = 1 << 16;
+    values.par_chunks(CHUNK).all(|values| {
+        Arch::new().dispatch(
+            #[inline(always)]
+            || values.iter().fold(true, |finite, value| finite & value.is_finite()),
+        )
+    })
 }
 
 /// Accepts every pattern that is in range.

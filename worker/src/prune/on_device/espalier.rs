@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use super::search::{DeviceGram, DeviceSearch};
-use crate::linalg::{matrix, on_host, values};
+use crate::linalg::{matrix, on_host, ops, values};
 use crate::prune::admm::Budget;
 use crate::prune::blend::{between, least_held_out};
 use crate::prune::condition::{Conditioned, admit};
@@ -50,11 +50,33 @@ impl DeviceGroup {
         Ok(Some((weight.matmul(towards)? * self.host.alpha())?))
     }
 
+    /// What a weight's search starts from.
+    fn start(&self, weight: &[f32]) -> Result<Start, SolveError> {
+        let conditioned = self.conditioned();
+        let anchor = matrix(conditioned.scaled_alive(weight), conditioned.n, &self.device)?;
+        let shift = self.shift(weight)?;
+        let Some(towards) = &shift else { return Ok(Start { free: anchor.clone(), anchor, shift, flops: 0.0 }) };
+        let (inverse, flops) = self.gram.inverse(0.0, conditioned)?;
+        Ok(Start { free: (towards.matmul(&inverse)? + &anchor)?, anchor, shift, flops })
+    }
+
     /// `rows · matrix` on the device, for the host.
     fn image(&self, rows: &[f32], statistics: &Tensor) -> Result<Vec<f32>, SolveError> {
         let rows = matrix(rows.to_vec(), self.conditioned().n, &self.device)?;
         Ok(values(&rows.matmul(statistics)?)?)
     }
+}
+
+/// Where a search starts; see [`crate::prune::espalier`].
+struct Start {
+    /// Ŵ, `[rows, n]`.
+    anchor: Tensor,
+    /// T, `[rows, n]`, if it is not zero.
+    shift: Option<Tensor>,
+    /// V̂°, `[rows, n]`.
+    free: Tensor,
+    /// Spent on an inverse.
+    flops: f64,
 }
 
 impl GroupSolver for DeviceGroup {
@@ -63,7 +85,10 @@ impl GroupSolver for DeviceGroup {
     }
 
     fn deal(&self, problem: &Problem<'_>, blocks: &mut [RowBlock]) -> Result<(), SolveError> {
-        self.host.deal(problem, blocks)
+        self.host.deal_by(problem, blocks, |weight, zeros| {
+            let keep = ops::keep_largest(&self.start(weight)?.free, zeros)?;
+            Ok(on_host(&keep)?.flatten_all()?.to_vec1::<u8>()?)
+        })
     }
 
     fn solve_block(&self, problem: &Problem<'_>, zeros: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {
@@ -73,18 +98,9 @@ impl GroupSolver for DeviceGroup {
         if zeros == 0 {
             return conditioned.solution(problem, admitted.weight, 0, 0.0);
         }
-        let (mut iterations, mut flops) = (0, 0.0);
-        let anchor = matrix(conditioned.scaled_alive(&admitted.weight), n, &self.device)?;
-        let shift = self.shift(&admitted.weight)?;
+        let Start { anchor, shift, free, mut flops } = self.start(&admitted.weight)?;
         let shift = shift.as_ref();
-        let free = match shift {
-            Some(shift) => {
-                let (inverse, spent) = self.gram.inverse(0.0, conditioned)?;
-                flops += spent;
-                (shift.matmul(&inverse)? + &anchor)?
-            }
-            None => anchor.clone(),
-        };
+        let mut iterations = 0;
         let mut search = DeviceSearch::new(&free, &anchor, shift, Budget { pattern: problem.pattern, zeros })?;
         let mut ramp: Ramp = self.host.ramp();
         while iterations < MOST_ITERATIONS {
@@ -151,6 +167,20 @@ mod tests {
                     assert!((ratio - 1.0).abs() < 2e-3, "{device:?} {file} {params} {pattern}: {ratio}");
                     assert_eq!(there.dead_channels, host.dead_channels);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_device_solves_more_rows_together_unless_it_is_told() {
+        for device in host::devices() {
+            let weight = Tensor::zeros((2000, 64), candle_core::DType::F32, &device).unwrap();
+            let pattern = espalier_common::pattern::Pattern::Unstructured { sparsity: 0.5 };
+            let problem = Problem { tensor: "w", weight: &weight, pattern, imported: None };
+            let usual = if device.is_cpu() { 14 } else { 2 };
+            for (params, expected) in [(json!({}), usual), (json!({ "row_block": 500 }), 4)] {
+                let (solver, _) = crate::prune::build(NAME, &params).unwrap();
+                assert_eq!(solver.blocks(&problem).unwrap().len(), expected, "{device:?} {params}");
             }
         }
     }
