@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use espalier_common::ids::LayerIndex;
 
 use crate::device::in_order;
@@ -65,16 +65,30 @@ fn run_layer(
 /// The loss of one window whose last hidden states are `hidden` `[tokens, hidden]`.
 pub(crate) fn nll(head: &dyn Head, window: &[u32], hidden: &Tensor) -> Result<f64, ModelError> {
     let targets = window.get(1..).unwrap_or_default();
+    let losses = if hidden.device().is_cpu() { losses_on_host } else { losses_there };
     let mut sum = 0.0;
     for (chunk, targets) in targets.chunks(HEAD_CHUNK).enumerate() {
         let logits = head.logits(&hidden.narrow(0, chunk * HEAD_CHUNK, targets.len())?)?;
-        let vocabulary = logits.dim(1)?;
-        let logits = logits.flatten_all()?.to_vec1::<f32>()?;
-        for (row, &target) in logits.chunks_exact(vocabulary).zip(targets) {
-            sum += log_sum_exp(row) - f64::from(row[target as usize]);
-        }
+        sum += losses(&logits, targets)?;
     }
     Ok(sum)
+}
+
+/// The losses of rows of logits on the CPU, summed.
+fn losses_on_host(logits: &Tensor, targets: &[u32]) -> candle_core::Result<f64> {
+    let vocabulary = logits.dim(1)?;
+    let logits = logits.flatten_all()?.to_vec1::<f32>()?;
+    let loss = |(row, &target): (&[f32], &u32)| log_sum_exp(row) - f64::from(row[target as usize]);
+    Ok(logits.chunks_exact(vocabulary).zip(targets).map(loss).sum())
+}
+
+/// The same where the logits are: they are far more than what is made of them.
+fn losses_there(logits: &Tensor, targets: &[u32]) -> candle_core::Result<f64> {
+    let largest = logits.max_keepdim(1)?;
+    let sums = logits.broadcast_sub(&largest)?.exp()?.to_dtype(DType::F64)?.sum(1)?.log()?;
+    let targets = Tensor::new(targets, logits.device())?.unsqueeze(1)?;
+    let gap = (largest.to_dtype(DType::F64)? - logits.gather(&targets, 1)?.to_dtype(DType::F64)?)?.squeeze(1)?;
+    (sums + gap)?.sum_all()?.to_scalar()
 }
 
 /// Counts what is done, and stops when told to.
@@ -105,6 +119,8 @@ mod tests {
     use rayon::ThreadPoolBuilder;
 
     use super::*;
+    use crate::linalg::ops::host;
+    use crate::linalg::{matrix, oracle};
 
     fn decoder() -> Box<dyn Decoder> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/families/llama-gqa-tied");
@@ -132,6 +148,20 @@ mod tests {
         }
         assert!((losses[0] - expected).abs() < 1e-5 * expected, "{losses:?} {expected}");
         assert!(losses[1].abs() < f64::MIN_POSITIVE);
+    }
+
+    #[test]
+    fn losses_are_the_same_wherever_logits_are() {
+        let (rows, vocabulary) = (HEAD_CHUNK, 700);
+        // Large ones, which overflow unless the largest is taken out first.
+        let logits: Vec<f32> = oracle::random(4, rows * vocabulary).into_iter().map(|value| 150.0 * value).collect();
+        let targets: Vec<u32> = (0..rows as u32).map(|row| row * 37 % vocabulary as u32).collect();
+        let logits = matrix(logits, vocabulary, &Device::Cpu).unwrap();
+        let expected = losses_on_host(&logits, &targets).unwrap();
+        for device in host::devices() {
+            let found = losses_there(&logits.to_device(&device).unwrap(), &targets).unwrap();
+            assert!((found - expected).abs() < 1e-6 * expected, "{device:?}: {found} {expected}");
+        }
     }
 
     #[test]
