@@ -284,6 +284,7 @@ fn prune_group(
     }
     crew.offer(group, stats, cut.iter().map(Vec::len).sum())?;
     let solver = place.prepare_solver(Arc::clone(stats)).map_err(failed(0))?;
+    tracing::debug!(group, seconds = watch.seconds(), "the solver is ready");
     let phase = place.solve_phase(solver.device().is_some());
     let imported = |sublayer| place.run.mask.as_ref().map(|mask| mask.weight(sublayer, &Device::Cpu)).transpose();
     let imported: Vec<Option<Tensor>> = members.iter().map(imported).collect::<Result<_, MaskError>>()?;

@@ -167,6 +167,7 @@ async fn live(
         tracing::info!(url = web.url(), "pages");
         web.serve(crate::http::router(&membership, &session), &tasks);
     }
+    let device = chosen.device;
     let ended = tokio::select! {
         () = stop => Ok(()),
         ended = membership.run(reports) => ended.map_err(ServeError::from),
@@ -175,7 +176,8 @@ async fn live(
     session.drain();
     session.readiness().set(Err("it is leaving"));
     if ended.is_ok() {
-        tracing::info!("leaving");
+        let (peak_rss_bytes, peak_device_bytes) = (memory::peak_rss_bytes(), memory::peak_device_bytes(&device));
+        tracing::info!(peak_rss_bytes, peak_device_bytes, "leaving");
         membership.leave(GRACE / 2).await;
     }
     if !tasks.shut_down(GRACE / 2).await {

@@ -297,6 +297,7 @@ impl Phases {
         *entry = (entry.0 + seconds, entry.1 + flops);
         // Operations that are booked alone took no time of their own.
         if seconds > 0.0 {
+            tracing::debug!(phase, seconds, group = self.group, "booked");
             let group = self.group.map(|group| ("espalier.group", group.into()));
             self.trace.note_past(phase, seconds, group.into_iter().collect());
         }

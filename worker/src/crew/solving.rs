@@ -71,7 +71,9 @@ impl Crew<'_> {
             Ok(()) => Ok(blocks.into_iter().map(move |block| Task { member, block })),
             Err(error) => Err((member, error)),
         };
+        let watch = Stopwatch::start();
         let board = Board::new(in_order(device.unwrap_or(&Device::Cpu), cut, deal)?.into_iter().flatten().collect());
+        tracing::debug!(group, seconds = watch.seconds(), "zeros are dealt out");
         let common = lent.map(|(groundwork, parts)| self.lay(group, stats, groundwork, parts)).transpose();
         let common = common.map_err(|error| (0, error))?.unwrap_or_default();
         if device.is_some() {
