@@ -6,15 +6,21 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use candle_core::{Device, Tensor};
+use espalier_common::device::DeviceChoice;
 use espalier_common::tasks::TaskGroup;
 use futures::future::{BoxFuture, join_all};
+use tokio::sync::mpsc::Receiver;
 
 use super::collective::{CollectiveError, Place, all_reduce, broadcast};
 use super::fake::{Hub, Mishap, Plan};
-use super::link::{BodyError, Link};
+use super::link::{BodyError, Link, Patience};
+use super::negotiation::Carrier;
 use super::paired::{Paired, TURNS};
+use super::turns::Turn;
 use super::{CHUNK_BYTES, WINDOW_BYTES, communicator::Seat, grpc, loopback};
 use crate::calibrate::tree::{Forest, Gatherer, LEAVES, Sampling, sequences_of};
+use crate::config::NcclReach;
+use crate::device;
 use crate::linalg::oracle;
 
 /// Both ends of a new link.
@@ -36,22 +42,65 @@ fn over_grpc(tasks: TaskGroup) -> BoxFuture<'static, Ends> {
 
 fn over_a_fake(tasks: TaskGroup) -> BoxFuture<'static, Ends> {
     Box::pin(async move {
-        let (first, second) = paired(&Hub::new(None), &tasks).await.unwrap();
+        let (first, second) = paired(fakes(&Hub::new(None)), &tasks).await.unwrap();
         (first as Arc<dyn Link>, second as Arc<dyn Link>)
     })
 }
 
-/// A pair over the fake library, and a stream of turns each way.
-async fn paired(hub: &Arc<Hub>, tasks: &TaskGroup) -> Result<(Arc<Paired>, Arc<Paired>), [Option<BodyError>; 2]> {
-    let id = hub.carrier(0).new_id().unwrap();
+fn over_nccl(tasks: TaskGroup) -> BoxFuture<'static, Ends> {
+    Box::pin(async move {
+        let (first, second) = paired(two_ranks_of_nccl().unwrap(), &tasks).await.unwrap();
+        (first as Arc<dyn Link>, second as Arc<dyn Link>)
+    })
+}
+
+fn fakes(hub: &Arc<Hub>) -> [Arc<dyn Carrier>; 2] {
+    [0, 1].map(|rank| hub.carrier(rank))
+}
+
+/// NCCL on a GPU of this machine, or why it cannot be had.
+fn nccl_on(number: usize) -> Result<Arc<dyn Carrier>, String> {
+    let chosen = device::open(DeviceChoice::Cuda(number), false).map_err(|error| error.to_string())?;
+    let carrier = device::carrier(&chosen, NcclReach::Cluster).map_err(|error| error.to_string())?;
+    carrier.ok_or_else(|| "it is off".to_owned())
+}
+
+/// Two GPUs; or one for both ranks, where NCCL allows it: from 2.30, if this variable says so.
+fn two_ranks_of_nccl() -> Result<[Arc<dyn Carrier>; 2], String> {
+    let first = nccl_on(0)?;
+    if let Ok(second) = nccl_on(1) {
+        return Ok([first, second]);
+    }
+    let is_allowed = std::env::var("NCCL_MULTI_RANK_GPU_ENABLE").is_ok_and(|value| value == "1");
+    if !is_allowed || first.facts().version < 23_000 {
+        return Err(format!("one GPU, and NCCL {} may not have it twice", first.facts().version));
+    }
+    Ok([Arc::clone(&first), first])
+}
+
+/// One side of a pair, and what it has to say to the other.
+async fn meet(
+    carrier: &Arc<dyn Carrier>,
+    id: &[u8],
+    rank: u32,
+    patience: Patience,
+) -> Result<(Arc<Paired>, Receiver<Turn>), BodyError> {
+    let (seat, kind) = (Seat::new(rank, id), carrier.facts().kind);
+    let (said, turns) = tokio::sync::mpsc::channel(TURNS);
+    let (carrier, id) = (Arc::clone(carrier), id.to_owned());
+    let join = Box::new(move || carrier.join(&id, rank));
+    Paired::meet(kind, join, seat, patience, said).await.map(|pair| (Arc::new(pair), turns))
+}
+
+/// A pair over a library, and a stream of turns each way.
+async fn paired(
+    carriers: [Arc<dyn Carrier>; 2],
+    tasks: &TaskGroup,
+) -> Result<(Arc<Paired>, Arc<Paired>), [Option<BodyError>; 2]> {
+    let id = carriers[0].new_id().unwrap();
     let meet = |rank: u32| {
-        let (carrier, id) = (hub.carrier(rank), id.clone());
-        let (said, turns) = tokio::sync::mpsc::channel(TURNS);
-        async move {
-            let (seat, kind) = (Seat::new(rank, &id), carrier.facts().kind);
-            let join = Box::new(move || carrier.join(&id, rank));
-            Paired::meet(kind, join, seat, hub.patience(), said).await.map(|pair| (Arc::new(pair), turns))
-        }
+        let carrier = &carriers[rank as usize];
+        meet(carrier, &id, rank, carrier.patience())
     };
     match tokio::join!(meet(0), meet(1)) {
         (Ok((first, from_first)), Ok((second, from_second))) => {
@@ -175,13 +224,13 @@ fn star(links: &[Ends]) -> (Vec<&dyn Link>, Vec<Place<'_>>) {
 }
 
 async fn sums_are_the_same_bits_whoever_has_what(links: &[Ends]) {
-    let alone = gathered(0..LEAVES).into_sum().unwrap().values();
+    let alone = gathered(0..LEAVES).into_sum().unwrap().values().unwrap();
     let shares = shares(links.len() + 1);
     let (middle, outside) = star(links);
     let everybody = std::iter::once(Place::Middle(&middle)).chain(outside).zip(&shares);
     let reduce = everybody.map(|(place, leaves)| {
         let (own, shares) = (gathered(leaves.clone()), &shares);
-        async move { all_reduce(place, &SAMPLING, shares, own).await.unwrap().values() }
+        async move { all_reduce(place, &SAMPLING, shares, own).await.unwrap().values().unwrap() }
     });
     for sums in soon(join_all(reduce)).await {
         assert!(sums.iter().map(|value| value.to_bits()).eq(alone.iter().map(|value| value.to_bits())));
@@ -226,6 +275,30 @@ async fn a_pair_of_communicators_conforms() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[allow(clippy::print_stderr, reason = "what a test leaves out is said out loud")]
+async fn nccl_conforms() {
+    match two_ranks_of_nccl() {
+        Ok(_) => conforms(over_nccl).await,
+        Err(reason) => eprintln!("SKIPPED: NCCL between two ranks: {reason}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[allow(clippy::print_stderr, reason = "what a test leaves out is said out loud")]
+async fn nccl_gives_up_whoever_does_not_come() {
+    let carrier = match nccl_on(0) {
+        Ok(carrier) => carrier,
+        Err(reason) => return eprintln!("SKIPPED: NCCL: {reason}"),
+    };
+    let patience = Patience { least: Duration::from_secs(2), bytes_per_second: 1e9 };
+    for rank in [0, 1] {
+        let met = soon(meet(&carrier, &carrier.new_id().unwrap(), rank, patience)).await;
+        let error = met.map(drop).expect_err("it met nobody");
+        assert!(matches!(error, BodyError::Overdue { what: "joining", .. }), "{error:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn whatever_goes_wrong_when_two_meet_is_told_to_both_in_time() {
     for mishap in [Mishap::Refuses, Mishap::Lingers, Mishap::Misplaces, Mishap::Hangs, Mishap::Dies, Mishap::Damages] {
         for rank in [0, 1] {
@@ -237,7 +310,7 @@ async fn whatever_goes_wrong_when_two_meet_is_told_to_both_in_time() {
                     continue;
                 }
                 let (hub, tasks) = (Hub::new(Some(Plan { mishap, rank, transfer })), TaskGroup::new());
-                let met = soon(paired(&hub, &tasks)).await;
+                let met = soon(paired(fakes(&hub), &tasks)).await;
                 let errors = met.map(drop).expect_err("they met");
                 assert_eq!(hub.fired(), 1, "{mishap:?} {rank} {transfer}");
                 let own = errors[rank as usize].as_ref();
@@ -265,7 +338,7 @@ async fn whatever_goes_wrong_with_a_body_is_told_to_both_in_time() {
     for mishap in [Mishap::Hangs, Mishap::Dies, Mishap::Damages] {
         for (rank, transfer) in [(0, 2), (0, 4), (1, 2), (1, 3)] {
             let (hub, tasks) = (Hub::new(Some(Plan { mishap, rank, transfer })), TaskGroup::new());
-            let (first, second) = soon(paired(&hub, &tasks)).await.unwrap();
+            let (first, second) = soon(paired(fakes(&hub), &tasks)).await.unwrap();
             // Bodies go down until something happens.
             let down = async {
                 let error = loop {
