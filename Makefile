@@ -5,8 +5,8 @@ TEXT := tests/golden/text
 ROWS ?= methods:: seeds_
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo cluster test test-s3 test-deploy test-metrics test-page soak fuzz lint cuda-check cuda-kernels cuda-build bench \
-	bench-peers docs real real-methods real-structured
+.PHONY: help build demo cluster test test-s3 test-deploy test-metrics test-page soak fuzz lint cuda-check cuda-kernels cuda-build test-cuda \
+	bench bench-peers docs real real-methods real-structured
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -97,6 +97,9 @@ cuda-kernels: ## Compile the kernels' CUDA C with NVIDIA's compiler, which this 
 
 cuda-build: ## Build espalier-worker-cuda beside the other programs, with CUDA from PyPI (1 GB, once; half an hour)
 	deploy/cuda/build.sh "$(TARGET)" "$(CARGO)"
+
+test-cuda: build cuda-build ## Run what a GPU can run: the worker's tests in its CUDA build, and jobs beside the CPU's; without one it says so
+	deploy/cuda/test.sh "$(TARGET)" "$(CARGO)"
 
 bench: ## Measure the solvers and the tensor transfer
 	$(CARGO) bench --workspace

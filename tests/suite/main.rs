@@ -8,6 +8,7 @@ mod deploy;
 mod export;
 mod foreign;
 mod fuzz;
+mod gpu;
 mod kill;
 mod network;
 mod observe;
