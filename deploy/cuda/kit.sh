@@ -1,5 +1,7 @@
 # The parts of CUDA that PyPI has: its compiler, headers and libraries, and NCCL. Sourced, with the build folder in $target; gets
 # what is not there yet, once, and sets what builds against it and what runs need. Downloads 1 GB.
+# shellcheck shell=bash
+: "${target:?the build folder}"
 mkdir -p "$target/cuda-kit"
 kit=$(cd "$target/cuda-kit" && pwd)
 
