@@ -5,7 +5,7 @@ use espalier_common::fault::FaultClass;
 use rayon::prelude::*;
 
 use super::device_sums::DeviceSums;
-use crate::device::memory::free_bytes;
+use crate::device::memory::{free_bytes, is_out_of_memory};
 use crate::linalg::factor::mirror_upper;
 use crate::linalg::gemm::{View, gemm};
 use crate::linalg::{held, matrix, slices};
@@ -258,10 +258,16 @@ impl GramAccumulator {
         if tokens == 0 {
             return Err(GramError::Empty);
         }
-        let means = match (&self.host, self.on_device.take()) {
-            (None, Some(sums)) => sums.means(tokens)?,
-            (_, sums) => {
-                self.on_device = sums;
+        let there = match (&self.host, &self.on_device) {
+            (None, Some(sums)) => sums.means(tokens).map(Some).or_else(|error| match is_out_of_memory(&error) {
+                true => Ok(None),
+                false => Err(error),
+            })?,
+            _ => None,
+        };
+        let means = match there {
+            Some(means) => means,
+            None => {
                 self.settle()?;
                 self.on_host().each().map(|sum| sum.mean(tokens)).collect()
             }
