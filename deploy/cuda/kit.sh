@@ -14,16 +14,20 @@ fetch() {
     python3 -m pip install --quiet --root-user-action=ignore --no-deps --target "$kit/partial" "$@"
     mv "$kit/partial" "$folder"
 }
+# A folder is fetched once: what is added gets one of its own, or the folder another name.
 fetch wheels nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96 \
     nvidia-cuda-cccl==13.0.85 nvidia-cuda-nvrtc==13.0.88 nvidia-curand==10.4.0.35 nvidia-cublas==13.1.0.3 \
-    nvidia-cusolver==12.4.1.2 nvidia-cusparse==12.9.4.2 nvidia-nvjitlink==13.0.88
+    nvidia-cusolver==12.4.1.2 nvidia-cusparse==12.9.4.2
+fetch jitlink nvidia-nvjitlink==13.0.88
 fetch nccl nvidia-nccl-cu13==2.32.3
 home=$kit/wheels/nvidia/cu13
 [ -e "$home/lib64" ] || ln -s lib "$home/lib64"
-# One folder for the linker and the loader, whatever the package calls its own.
-nccl=$(find "$kit/nccl" -name 'libnccl.so.*' -print -quit)
-[ -n "$nccl" ] || { echo "the package of NCCL has no libnccl.so" >&2; exit 1; }
-ln -sf "$nccl" "$home/lib/$(basename "$nccl")"
+# One folder for the linker and the loader, whatever the packages call their own.
+for folder in nccl jitlink; do
+    library=$(find "$kit/$folder" -name 'lib*.so.*' -print -quit)
+    [ -n "$library" ] || { echo "the package in $kit/$folder has no library" >&2; exit 1; }
+    ln -sf "$library" "$home/lib/$(basename "$library")"
+done
 # The linker wants names without versions.
 for library in "$home/lib"/*.so.*; do
     plain=${library%%.so.*}.so
@@ -45,5 +49,8 @@ export CUDA_HOME="$home" CUDA_PATH="$home" CUDA_COMPUTE_CAP="${CUDA_COMPUTE_CAP:
 export LIBRARY_PATH="$home/lib:$home/lib/stubs${LIBRARY_PATH:+:$LIBRARY_PATH}"
 # Where there is a driver, its own library counts.
 export LD_LIBRARY_PATH="$home/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
-has_driver() { ldconfig -p | grep -q 'libcuda\.so\.1'; }
+has_driver() {
+    local libraries
+    libraries=$(PATH="$PATH:/sbin:/usr/sbin" ldconfig -p) && [[ $libraries == *libcuda.so.1* ]]
+}
 has_driver || export LD_LIBRARY_PATH="$LD_LIBRARY_PATH:$home/lib/stubs"

@@ -10,5 +10,6 @@ cargo=$2
 . deploy/cuda/kit.sh
 
 # One GPU for all of them: a test at a time.
-"$cargo" test --release -p espalier-worker --lib --features cuda,nccl --target-dir "$kit/target" -- --nocapture --test-threads 1
+# Two ranks of NCCL may share it.
+NCCL_MULTI_RANK_GPU_ENABLE=1 "$cargo" test --release -p espalier-worker --lib --features cuda,nccl --target-dir "$kit/target" -- --nocapture --test-threads 1
 "$cargo" test --release -p espalier-tests --test suite -- --ignored --nocapture --test-threads 1 gpu::

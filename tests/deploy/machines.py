@@ -38,7 +38,7 @@ def scripts():
     is_script = lambda file: file.is_file() and re.match(rb"#!.*sh\n", file.read_bytes()[:64])
     for script in [*filter(is_script, sorted(DEPLOY.rglob("*"))), REPOSITORY / ".ci/run"] if program else []:
         # With what a script sources, whose place is told from the root.
-        fine, said = done(program, "-x", f"--source-path={REPOSITORY}", script)
+        fine, said = done(program, "-x", "-a", f"--source-path={REPOSITORY}", script)
         yield f"shellcheck {script.relative_to(REPOSITORY)}", None if fine else said
 
 

@@ -65,24 +65,27 @@ fn run_layer(
 /// The loss of one window whose last hidden states are `hidden` `[tokens, hidden]`.
 pub(crate) fn nll(head: &dyn Head, window: &[u32], hidden: &Tensor) -> Result<f64, ModelError> {
     let targets = window.get(1..).unwrap_or_default();
-    let losses = if hidden.device().is_cpu() { losses_on_host } else { losses_there };
     let mut sum = 0.0;
     for (chunk, targets) in targets.chunks(HEAD_CHUNK).enumerate() {
         let logits = head.logits(&hidden.narrow(0, chunk * HEAD_CHUNK, targets.len())?)?;
-        sum += losses(&logits, targets)?;
+        sum = if logits.device().is_cpu() {
+            losses_on_host(sum, &logits, targets)?
+        } else {
+            sum + losses_there(&logits, targets)?
+        };
     }
     Ok(sum)
 }
 
-/// The losses of rows of logits on the CPU, summed.
-fn losses_on_host(logits: &Tensor, targets: &[u32]) -> candle_core::Result<f64> {
+/// The losses of rows of logits on the CPU, added one after another to a sum.
+fn losses_on_host(sum: f64, logits: &Tensor, targets: &[u32]) -> candle_core::Result<f64> {
     let vocabulary = logits.dim(1)?;
     let logits = logits.flatten_all()?.to_vec1::<f32>()?;
     let loss = |(row, &target): (&[f32], &u32)| log_sum_exp(row) - f64::from(row[target as usize]);
-    Ok(logits.chunks_exact(vocabulary).zip(targets).map(loss).sum())
+    Ok(logits.chunks_exact(vocabulary).zip(targets).map(loss).fold(sum, |sum, loss| sum + loss))
 }
 
-/// The same where the logits are: they are far more than what is made of them.
+/// The losses summed where the logits are: they are far more than what is made of them.
 fn losses_there(logits: &Tensor, targets: &[u32]) -> candle_core::Result<f64> {
     let largest = logits.max_keepdim(1)?;
     let sums = logits.broadcast_sub(&largest)?.exp()?.to_dtype(DType::F64)?.sum(1)?.log()?;
@@ -157,7 +160,7 @@ mod tests {
         let logits: Vec<f32> = oracle::random(4, rows * vocabulary).into_iter().map(|value| 150.0 * value).collect();
         let targets: Vec<u32> = (0..rows as u32).map(|row| row * 37 % vocabulary as u32).collect();
         let logits = matrix(logits, vocabulary, &Device::Cpu).unwrap();
-        let expected = losses_on_host(&logits, &targets).unwrap();
+        let expected = losses_on_host(0.0, &logits, &targets).unwrap();
         for device in host::devices() {
             let found = losses_there(&logits.to_device(&device).unwrap(), &targets).unwrap();
             assert!((found - expected).abs() < 1e-6 * expected, "{device:?}: {found} {expected}");

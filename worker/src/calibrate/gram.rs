@@ -205,9 +205,10 @@ impl GramAccumulator {
     /// # Errors
     /// `Backend`.
     pub fn settle(&mut self) -> Result<(), GramError> {
-        if let Some(sums) = self.on_device.take() {
+        if let Some(sums) = &self.on_device {
+            // What fails leaves everything as it was: it may be done again.
             let matrices = sums.to_host()?;
-            drop(sums);
+            self.on_device = None;
             self.on_host().each_mut().zip(&matrices).for_each(|(sum, more)| sum.add_matrix(more));
         }
         Ok(())
@@ -252,7 +253,7 @@ impl GramAccumulator {
     /// The mean over tokens, in f32 on `device`, without held-out statistics.
     ///
     /// # Errors
-    /// `Empty` if nothing was added, `NotFinite` with the first channel that overflowed.
+    /// `Empty` if nothing was added, `NotFinite` with the first channel that overflowed; `Backend`.
     pub fn finish(mut self, device: &Device) -> Result<InputStats, GramError> {
         let (columns, tokens) = (self.columns, self.tokens);
         if tokens == 0 {

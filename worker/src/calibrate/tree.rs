@@ -103,7 +103,7 @@ impl Forest {
     /// Adds a branch.
     ///
     /// # Errors
-    /// `Mismatch`, if it is of other inputs than its sibling.
+    /// `Mismatch`, if it is of other inputs than its sibling; `Backend`.
     pub fn insert(&mut self, mut branch: Branch, mut sums: Sums) -> Result<(), GramError> {
         while branch.leaves < LEAVES {
             let sibling = branch.sibling();

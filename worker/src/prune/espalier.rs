@@ -32,7 +32,7 @@ use crate::linalg::{held, select, slices, transposed};
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "6",
+    version: "7",
     summary: "the default: ADMM on a continuation ramp, then a refit on its support",
     build,
 };

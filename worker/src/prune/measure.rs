@@ -49,6 +49,10 @@ pub fn measure(tiles: &[Tile], pairs: &[(&Tensor, &Tensor)], stats: &InputStats)
             row[2 * side..2 * side + 2].copy_from_slice(&found);
         }
     };
+    let dense_there = match device.is_cpu() {
+        true => Vec::new(),
+        false => pairs.iter().map(|(_, dense)| dense.to_device(device)).collect::<candle_core::Result<Vec<_>>>()?,
+    };
     // One side after the other: each needs matrices of its own.
     for (side, stats) in [stats].into_iter().chain(stats.held_out.as_deref()).enumerate() {
         if device.is_cpu() {
@@ -61,10 +65,8 @@ pub fn measure(tiles: &[Tile], pairs: &[(&Tensor, &Tensor)], stats: &InputStats)
             })?;
         } else {
             let yardstick = DeviceYardstick::new(stats, device)?;
-            let dense =
-                pairs.iter().map(|(_, dense)| dense.to_device(device)).collect::<candle_core::Result<Vec<_>>>()?;
             for (measured, tile) in measured.iter_mut().zip(tiles) {
-                put(side, measured, yardstick.rows(pairs[tile.member].0, &dense[tile.member], tile)?);
+                put(side, measured, yardstick.rows(pairs[tile.member].0, &dense_there[tile.member], tile)?);
             }
         }
     }

@@ -77,8 +77,8 @@ pub(in crate::device) fn launch(launch: Launch, mut args: Vec<Arg<'_, CudaStorag
     let config = LaunchConfig { grid_dim: (launch.blocks, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
     #[allow(unsafe_code, reason = "a launch trusts its arguments")]
     // SAFETY: the custom ops pass what the kernel of this name declares, in its order: pointers to contiguous tensors of the
-    // element type it reads, whose lengths follow from the counts beside them; every kernel stays within these counts. Tensors
-    // that are written are borrowed mutably. Guards order the launch with other uses and outlive it.
+    // element type it reads, whose lengths follow from the counts beside them or are fixed, as those of a selection's position and
+    // bins; every kernel stays within them. Tensors that are written are borrowed mutably. Guards order the launch with other uses and outlive it.
     unsafe { builder.launch(config) }.w()?;
     Ok(())
 }

@@ -17,7 +17,7 @@ use candle_core::cuda_backend::cudarc::cublas::result::CublasError;
 use candle_core::cuda_backend::cudarc::cublas::sys::cublasStatus_t;
 use candle_core::cuda_backend::cudarc::driver::sys::{CUdevice_attribute, cudaError_enum};
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, DriverError, result};
-use candle_core::cuda_backend::{CudaError, WrapErr as _, set_gemm_reduced_precision_f32};
+use candle_core::cuda_backend::{CudaError, set_gemm_reduced_precision_f32};
 use candle_core::{Device, Error, Result};
 use espalier_common::device::Gpu;
 
@@ -68,8 +68,10 @@ fn said(error: &DriverError) -> String {
 pub(super) fn open(number: usize, tf32: bool) -> Result<Device> {
     set_gemm_reduced_precision_f32(tf32);
     let device = Device::new_cuda_with_stream(number)?;
-    if let Some((pool, free)) = pool_of(&device).zip(free_bytes(&device)) {
-        pool.keep(free / KEPT_SHARE).w()?;
+    if let Some((pool, free)) = pool_of(&device).zip(free_bytes(&device))
+        && let Err(error) = pool.keep(free / KEPT_SHARE)
+    {
+        tracing::warn!(%error, "freed memory goes back to the driver");
     }
     Ok(device)
 }
@@ -80,7 +82,9 @@ fn pool_of(device: &Device) -> Option<Pool> {
 
 /// Bytes of a GPU that nobody has; `None` for another device, or if the driver does not say.
 pub(super) fn free_bytes(device: &Device) -> Option<u64> {
-    let idle = pool_of(device)?.idle_bytes().ok()?;
+    device.as_cuda_device().ok()?.cuda_stream().context().bind_to_thread().ok()?;
+    // Not every GPU has a pool.
+    let idle = pool_of(device).and_then(|pool| pool.idle_bytes().ok()).unwrap_or(0);
     result::mem_get_info().ok().map(|(free, _)| free as u64 + idle)
 }
 

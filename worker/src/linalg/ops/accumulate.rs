@@ -13,6 +13,9 @@ pub fn accumulate(sum: &Tensor, values: &Tensor) -> Result<()> {
     if sum.dims() != values.dims() {
         bail!("{:?} cannot be added to {:?}", values.dims(), sum.dims());
     }
+    if sum.dtype() != DType::F64 || ![DType::F32, DType::F64].contains(&values.dtype()) {
+        bail!("{:?} cannot be added to {:?}: sums are f64", values.dtype(), sum.dtype());
+    }
     sum.inplace_op2(values, &Accumulate { of_sums: values.dtype() == DType::F64 })
 }
 

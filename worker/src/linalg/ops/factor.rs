@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 
 use super::{Place, PlaceMut, values, values_mut};
 use crate::device::kernels::{self, Arg, Call, Launch};
@@ -36,6 +36,10 @@ pub fn inverse(matrix: &Tensor) -> std::result::Result<Tensor, FactorError> {
 /// # Errors
 /// If it is anything else, or what the backend says.
 pub fn mirrored(matrix: &Tensor) -> Result<()> {
+    let (rows, columns) = matrix.dims2()?;
+    if rows != columns || matrix.dtype() != DType::F32 {
+        bail!("{:?} {:?} is no square f32 matrix", matrix.dims(), matrix.dtype());
+    }
     matrix.inplace_op1(&MirrorUpper)
 }
 

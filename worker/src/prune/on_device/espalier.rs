@@ -15,7 +15,7 @@ use crate::prune::{GroupSolver, InputStats, Problem, RowBlock, Solution, SolveCt
 /// Share of the first residual that a refitted row must fall to.
 const TOLERANCE: f64 = 1e-8;
 
-/// A group on a device; the host's solver cuts it into blocks and deals out the zeros.
+/// A group on a device, beside what the host's solver has of it.
 pub(in crate::prune) struct DeviceGroup {
     host: Group,
     gram: DeviceGram,

@@ -28,7 +28,8 @@ impl DeviceYardstick {
     /// Takes the statistics to the device.
     pub(in crate::prune) fn new(stats: &InputStats, device: &Device) -> Result<Self> {
         let stats = stats.to_device(device)?;
-        let correction = stats.dense.map(|dense| Correction::new(&stats.gram, &dense.cross, dense.gram)).transpose()?;
+        let correction =
+            stats.dense.map(|dense| Correction::new(&stats.gram, &dense.cross, dense.gram, BAND)).transpose()?;
         Ok(Self { gram: stats.gram, correction })
     }
 
@@ -52,16 +53,16 @@ impl DeviceYardstick {
 }
 
 impl Correction {
-    fn new(gram: &Tensor, cross: &Tensor, dense: Tensor) -> Result<Self> {
+    fn new(gram: &Tensor, cross: &Tensor, dense: Tensor, height: usize) -> Result<Self> {
         let n = gram.dim(0)?;
         let towards_dense = (cross.t()?.contiguous()? - gram)?;
         let band = |first: usize| {
-            let height = BAND.min(n - first);
+            let height = height.min(n - first);
             let wide = |matrix: &Tensor| matrix.narrow(0, first, height)?.to_dtype(DType::F64);
             let transposed = cross.narrow(1, first, height)?.t()?.contiguous()?.to_dtype(DType::F64)?;
             (((wide(gram)? - wide(cross)?)? - transposed)? + wide(&dense)?)?.to_dtype(DType::F32)
         };
-        let gap = Tensor::cat(&(0..n).step_by(BAND).map(band).collect::<Result<Vec<_>>>()?, 0)?;
+        let gap = Tensor::cat(&(0..n).step_by(height).map(band).collect::<Result<Vec<_>>>()?, 0)?;
         Ok(Self { towards_dense, gap, dense })
     }
 }
@@ -69,8 +70,8 @@ impl Correction {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linalg::matrix;
     use crate::linalg::ops::host;
+    use crate::linalg::{matrix, quadratic, values};
     use crate::prune::fixture;
     use crate::prune::measure::measure;
 
@@ -98,6 +99,24 @@ mod tests {
                         );
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn differences_are_those_of_the_host_whatever_the_height_of_a_band() {
+        let (split, _) = fixture::random_corrected(3, 4, 24, 90).split(60);
+        let stats = &split.problem.stats;
+        let dense = stats.dense.as_ref().unwrap();
+        let [gram, cross, other] = [&stats.gram, &dense.cross, &dense.gram].map(|matrix| values(matrix).unwrap());
+        let expected = quadratic::Correction::new(&gram, &cross, &other, 24);
+        for device in host::devices() {
+            let there = stats.to_device(&device).unwrap();
+            let dense = there.dense.unwrap();
+            for height in [7, 24, 100] {
+                let found = Correction::new(&there.gram, &dense.cross, dense.gram.clone(), height).unwrap();
+                assert_eq!(values(&found.gap).unwrap(), expected.gap, "{device:?} {height}");
+                assert_eq!(values(&found.towards_dense).unwrap(), expected.towards_dense, "{device:?} {height}");
             }
         }
     }

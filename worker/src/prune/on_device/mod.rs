@@ -1,8 +1,8 @@
 //! Methods on a device other than the CPU.
 //!
 //! A method that can be solved there says so by [`Solver::on_device`](super::Solver::on_device). What goes in and what comes
-//! out is on the host, as with any solver, and so are blocks, zeros and conditioning: the same code decides them. What takes
-//! time, factorisations, products and passes over the weights, are tensors on the device ([`crate::linalg::ops`]). The same
+//! out is on the host, as with any solver, and so are blocks and conditioning. What takes
+//! time, factorisations, products, passes over the weights and where their zeros are, are tensors on the device ([`crate::linalg::ops`]). The same
 //! program runs on the CPU in tests. It follows the host's solver step by step; results differ by rounding, see the contract
 //! there, and by what a choice between two weights makes of that.
 //!
