@@ -222,7 +222,10 @@ impl GramAccumulator {
         /// Free bytes for a byte of these sums.
         const ROOM: u64 = 3;
         match &self.on_device {
-            Some(sums) if free_bytes(sums.device()).is_some_and(|free| free < ROOM * sums.bytes()) => self.settle(),
+            Some(sums) if free_bytes(sums.device()).is_some_and(|free| free < ROOM * sums.bytes()) => {
+                tracing::debug!(columns = self.columns, "the device's memory is tight: sums move to the host");
+                self.settle()
+            }
             _ => Ok(()),
         }
     }
@@ -260,10 +263,13 @@ impl GramAccumulator {
             return Err(GramError::Empty);
         }
         let there = match (&self.host, &self.on_device) {
-            (None, Some(sums)) => sums.means(tokens).map(Some).or_else(|error| match is_out_of_memory(&error) {
-                true => Ok(None),
-                false => Err(error),
-            })?,
+            (None, Some(sums)) => match sums.means(tokens) {
+                Err(error) if is_out_of_memory(&error) => {
+                    tracing::warn!(columns, "the device has no memory left: sums move to the host");
+                    None
+                }
+                means => Some(means?),
+            },
             _ => None,
         };
         let means = match there {
