@@ -30,18 +30,29 @@ impl Shares {
         if !must && !pays {
             return;
         }
-        if !order.contains(&owner) {
-            order.insert(0, owner);
+        let owner_comes = !order.contains(&owner);
+        if owner_comes {
+            order.truncate(most.max(1) - 1);
         }
-        order.extend(new);
-        if order.iter().position(|worker| *worker == owner) >= Some(most) {
-            order.retain(|worker| *worker != owner);
-            order.insert(0, owner);
+        let room = most.max(1) - order.len();
+        // Sequences that are held out are among the last leaves, and sums over them are a second set, which need not travel if the
+        // owner has them.
+        let others = new.into_iter().filter(|worker| *worker != owner).take(room - usize::from(owner_comes));
+        let coming: Vec<WorkerId> = others.chain(owner_comes.then_some(owner)).collect();
+        let among = |place: usize| [&order[..place], &coming, &order[place..]].concat();
+        let cuts = (0..=order.len()).map(|place| cut(&among(place)));
+        if let Some(best) = cuts.max_by_key(|cut| self.kept_by(cut)) {
+            self.cut = best;
         }
-        order.truncate(most.max(1));
-        let hands = order.len();
-        let leaves_of = |hand: usize| hand * LEAVES / hands..(hand + 1) * LEAVES / hands;
-        self.cut = order.into_iter().enumerate().map(|(hand, worker)| (worker, leaves_of(hand))).collect();
+    }
+
+    /// Leaves that stay where they are if they are cut so.
+    fn kept_by(&self, cut: &[(WorkerId, Range<usize>)]) -> usize {
+        let kept = |(worker, leaves): &(WorkerId, Range<usize>)| {
+            let had = self.of(*worker);
+            had.end.min(leaves.end).saturating_sub(had.start.max(leaves.start))
+        };
+        cut.iter().map(kept).sum()
     }
 
     /// A worker's leaves; none if it has no share.
@@ -67,6 +78,13 @@ impl Shares {
     }
 }
 
+/// All leaves, cut evenly for some workers in their order.
+fn cut(order: &[WorkerId]) -> Vec<(WorkerId, Range<usize>)> {
+    let hands = order.len();
+    let leaves_of = |hand: usize| hand * LEAVES / hands..(hand + 1) * LEAVES / hands;
+    order.iter().enumerate().map(|(hand, worker)| (*worker, leaves_of(hand))).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -81,7 +99,7 @@ mod tests {
         let mut shares = Shares::default();
         shares.settle(A, &[B, C], LEAVES, (0, 9));
         let first = shares.clone();
-        assert_eq!([shares.of(A), shares.of(B), shares.of(C)], [0..2, 2..5, 5..8]);
+        assert_eq!([shares.of(B), shares.of(C), shares.of(A)], [0..2, 2..5, 5..8], "the owner has the last ones");
         shares.settle(A, &[B, C], LEAVES, (1, 8));
         assert_eq!(shares, first);
         // Another owner is none of the shares' business.
@@ -95,7 +113,12 @@ mod tests {
         let mut shares = Shares::default();
         shares.settle(A, &[B, C], LEAVES, (0, 9));
         shares.settle(A, &[C], LEAVES, (5, 4));
-        assert_eq!([shares.of(A), shares.of(B), shares.of(C)], [0..4, 8..8, 4..8]);
+        assert_eq!([shares.of(C), shares.of(B), shares.of(A)], [0..4, 8..8, 4..8]);
+        let mut other = shares.clone();
+        other.settle(C, &[B], LEAVES, (6, 3));
+        assert_eq!([other.of(C), other.of(B)], [0..4, 4..8], "who is there keeps what it has");
+        shares.settle(C, &[], LEAVES, (6, 3));
+        assert_eq!([shares.of(C), shares.of(A)], [0..8, 8..8]);
         assert!(shares.are_whole());
     }
 
@@ -107,7 +130,7 @@ mod tests {
         shares.settle(A, &[B, C], LEAVES, (5, 5));
         assert_eq!((&shares, shares.of(C)), (&before, 8..8), "making it takes longer than it saves");
         shares.settle(A, &[B, C], LEAVES, (2, 5));
-        assert_eq!(shares.of(C), 5..8);
+        assert_eq!([shares.of(B), shares.of(C), shares.of(A)], [0..2, 2..5, 5..8], "nobody else has any to make");
         assert!(shares.are_whole());
     }
 
@@ -115,8 +138,10 @@ mod tests {
     fn an_owner_has_a_share_however_many_are_there() {
         let mut shares = Shares::default();
         shares.settle(C, &[A, B], 2, (0, 3));
-        assert_eq!([shares.of(C), shares.of(A), shares.of(B)], [0..4, 4..8, 8..8]);
+        assert_eq!([shares.of(A), shares.of(C), shares.of(B)], [0..4, 4..8, 8..8]);
         shares.settle(D, &[A, B, C], 2, (1, 2));
-        assert!(!shares.of(D).is_empty() && shares.workers().count() == 2 && shares.are_whole());
+        assert_eq!([shares.of(A), shares.of(D), shares.of(C)], [0..4, 4..8, 8..8]);
+        shares.settle(B, &[A, C, D], 1, (1, 2));
+        assert!(shares.of(B) == (0..LEAVES) && shares.are_whole());
     }
 }

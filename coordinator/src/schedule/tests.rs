@@ -116,7 +116,7 @@ fn shares_and_their_owner_stay_from_layer_to_layer() {
     let mut actions = scheduler.step(joined(B));
     for layer in 0..3 {
         let (lease, shares) = shared(&actions);
-        assert_eq!((lease.unit, lease.worker, shares), (Unit::Prune(LayerIndex(layer)), A, vec![(B, 4..8)]));
+        assert_eq!((lease.unit, lease.worker, shares), (Unit::Prune(LayerIndex(layer)), A, vec![(B, 0..4)]));
         assert_eq!(started(&actions)[0].1, Origin::Tokens, "where a share begins that nobody kept");
         actions = scheduler.step(done(lease));
     }
@@ -135,7 +135,7 @@ fn a_lost_share_goes_to_whoever_is_left_and_a_late_worker_only_helps_to_solve() 
     let (lease, _) = shared(&scheduler.step(done(lease)));
     let _ = scheduler.step(Event::WorkerJoined { worker: C, speed: 9, more_come: false });
     let (lease, shares) = shared(&scheduler.step(done(lease)));
-    assert_eq!((lease.worker, shares), (A, vec![(B, 4..8), (C, 8..8)]), "three layers to make up for, two to go");
+    assert_eq!((lease.worker, shares), (A, vec![(B, 0..4), (C, 8..8)]), "three layers to make up for, two to go");
     // Its owner is gone: the unit is leased again at once, and its leaves are made again by others.
     let (lease, shares) = shared(&scheduler.step(Event::WorkerLost { worker: A }));
     assert_eq!((lease.worker, lease.attempt, shares), (B, Attempt(2), vec![(C, 4..8)]));
