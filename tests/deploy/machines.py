@@ -64,7 +64,7 @@ def compose(binaries):
         build = service.get("build")
         if build and not (file.parent / build["context"] / build["dockerfile"]).exists():
             wrong.append(f"{name} is built from {build['dockerfile']}, which is not there")
-        if build and not (service.get("read_only") and service.get("cap_drop") == ["ALL"] and service.get("user") == "65532:65532"):
+        if build and not (service.get("read_only") and service.get("cap_drop") == ["ALL"] and service.get("user") == "${ESPALIER_USER:-65532:65532}"):
             wrong.append(f"{name} is not hardened")
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
