@@ -104,11 +104,6 @@ impl CoordinatorSection {
     }
 }
 
-/// A variable for a process that this one starts, unless whoever started this one set it.
-pub fn unless_set<'a>(variable: (&'a str, &'a str)) -> Option<(&'a str, &'a str)> {
-    std::env::var_os(variable.0).is_none().then_some(variable)
-}
-
 impl CoordinatorConfig {
     /// Loads it: defaults < file < environment < `overrides`.
     ///

@@ -13,16 +13,11 @@ use tokio::process::{Child, ChildStdin, Command};
 use tracing::{info, warn};
 
 use self::program::Picked;
-use crate::config;
 use crate::error::RunError;
 use crate::fleet::Roster;
 
 /// How long workers get to end by themselves.
 const GRACE: Duration = Duration::from_secs(5);
-
-/// Lets glibc ask for huge pages: fewer translations for matrices of some megabytes. It takes that from its environment only, and others do
-/// not look at it.
-const HUGE_PAGES: (&str, &str) = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1");
 
 /// Threads of worker `index` of `workers` that share a machine's; those that do not divide evenly go to the first. No result
 /// depends on it.
@@ -136,7 +131,6 @@ fn start_one(picked: &Picked, index: usize, threads: usize, launch: &Launch) -> 
         .args(["--listen", "127.0.0.1:0", "--name", &name, "--exit-with-stdin", "--local"])
         .args(["--threads", &threads.to_string(), "--workers-here", &launch.workers.to_string()])
         .args(["--device", &picked.device(index).to_string()])
-        .envs(config::unless_set(HUGE_PAGES))
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::from(log))

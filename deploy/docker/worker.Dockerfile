@@ -28,8 +28,6 @@ LABEL org.opencontainers.image.title="espalier-worker" \
     org.opencontainers.image.source="https://github.com/espalier/espalier" \
     org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /out/ /
-# Huge pages for matrices: see deploy/README.md.
-ENV GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 # By number, so that runAsNonRoot can be checked. Nothing is written but below /tmp and what is mounted.
 USER 65532:65532
 WORKDIR /
