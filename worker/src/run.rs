@@ -83,6 +83,18 @@ pub enum RunError {
         #[source]
         source: TokenBlockError,
     },
+    /// What the coordinator put into the run's store is not there for this worker.
+    #[error(
+        "this worker does not see the run that the coordinator keeps in {url}, which has to be a path or URL that all machines \
+         have"
+    )]
+    Unseen {
+        /// The run.
+        url: String,
+        /// What is missing.
+        #[source]
+        source: ArtifactError,
+    },
     /// The token block is not the one that the job describes.
     #[error("{name} has {sequences} sequences of {length} tokens, but the job asks for {samples} of {asked}")]
     TokenShape {
@@ -115,7 +127,7 @@ impl RunError {
             Self::Checkpoint(error) => error.class(),
             Self::Model(error) => error.class(),
             Self::Store(error) => error.class(),
-            Self::Artifact(error) => error.class(),
+            Self::Artifact(error) | Self::Unseen { source: error, .. } => error.class(),
             Self::Mask(error) => error.class(),
             Self::Tokens { .. } => FaultClass::Bug,
         }
@@ -334,7 +346,12 @@ impl Run {
         let method = build_method(&job)?;
         let store = config::open_store(run_url)?;
         let name = tokens.name.clone();
-        let tokens = read_tokens(&*store, tokens)?;
+        let tokens = read_tokens(&*store, tokens).map_err(|error| match error {
+            RunError::Artifact(source @ ArtifactError::Store(StoreError::NotFound { .. })) => {
+                RunError::Unseen { url: run_url.to_owned(), source }
+            }
+            error => error,
+        })?;
         let (samples, asked) = (job.calibration.samples, job.calibration.sequence_length);
         let (sequences, length) = (tokens.sequences(), tokens.sequence_length());
         if (sequences, length) != (samples, asked) {

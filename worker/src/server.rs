@@ -287,8 +287,11 @@ impl Worker for WorkerService {
         let tokens = artifact(request.tokens)?;
         let session = Arc::clone(&self.session);
         let prepared = move || session.prepare(run, request.job_json, &request.run_url, &tokens);
-        let fault = blocking(prepared).await?.err().map(|error| error.fault().into());
-        Ok(Response::new(pb::PrepareResponse { fault }))
+        let fault = blocking(prepared).await?.err().map(|error| error.fault());
+        if let Some(fault) = &fault {
+            tracing::warn!(%fault, "cannot take part in a run");
+        }
+        Ok(Response::new(pb::PrepareResponse { fault: fault.map(Into::into) }))
     }
 
     async fn forward_layer(&self, request: Request<pb::ForwardLayerRequest>) -> Result<Response<pb::Started>, Status> {

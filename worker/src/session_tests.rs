@@ -557,3 +557,17 @@ async fn a_unit_of_its_own_ends_an_assistance() {
     assert_eq!((&shared.0, &own.0), (&alone, &alone[0]));
     assert!(tasks.shut_down(Duration::from_secs(5)).await);
 }
+
+#[tokio::test]
+async fn a_worker_that_does_not_see_the_run_says_so_and_may_be_asked_again() {
+    let run = TestRun::new("llama-tiny", "magnitude", "pruned");
+    let elsewhere = tempfile::tempdir().unwrap();
+    let url = elsewhere.path().display().to_string();
+    let worker = TestWorker::idle(u64::MAX);
+    let refused = worker.session.prepare(run.id.clone(), run.job.clone(), &url, &run.tokens).unwrap_err();
+    let fault = refused.fault();
+    assert!(fault.message.contains(&url) && fault.message.contains("all machines have"), "{}", fault.message);
+    assert!(fault.message.contains("tokens/calibration"), "{}", fault.message);
+    assert_ne!(fault.class, FaultClass::Reject, "others may see it");
+    worker.attached_to(&run);
+}

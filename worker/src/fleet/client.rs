@@ -220,6 +220,7 @@ mod tests {
             let beat = request.into_inner();
             assert_eq!(beat.coordinator, 7);
             let dismissed = self.is_over.load(Ordering::SeqCst);
+            self.changed.notify_one();
             Ok(Response::new(pb::HeartbeatResponse { known: beat.worker != 1, dismissed }))
         }
 
@@ -288,6 +289,8 @@ mod tests {
         until(&coordinator, || coordinator.registered.load(Ordering::SeqCst) == 2).await;
         until(&coordinator, || !coordinator.reports.lock().unwrap().is_empty()).await;
         assert_eq!(coordinator.reports.lock().unwrap()[0].held, [3]);
+        // It was registered there before it knows its new number here.
+        until(&coordinator, || membership.worker.load(Ordering::SeqCst) == 2).await;
         membership.leave(Duration::from_secs(5)).await;
         assert_eq!(coordinator.left.load(Ordering::SeqCst), 2);
         assert!(tasks.shut_down(Duration::from_secs(5)).await);

@@ -134,6 +134,8 @@ impl Membership {
     async fn beat(&self, mut interval: Duration) -> Result<(), CallError> {
         let silence = self.silence.unwrap_or(UNREACHABLE);
         let mut heard = Instant::now();
+        // A worker that the coordinator cannot use is forgotten as soon as it is known.
+        let mut forgotten = Backoff::default();
         loop {
             tokio::time::sleep(interval).await;
             self.turn();
@@ -145,10 +147,12 @@ impl Membership {
                 Ok(pb::HeartbeatResponse { known, .. }) => {
                     heard = Instant::now();
                     if known {
+                        forgotten = Backoff::default();
                         self.session.readiness().set(Ok(()));
                     } else {
                         tracing::warn!("the coordinator does not know this worker: registering again");
                         self.session.abandon_all();
+                        tokio::time::sleep(forgotten.next()).await;
                         interval = self.register(silence).await?;
                     }
                 }
