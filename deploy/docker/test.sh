@@ -6,17 +6,19 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 target=$1
 cargo=$2
+# shellcheck source=deploy/docker/compose.sh
+. deploy/docker/compose.sh
 # shellcheck source=deploy/docker/engine.sh
 . deploy/docker/engine.sh
 # shellcheck source=deploy/docker/bases.sh
 . deploy/docker/bases.sh
-# shellcheck source=deploy/docker/compose.sh
-. deploy/docker/compose.sh
+# Apart from a cluster and from images that somebody uses.
+export ESPALIER_PROJECT=espalier-test ESPALIER_TAG=test ESPALIER_TLS=$bases/tls
+trap 'compose down --volumes --remove-orphans >/dev/null 2>&1 || true; end_engine' EXIT
 
 fail() {
     echo "test-compose: $1" >&2
-    compose logs --no-color --tail 30 coordinator worker-1 worker-2 worker-3 >&2
-    compose down --volumes >/dev/null 2>&1 || true
+    compose logs --no-color --tail 30 coordinator worker-1 worker-2 worker-3 >&2 || true
     exit 1
 }
 # Waits until so many layers were pruned, or the coordinator has ended.
@@ -25,6 +27,7 @@ pruned() {
         [ "$(docker inspect --format '{{.State.Running}}' "$coordinator")" = true ] || fail "the job ended before layer $1 was pruned"
         sleep 0.2
     done
+    [ "$(docker inspect --format '{{.State.Running}}' "$coordinator")" = true ] || fail "the job ended before anything could be disturbed"
 }
 
 certify
@@ -50,6 +53,11 @@ code=$(docker wait "$coordinator")
 [ "$code" = 0 ] || fail "the coordinator ended with $code"
 code=$(docker wait "$(container worker-3)")
 [ "$code" = 0 ] || fail "worker-3, whom nobody disturbed, ended with $code"
+# Whoever owned the layer or had a share of it says so.
+{ docker logs "$coordinator"; docker logs "$(container worker-2)"; docker logs "$(container worker-3)"; } >"$target/docker/said.log" 2>&1
+for worker in worker-1 worker-2; do
+    grep -qE "\($worker\) is lost|going on without an assistant.*$worker:" "$target/docker/said.log" || fail "nobody missed $worker"
+done
 
 rm -rf "$target"/docker/{there,here,here.run}
 mkdir -p "$target/docker/there"
@@ -73,5 +81,4 @@ ln -sfn "$PWD/tests/golden/tiny/llama-tiny" "$target/docker/model"
     --calibration tests/golden/text/wikitext2-valid-head.txt --output "$target/docker/here"
 diff --recursive --brief "$target/docker/here" "$target/docker/there" || fail "what the bucket has is not what one machine makes"
 (cd "$target/docker/there" && sha256sum ./*)
-compose down --volumes >/dev/null 2>&1
 echo "test-compose: passed"

@@ -6,8 +6,11 @@ cd "$(dirname "$0")/../.."
 # shellcheck source=deploy/docker/compose.sh
 . deploy/docker/compose.sh
 
+missing=$(lacking)
+[ -z "$missing" ] || { echo "up.sh: $missing" >&2; exit 1; }
+docker info >/dev/null 2>&1 || { echo "up.sh: no Docker engine answers" >&2; exit 1; }
 certify
-trap 'compose down --volumes' EXIT
+trap 'compose down --volumes || true' EXIT
 compose up --build --detach
 coordinator=$(container coordinator)
 docker logs --follow "$coordinator"

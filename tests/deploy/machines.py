@@ -69,7 +69,7 @@ def compose(binaries):
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
             # Certificates are made before it is started.
-            if "docker/tls/" not in source and not (file.parent / source).exists():
+            if not source.startswith("${ESPALIER_TLS") and not (file.parent / source).exists():
                 wrong.append(f"{name} mounts {source}, which is not there")
     yield "deploy/compose.yaml", "; ".join(wrong) or None
     fine, said = done(binaries / "espalier-worker", "check", DEPLOY / "docker/job.toml")

@@ -568,6 +568,6 @@ async fn a_worker_that_does_not_see_the_run_says_so_and_may_be_asked_again() {
     let fault = refused.fault();
     assert!(fault.message.contains(&url) && fault.message.contains("all machines have"), "{}", fault.message);
     assert!(fault.message.contains("tokens/calibration"), "{}", fault.message);
-    assert_ne!(fault.class, FaultClass::Reject, "others may see it");
+    assert_eq!(fault.class, FaultClass::RetryElsewhere);
     worker.attached_to(&run);
 }

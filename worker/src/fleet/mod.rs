@@ -134,8 +134,8 @@ impl Membership {
     async fn beat(&self, mut interval: Duration) -> Result<(), CallError> {
         let silence = self.silence.unwrap_or(UNREACHABLE);
         let mut heard = Instant::now();
-        // A worker that the coordinator cannot use is forgotten as soon as it is known.
-        let mut forgotten = Backoff::default();
+        // A worker that the coordinator cannot use is forgotten as soon as it is known: it waits longer each time.
+        let (mut forgotten, mut next_try) = (Backoff::default(), Instant::now());
         loop {
             tokio::time::sleep(interval).await;
             self.turn();
@@ -147,13 +147,16 @@ impl Membership {
                 Ok(pb::HeartbeatResponse { known, .. }) => {
                     heard = Instant::now();
                     if known {
-                        forgotten = Backoff::default();
+                        (forgotten, next_try) = (Backoff::default(), heard);
                         self.session.readiness().set(Ok(()));
-                    } else {
+                        continue;
+                    }
+                    self.session.abandon_all();
+                    self.session.readiness().set(Err("it is not registered"));
+                    if next_try <= heard {
                         tracing::warn!("the coordinator does not know this worker: registering again");
-                        self.session.abandon_all();
-                        tokio::time::sleep(forgotten.next()).await;
                         interval = self.register(silence).await?;
+                        next_try = Instant::now() + forgotten.next();
                     }
                 }
                 Err(error) if error.may_pass() && heard.elapsed() < silence => {
