@@ -19,7 +19,7 @@ use crate::boundary;
 use crate::calibrate::capture::{Lane, finish_layer, forward_layer};
 use crate::calibrate::tree::LEAVES;
 use crate::crew::owner::Help;
-use crate::crew::{Crew, Input, gather_leaves};
+use crate::crew::{Crew, Gathered, Input, Laying, gather_leaves};
 use crate::cut_task::cut_layer;
 use crate::holdings::HiddenStates;
 use crate::keeping::Keeping;
@@ -28,7 +28,7 @@ use crate::mask::MaskError;
 use crate::model::DecoderLayer;
 use crate::prune::measure::relative;
 use crate::prune::verify::{check, verify};
-use crate::prune::{InputStats, Problem, Solution};
+use crate::prune::{InputStats, Problem, RowBlock, Solution};
 use crate::reconstruct::{self, Draft};
 use crate::source::Workplace;
 use crate::unit::{Phases, TaskError};
@@ -173,11 +173,13 @@ fn prune_groups(
     let (mut done, mut gathered, mut draft) = (Vec::new(), Vec::new(), None);
     for (group, members) in outline.groups.iter().enumerate() {
         phases.enter(Some(group));
-        let stats = Arc::new(crew.gather(group, phases)?);
+        crew.ask_on(group);
+        let cut = cut_into_blocks(place, crew.layer(), (group, members), pattern)?;
+        let Gathered { stats, laying } = crew.gather(group, &cut, phases)?;
         if run.method.reconstruct.is_some() {
             draft = draft.or_else(|| Draft::begin(group, crew.alone().lanes()));
         }
-        done.extend(prune_group(place, crew, group, members, pattern, &stats, phases)?);
+        done.extend(prune_group(place, crew, (group, members), (pattern, cut), (&stats, laying), phases)?);
         if draft.is_some() {
             gathered.push(stats);
         }
@@ -259,14 +261,29 @@ struct Pruned {
     report: SublayerReport,
 }
 
+/// The blocks of rows that each member of a group is cut into.
+fn cut_into_blocks(
+    place: &Workplace<'_>,
+    layer: &dyn DecoderLayer,
+    (group, members): (usize, &[SublayerOutline]),
+    pattern: Pattern,
+) -> Result<Vec<Vec<RowBlock>>, TaskError> {
+    let cut = |(member, sublayer): (usize, &SublayerOutline)| {
+        let weight = layer.weight(group, member);
+        let problem = Problem { tensor: &sublayer.tensor, weight, pattern, imported: None };
+        let failed = |source| TaskError::Solve { tensor: sublayer.tensor.clone(), source };
+        place.run.method.solver.blocks(&problem).map_err(failed)
+    };
+    members.iter().enumerate().map(cut).collect()
+}
+
 /// Solves the sublayers of a group, puts them into the layer as they will be stored, and checks them.
 fn prune_group(
     place: &Workplace<'_>,
     crew: &mut Crew<'_>,
-    group: usize,
-    members: &[SublayerOutline],
-    pattern: Pattern,
-    stats: &Arc<InputStats>,
+    (group, members): (usize, &[SublayerOutline]),
+    (pattern, cut): (Pattern, Vec<Vec<RowBlock>>),
+    (stats, laying): (&Arc<InputStats>, Option<Laying>),
     phases: &mut Phases,
 ) -> Result<Vec<Pruned>, TaskError> {
     let (ctx, device) = (place.control.solve_ctx(), &place.run.device);
@@ -276,14 +293,11 @@ fn prune_group(
     };
     place.control.set_progress("solve", 0, members.len());
     let watch = Stopwatch::start();
-    let mut cut = Vec::new();
-    for (member, sublayer) in members.iter().enumerate() {
-        let weight = crew.layer().weight(group, member);
-        let problem = Problem { tensor: &sublayer.tensor, weight, pattern, imported: None };
-        cut.push(place.run.method.solver.blocks(&problem).map_err(failed(member))?);
-    }
-    crew.offer(group, stats, cut.iter().map(Vec::len).sum())?;
-    let solver = place.prepare_solver(Arc::clone(stats)).map_err(failed(0))?;
+    let solver = match &laying {
+        Some(laying) => Arc::clone(&laying.groundwork).complete(Arc::clone(stats)),
+        None => place.prepare_solver(Arc::clone(stats)),
+    };
+    let solver = solver.map_err(failed(0))?;
     tracing::debug!(group, seconds = watch.seconds(), "the solver is ready");
     let phase = place.solve_phase(solver.device().is_some());
     let imported = |sublayer| place.run.mask.as_ref().map(|mask| mask.weight(sublayer, &Device::Cpu)).transpose();
@@ -297,7 +311,7 @@ fn prune_group(
         imported: imported[member].as_ref(),
     };
     let problems: Vec<Problem<'_>> = (0..members.len()).map(problem).collect();
-    let solved = crew.solve(group, stats, &*solver, (&problems, cut), &ctx);
+    let solved = crew.solve(group, (&*solver, laying), (&problems, cut), &ctx);
     let solved = solved.map_err(|(member, source)| failed(member)(source))?;
     drop(solver);
     let (seconds, waiting) = (watch.seconds(), crew.take_waiting());

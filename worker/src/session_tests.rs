@@ -476,11 +476,21 @@ fn in_small_blocks(name: &str, method: &str) -> TestRun {
     TestRun { job, ..run }
 }
 
+/// The same without held-out sequences and a target blend, so that the gram is all there is of statistics.
+fn gram_alone(name: &str) -> TestRun {
+    let run = in_small_blocks(name, "espalier");
+    let job = run.job.replace("\"held_out\":0.2", "\"held_out\":0.0");
+    assert_ne!(job, run.job);
+    TestRun { job, ..run }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn assistants_change_no_byte_whatever_the_method() {
     let methods = ["espalier", "sparsegpt", "alps", "fista", "wanda", "magnitude"];
-    for (method, name) in methods.into_iter().zip(["llama-tiny", "opt-tiny", "qwen2-tiny"].into_iter().cycle()) {
-        let (run, tasks) = (in_small_blocks(name, method), TaskGroup::new());
+    let runs = methods.into_iter().zip(["llama-tiny", "opt-tiny", "qwen2-tiny"].into_iter().cycle());
+    let runs = runs.map(|(method, name)| (method, name, in_small_blocks(name, method)));
+    for (method, name, run) in runs.chain([("the gram alone", "llama-tiny", gram_alone("llama-tiny"))]) {
+        let tasks = TaskGroup::new();
         let alone = TestWorker::prepared(&run, u64::MAX).with_assistants(&run, &[]).await;
         let helpers: Vec<_> = (0..3).map(|_| served(&run, &tasks)).collect();
         let endpoints: Vec<String> = helpers.iter().map(|(_, endpoint)| endpoint.clone()).collect();
@@ -523,9 +533,10 @@ async fn an_assistant_that_is_gone_costs_nothing_whenever_it_goes() {
     let (alone, none) = TestWorker::prepared(&run, u64::MAX).with_assistants(&run, &[]).await;
     assert_eq!(none, 0);
     let (helper, endpoint) = served(&run, &tasks);
-    // From before its first word to after its last: in the middle of sums, of solved blocks, of the output.
+    // From before its first word to after its last: in the middle of either portion of sums, of parts, of blocks, of the output.
     let mut lost = Vec::new();
-    for after in [0, 100, 5_000, 30_000, 100_000, 200_000, 300_000, 400_000, 1 << 30] {
+    let within_a_layer = (1..24).map(|step| step * 40_000);
+    for after in [0, 100, 5_000].into_iter().chain(within_a_layer).chain([1 << 30]) {
         let endpoint = cut_off(&tasks, &endpoint, after).await;
         let (artifacts, given_up) =
             TestWorker::prepared(&run, u64::MAX).with_assistants(&run, std::slice::from_ref(&endpoint)).await;
@@ -533,7 +544,7 @@ async fn an_assistant_that_is_gone_costs_nothing_whenever_it_goes() {
         lost.push(given_up);
     }
     assert_eq!((lost[0], lost[1], *lost.last().unwrap()), (2, 2, 0), "{lost:?}");
-    assert!(lost.iter().filter(|&&lost| lost > 0).count() > 3, "{lost:?}");
+    assert!(lost.iter().filter(|&&lost| lost > 0).count() > 10, "{lost:?}");
     // Nobody there, and somebody who is prepared for nothing.
     let stranger = TestWorker::idle(u64::MAX);
     let listener = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();

@@ -5,9 +5,8 @@ use espalier_common::fault::FaultClass;
 use rayon::prelude::*;
 
 use super::device_sums::DeviceSums;
+use super::host_sum::{HostSum, Panels};
 use crate::device::memory::{free_bytes, is_out_of_memory};
-use crate::linalg::factor::mirror_upper;
-use crate::linalg::gemm::{View, gemm};
 use crate::linalg::{held, matrix, slices};
 use crate::prune::problem::{DenseStats, InputStats};
 
@@ -72,6 +71,38 @@ impl GramError {
     }
 }
 
+/// Which second moments of a group's inputs there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Moments {
+    /// `X̂ᵀX̂`.
+    Gram,
+    /// `X̂ᵀX` and `XᵀX`.
+    Dense,
+    /// All three, in this order.
+    All,
+}
+
+impl Moments {
+    /// All there are, depending on whether dense inputs X come beside the corrected X̂.
+    pub fn all(with_dense: bool) -> Self {
+        if with_dense { Self::All } else { Self::Gram }
+    }
+
+    /// Whether each is symmetric.
+    fn symmetric(self) -> &'static [bool] {
+        match self {
+            Self::Gram => &[true],
+            Self::Dense => &[false, true],
+            Self::All => &[true, false, true],
+        }
+    }
+
+    /// How many numbers the sums are, `columns` wide.
+    pub fn numbers(self, columns: usize) -> usize {
+        self.symmetric().iter().map(|symmetric| HostSum::length(columns, *symmetric)).sum()
+    }
+}
+
 /// Sums `X̂ᵀX̂`, and `X̂ᵀX` and `XᵀX` where dense inputs are wanted too.
 ///
 /// A sequence is one chunk (cut past 4096 tokens). Products of a chunk are f32, chunks are added in f64 in the order given:
@@ -80,10 +111,10 @@ impl GramError {
 #[derive(Debug, Clone)]
 pub struct GramAccumulator {
     columns: usize,
-    with_dense: bool,
+    moments: Moments,
     tokens: usize,
     /// What is on the host.
-    host: Option<HostSums>,
+    host: Option<Vec<HostSum>>,
     /// What is on another device than the CPU, and not in the sums of the host.
     on_device: Option<DeviceSums>,
 }
@@ -91,43 +122,67 @@ pub struct GramAccumulator {
 impl GramAccumulator {
     /// An empty sum over inputs `columns` wide; `with_dense` if dense inputs X come beside the corrected X̂.
     pub fn new(columns: usize, with_dense: bool) -> Self {
-        Self { columns, with_dense, tokens: 0, host: None, on_device: None }
+        Self { columns, moments: Moments::all(with_dense), tokens: 0, host: None, on_device: None }
     }
 
-    /// How many numbers [`Self::push_values`] adds.
-    pub fn length(columns: usize, with_dense: bool) -> usize {
-        let length = |symmetric| tiles(columns, symmetric).map(|(_, _, height, width)| height * width).sum::<usize>();
-        if with_dense { 2 * length(true) + length(false) } else { length(true) }
-    }
-
-    /// How many numbers the sums are.
-    pub fn numbers(&self) -> usize {
-        Self::length(self.columns, self.with_dense)
-    }
-
-    /// Puts the sums as they are, for a wire, behind `values`.
+    /// The sums as they are, for a wire.
     ///
     /// # Errors
     /// As [`Self::settle`].
-    pub fn push_values(&mut self, values: &mut Vec<f64>) -> Result<(), GramError> {
+    pub fn into_values(mut self) -> Result<Vec<f64>, GramError> {
         self.settle()?;
-        self.on_host().each().flat_map(|sum| &sum.tiles).for_each(|tile| values.extend_from_slice(&tile.sum));
+        self.on_host();
+        let mut sums = self.host.unwrap_or_default().into_iter().map(HostSum::into_values);
+        // One alone is not copied.
+        let mut values = sums.next().unwrap_or_default();
+        sums.for_each(|sum| values.extend_from_slice(&sum));
+        Ok(values)
+    }
+
+    /// Sums over `tokens` tokens, from what [`Self::into_values`] gave.
+    pub fn from_values(columns: usize, moments: Moments, tokens: usize, mut values: &[f64]) -> Self {
+        let sum = |symmetric: &bool| {
+            let (here, rest) = values.split_at(HostSum::length(columns, *symmetric));
+            values = rest;
+            HostSum::from_values(columns, *symmetric, here.to_vec())
+        };
+        let host = moments.symmetric().iter().map(sum).collect();
+        Self { columns, moments, tokens, host: Some(host), on_device: None }
+    }
+
+    /// Adds the sums over `tokens` more tokens, from what [`Self::into_values`] gave of the same moments.
+    ///
+    /// # Errors
+    /// As [`Self::settle`].
+    pub fn add_values(&mut self, tokens: usize, mut values: &[f64]) -> Result<(), GramError> {
+        self.settle()?;
+        for sum in self.on_host() {
+            let (here, rest) = values.split_at(sum.values().len());
+            sum.merge(here);
+            values = rest;
+        }
+        self.tokens += tokens;
         Ok(())
     }
 
-    /// Sums over `tokens` tokens, from what [`Self::push_values`] gave.
-    pub fn from_values(columns: usize, with_dense: bool, tokens: usize, mut values: &[f64]) -> Self {
-        let mut sums = HostSums::new(columns, with_dense);
-        for tile in sums.each_mut().flat_map(|sum| sum.tiles.iter_mut()) {
-            let (here, rest) = values.split_at(tile.sum.len());
-            tile.sum.copy_from_slice(here);
-            values = rest;
+    /// The sums of corrected inputs alone and, if there are any, those with dense ones: each can be merged and averaged apart.
+    ///
+    /// # Errors
+    /// As [`Self::settle`].
+    pub fn split(mut self) -> Result<(Self, Option<Self>), GramError> {
+        self.settle()?;
+        if self.moments != Moments::All {
+            return Ok((self, None));
         }
-        Self { tokens, host: Some(sums), ..Self::new(columns, with_dense) }
+        let with_dense = self.on_host().split_off(1);
+        let others = Self { moments: Moments::Dense, host: Some(with_dense), on_device: None, ..self };
+        self.moments = Moments::Gram;
+        Ok((self, Some(others)))
     }
 
-    fn on_host(&mut self) -> &mut HostSums {
-        self.host.get_or_insert_with(|| HostSums::new(self.columns, self.with_dense))
+    fn on_host(&mut self) -> &mut Vec<HostSum> {
+        let sum = |symmetric: &bool| HostSum::new(self.columns, *symmetric);
+        self.host.get_or_insert_with(|| self.moments.symmetric().iter().map(sum).collect())
     }
 
     /// Tokens added so far.
@@ -138,11 +193,15 @@ impl GramAccumulator {
     /// Floating-point operations so far, symmetric products counted at half.
     pub fn flops(&self) -> f64 {
         let full = 2.0 * self.tokens as f64 * (self.columns * self.columns) as f64;
-        if self.with_dense { 2.0 * full } else { 0.5 * full }
+        match self.moments {
+            Moments::Gram => 0.5 * full,
+            Moments::Dense => 1.5 * full,
+            Moments::All => 2.0 * full,
+        }
     }
 
     /// Adds the inputs of some sequences, in calibration order: `corrected` X̂ and, if dense inputs were asked for, `dense` X,
-    /// each `[tokens, in]` f32. More sequences a call feed more cores. Those on another device than the CPU are summed there,
+    /// each `[tokens, in]` f32. Those on another device than the CPU are summed there,
     /// until [`Self::settle`].
     ///
     /// # Errors
@@ -157,19 +216,33 @@ impl GramAccumulator {
         let (corrected, dense) = (held(&corrected), dense.as_deref().map(held));
         let corrected = slices(&corrected)?;
         let dense = dense.as_deref().map(slices).transpose()?;
-        let paired = match (&dense, self.with_dense) {
-            (Some(dense), true) => dense.iter().map(|rows| rows.len()).eq(corrected.iter().map(|rows| rows.len())),
-            (None, false) => true,
+        let paired = match (&dense, self.moments) {
+            (Some(dense), Moments::All) => {
+                dense.iter().map(|rows| rows.len()).eq(corrected.iter().map(|rows| rows.len()))
+            }
+            (None, Moments::Gram) => true,
             _ => false,
         };
         if !paired {
             return Err(GramError::Unpaired);
         }
+        let (columns, mut left, mut right) = (self.columns, Panels::default(), Panels::default());
         let sums = self.on_host();
-        sums.gram.add(&corrected, &corrected);
-        if let (Some(dense), Some((cross, gram))) = (&dense, &mut sums.dense) {
-            cross.add(&corrected, dense);
-            gram.add(dense, dense);
+        for (index, corrected) in corrected.iter().enumerate() {
+            let mut dense = dense.as_ref().map(|dense| dense[index].chunks(CHUNK_TOKENS * columns));
+            for corrected in corrected.chunks(CHUNK_TOKENS * columns) {
+                left.fill(corrected, columns);
+                match (&mut sums[..], dense.as_mut().and_then(Iterator::next)) {
+                    ([gram, cross, dense_gram], Some(dense)) => {
+                        right.fill(dense, columns);
+                        gram.add(&left, &left);
+                        cross.add(&left, &right);
+                        dense_gram.add(&right, &right);
+                    }
+                    ([gram], None) => gram.add(&left, &left),
+                    _ => unreachable!("as many sums as there are inputs to sum"),
+                }
+            }
         }
         self.tokens += corrected.iter().map(|rows| rows.len() / self.columns).sum::<usize>();
         Ok(())
@@ -185,13 +258,13 @@ impl GramAccumulator {
         };
         let tokens = lengths(corrected)?;
         let of_dense = dense.map(lengths).transpose()?;
-        if of_dense.is_some() != self.with_dense || of_dense.is_some_and(|dense| dense != tokens) {
+        if of_dense.is_some() != (self.moments == Moments::All) || of_dense.is_some_and(|dense| dense != tokens) {
             return Err(GramError::Unpaired);
         }
         for (index, (inputs, tokens)) in corrected.iter().zip(tokens).enumerate() {
             let sums = match self.on_device.take() {
                 Some(sums) => sums,
-                None => DeviceSums::new(self.columns, self.with_dense, inputs.device())?,
+                None => DeviceSums::new(self.columns, dense.is_some(), inputs.device())?,
             };
             let sums = self.on_device.insert(sums);
             sums.add(inputs, dense.map(|dense| &dense[index]))?;
@@ -209,7 +282,7 @@ impl GramAccumulator {
             // What fails leaves everything as it was: it may be done again.
             let matrices = sums.to_host()?;
             self.on_device = None;
-            self.on_host().each_mut().zip(&matrices).for_each(|(sum, more)| sum.add_matrix(more));
+            self.on_host().iter_mut().zip(&matrices).for_each(|(sum, more)| sum.add_matrix(more));
         }
         Ok(())
     }
@@ -235,7 +308,7 @@ impl GramAccumulator {
     /// # Errors
     /// `Mismatch`; `Backend`.
     pub fn merge(mut first: Self, mut second: Self) -> Result<Self, GramError> {
-        if first.columns != second.columns || first.with_dense != second.with_dense {
+        if first.columns != second.columns || first.moments != second.moments {
             return Err(GramError::Mismatch { left: first.columns, right: second.columns });
         }
         match (&first, &second) {
@@ -246,7 +319,7 @@ impl GramAccumulator {
                 first.settle()?;
                 second.settle()?;
                 let more = second.on_host();
-                first.on_host().each_mut().zip(more.each()).for_each(|(sum, more)| sum.merge(more));
+                first.on_host().iter_mut().zip(more).for_each(|(sum, more)| sum.merge(more.values()));
             }
         }
         first.tokens += second.tokens;
@@ -256,8 +329,28 @@ impl GramAccumulator {
     /// The mean over tokens, in f32 on `device`, without held-out statistics.
     ///
     /// # Errors
+    /// As [`Self::means`].
+    pub fn finish(self, device: &Device) -> Result<InputStats, GramError> {
+        debug_assert_ne!(self.moments, Moments::Dense, "a gram is always summed");
+        let tokens = self.tokens;
+        let mut means = self.means(device)?.into_iter();
+        let gram = means.next().expect("a gram is always summed");
+        Ok(InputStats { gram, dense: dense_of(means), tokens, held_out: None })
+    }
+
+    /// The means over tokens of what [`Self::split`] has apart, if it is there.
+    ///
+    /// # Errors
+    /// As [`Self::means`].
+    pub fn finish_dense(self, device: &Device) -> Result<Option<DenseStats>, GramError> {
+        Ok(dense_of(self.means(device)?.into_iter()))
+    }
+
+    /// The mean of each sum over tokens, in f32 on `device`.
+    ///
+    /// # Errors
     /// `Empty` if nothing was added, `NotFinite` with the first channel that overflowed; `Backend`.
-    pub fn finish(mut self, device: &Device) -> Result<InputStats, GramError> {
+    fn means(mut self, device: &Device) -> Result<Vec<Tensor>, GramError> {
         let (columns, tokens) = (self.columns, self.tokens);
         if tokens == 0 {
             return Err(GramError::Empty);
@@ -276,7 +369,7 @@ impl GramAccumulator {
             Some(means) => means,
             None => {
                 self.settle()?;
-                self.on_host().each().map(|sum| sum.mean(tokens)).collect()
+                self.on_host().iter().map(|sum| sum.mean(tokens)).collect()
             }
         };
         let of_row = |mean: &Vec<f32>| {
@@ -286,13 +379,7 @@ impl GramAccumulator {
         if let Some(channel) = means.iter().find_map(of_row) {
             return Err(GramError::NotFinite { channel });
         }
-        let mut means = means.into_iter().map(|mean| Ok::<_, GramError>(matrix(mean, columns, device)?));
-        let gram = means.next().expect("a gram is always summed")?;
-        let dense = match (means.next(), means.next()) {
-            (Some(cross), Some(gram)) => Some(DenseStats { cross: cross?, gram: gram? }),
-            _ => None,
-        };
-        Ok(InputStats { gram, dense, tokens, held_out: None })
+        means.into_iter().map(|mean| Ok(matrix(mean, columns, device)?)).collect()
     }
 
     /// The same inputs, row-major f32.
@@ -305,114 +392,9 @@ impl GramAccumulator {
     }
 }
 
-/// `Σ X̂ᵀX̂`, and `Σ X̂ᵀX` and `Σ XᵀX` if dense inputs come beside the corrected ones.
-#[derive(Debug, Clone)]
-struct HostSums {
-    gram: Sum,
-    dense: Option<(Sum, Sum)>,
-}
-
-impl HostSums {
-    fn new(columns: usize, with_dense: bool) -> Self {
-        let dense = with_dense.then(|| (Sum::new(columns, false), Sum::new(columns, true)));
-        Self { gram: Sum::new(columns, true), dense }
-    }
-
-    fn each(&self) -> impl Iterator<Item = &Sum> {
-        [&self.gram].into_iter().chain(self.dense.iter().flat_map(|(cross, gram)| [cross, gram]))
-    }
-
-    fn each_mut(&mut self) -> impl Iterator<Item = &mut Sum> {
-        [&mut self.gram].into_iter().chain(self.dense.iter_mut().flat_map(|(cross, gram)| [cross, gram]))
-    }
-}
-
-/// `Σ aᵀb` in f64, cut into square tiles.
-#[derive(Debug, Clone)]
-struct Sum {
-    columns: usize,
-    symmetric: bool,
-    tiles: Vec<Tile>,
-}
-
-#[derive(Debug, Clone)]
-struct Tile {
-    top: usize,
-    left: usize,
-    height: usize,
-    width: usize,
-    sum: Vec<f64>,
-}
-
-/// Top, left, height and width of each tile.
-fn tiles(columns: usize, symmetric: bool) -> impl Iterator<Item = (usize, usize, usize, usize)> {
-    // Small tiles waste less work on the diagonal, and of narrow rows they stay in the cache.
-    let side = if columns <= 2048 { 48 } else { 96 };
-    let size = move |start: usize| side.min(columns - start);
-    (0..columns)
-        .step_by(side)
-        .flat_map(move |top| (0..columns).step_by(side).map(move |left| (top, left)))
-        .filter(move |(top, left)| !symmetric || left >= top)
-        .map(move |(top, left)| (top, left, size(top), size(left)))
-}
-
-impl Sum {
-    fn new(columns: usize, symmetric: bool) -> Self {
-        let tile = |(top, left, height, width)| Tile { top, left, height, width, sum: vec![0.0; height * width] };
-        Self { columns, symmetric, tiles: tiles(columns, symmetric).map(tile).collect() }
-    }
-
-    fn add(&mut self, a: &[&[f32]], b: &[&[f32]]) {
-        let n = self.columns;
-        self.tiles.par_iter_mut().for_each_init(Vec::new, |product, tile| {
-            product.resize(tile.sum.len(), 0.0);
-            for (a, b) in a.iter().zip(b) {
-                for (a, b) in a.chunks(CHUNK_TOKENS * n).zip(b.chunks(CHUNK_TOKENS * n)) {
-                    let tokens = a.len() / n;
-                    let left = View::new(&a[tile.top..], tokens, tile.height, n).transposed();
-                    let right = View::new(&b[tile.left..], tokens, tile.width, n);
-                    gemm(product, tile.width, 0.0, left, right, 1.0);
-                    tile.sum.iter_mut().zip(&*product).for_each(|(sum, x)| *sum += f64::from(*x));
-                }
-            }
-        });
-    }
-
-    /// Adds a whole matrix, row-major.
-    fn add_matrix(&mut self, matrix: &[f64]) {
-        let n = self.columns;
-        self.tiles.par_iter_mut().for_each(|tile| {
-            for (i, row) in tile.sum.chunks_mut(tile.width).enumerate() {
-                let more = &matrix[(tile.top + i) * n + tile.left..][..tile.width];
-                row.iter_mut().zip(more).for_each(|(sum, x)| *sum += x);
-            }
-        });
-    }
-
-    fn merge(&mut self, other: &Self) {
-        self.tiles.par_iter_mut().zip(&other.tiles).for_each(|(tile, more)| {
-            tile.sum.iter_mut().zip(&more.sum).for_each(|(sum, x)| *sum += x);
-        });
-    }
-
-    fn mean(&self, tokens: usize) -> Vec<f32> {
-        let n = self.columns;
-        let mut out = vec![0.0; n * n];
-        let side = self.tiles.first().map_or(1, |tile| tile.height);
-        let bands: Vec<&[Tile]> = self.tiles.chunk_by(|one, other| one.top == other.top).collect();
-        out.par_chunks_mut((side * n).max(1)).zip(bands).for_each(|(band, tiles)| {
-            for tile in tiles {
-                for (row, sums) in band.chunks_mut(n).zip(tile.sum.chunks(tile.width)) {
-                    let means = row[tile.left..][..tile.width].iter_mut();
-                    means.zip(sums).for_each(|(mean, sum)| *mean = (sum / tokens as f64) as f32);
-                }
-            }
-        });
-        if self.symmetric {
-            mirror_upper(&mut out, n);
-        }
-        out
-    }
+/// The statistics of dense inputs from their means, if they are there.
+fn dense_of(mut means: impl Iterator<Item = Tensor>) -> Option<DenseStats> {
+    means.next().zip(means.next()).map(|(cross, gram)| DenseStats { cross, gram })
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ pub mod capture;
 mod device_sums;
 pub mod evaluate;
 pub mod gram;
+mod host_sum;
 pub mod room;
 pub mod squares;
 pub mod tree;

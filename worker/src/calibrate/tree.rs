@@ -11,7 +11,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use espalier_common::calibration::Split;
 
-use super::gram::{GramAccumulator, GramError};
+use super::gram::{GramAccumulator, GramError, Moments};
 use crate::prune::InputStats;
 
 /// Leaves of the tree. At most four partial sums are held while leaves are summed one after another.
@@ -42,9 +42,66 @@ impl Sampling {
         self.calibrating < self.sequences
     }
 
-    /// Numbers that the sums of a branch are, in [`Sums::values`].
-    pub fn values(&self, branch: Branch) -> usize {
-        self.split().sums(branch) * GramAccumulator::length(self.columns, self.with_dense)
+    /// Numbers that a portion of a branch's sums is, in [`Sums::into_values`].
+    pub fn values(&self, branch: Branch, portion: Portion) -> usize {
+        self.summed(branch, portion).into_iter().flatten().map(|(_, moments)| moments.numbers(self.columns)).sum()
+    }
+
+    /// Sequences of a branch that are calibrated with and those that are held out, where there are any, and which of their moments
+    /// belong to a portion.
+    fn summed(&self, branch: Branch, portion: Portion) -> [Option<(usize, Moments)>; 2] {
+        let all = Some(Moments::all(self.with_dense));
+        let moments = match portion {
+            Portion::All => [all, all],
+            Portion::Gram => [Some(Moments::Gram), None],
+            Portion::Rest => [self.with_dense.then_some(Moments::Dense), all],
+        };
+        let [calibrating, held_out] = self.split().parts(branch);
+        let of = |sequences, moments: Option<_>| moments.filter(|_| sequences > 0).map(|moments| (sequences, moments));
+        [of(calibrating, moments[0]), of(held_out, moments[1])]
+    }
+
+    /// The numbers of a portion of a branch, by what they are the sums of.
+    fn stretches<'a>(&self, (branch, portion): (Branch, Portion), mut values: &'a [f64]) -> [Option<Stretch<'a>>; 2] {
+        self.summed(branch, portion).map(|summed| {
+            let (sequences, moments) = summed?;
+            let (here, rest) = values.split_at(moments.numbers(self.columns));
+            values = rest;
+            Some(Stretch { moments, tokens: sequences * self.tokens, values: here })
+        })
+    }
+}
+
+/// Numbers that are the sums of some moments over so many tokens.
+struct Stretch<'a> {
+    moments: Moments,
+    tokens: usize,
+    values: &'a [f64],
+}
+
+/// What of sums goes together: the gram comes first, because a solver can begin with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Portion {
+    /// All of them.
+    All,
+    /// The gram over calibration sequences.
+    Gram,
+    /// All but that.
+    Rest,
+}
+
+impl Portion {
+    /// The two that go one after the other.
+    pub const EACH: [Self; 2] = [Self::Gram, Self::Rest];
+
+    /// Whether it is the second, as it is told.
+    pub fn is_rest(self) -> bool {
+        self == Self::Rest
+    }
+
+    /// The one that was told.
+    pub fn told(is_rest: bool) -> Self {
+        if is_rest { Self::Rest } else { Self::Gram }
     }
 }
 
@@ -67,29 +124,47 @@ impl Sums {
         })
     }
 
+    /// The gram over calibration sequences, and all but that.
+    ///
+    /// # Errors
+    /// As [`GramAccumulator::settle`].
+    pub fn split(self) -> Result<(Self, Self), GramError> {
+        let (gram, dense) = self.calibrating.map(GramAccumulator::split).transpose()?.unzip();
+        let rest = Self { calibrating: dense.flatten(), held_out: self.held_out };
+        Ok((Self { calibrating: gram, held_out: None }, rest))
+    }
+
     /// All numbers of the sums, for a wire.
     ///
     /// # Errors
     /// As [`GramAccumulator::settle`].
-    pub fn values(&mut self) -> Result<Vec<f64>, GramError> {
-        let parts = [&self.calibrating, &self.held_out].into_iter().flatten();
-        let mut values = Vec::with_capacity(parts.map(GramAccumulator::numbers).sum());
-        let parts = [&mut self.calibrating, &mut self.held_out].into_iter().flatten();
-        parts.into_iter().try_for_each(|sums| sums.push_values(&mut values))?;
+    pub fn into_values(self) -> Result<Vec<f64>, GramError> {
+        let mut parts = [self.calibrating, self.held_out].into_iter().flatten();
+        let mut values = parts.next().map(GramAccumulator::into_values).transpose()?.unwrap_or_default();
+        parts.try_for_each(|sums| sums.into_values().map(|more| values.extend_from_slice(&more)))?;
         Ok(values)
     }
 
-    /// The sums of a branch from their numbers, as many as [`Sampling::values`] says.
-    pub fn from_values(sampling: &Sampling, branch: Branch, values: &[f64]) -> Self {
-        let length = GramAccumulator::length(sampling.columns, sampling.with_dense);
-        let mut chunks = values.chunks_exact(length);
-        let mut read = |sequences: usize| {
-            let tokens = sequences * sampling.tokens;
-            let values = (sequences > 0).then(|| chunks.next()).flatten()?;
-            Some(GramAccumulator::from_values(sampling.columns, sampling.with_dense, tokens, values))
-        };
-        let [calibrating, held_out] = sampling.split().parts(branch);
-        Self { calibrating: read(calibrating), held_out: read(held_out) }
+    /// A portion of the sums of a branch from its numbers, as many as [`Sampling::values`] says.
+    pub fn from_values(sampling: &Sampling, of: (Branch, Portion), values: &[f64]) -> Self {
+        let [calibrating, held_out] = sampling.stretches(of, values).map(|stretch| {
+            let Stretch { moments, tokens, values } = stretch?;
+            Some(GramAccumulator::from_values(sampling.columns, moments, tokens, values))
+        });
+        Self { calibrating, held_out }
+    }
+
+    /// Adds a portion of the sums of another branch from its numbers.
+    fn add_values(&mut self, sampling: &Sampling, of: (Branch, Portion), values: &[f64]) -> Result<(), GramError> {
+        let sums = [&mut self.calibrating, &mut self.held_out];
+        for (sum, stretch) in sums.into_iter().zip(sampling.stretches(of, values)) {
+            let Some(Stretch { moments, tokens, values }) = stretch else { continue };
+            match sum {
+                Some(sum) => sum.add_values(tokens, values)?,
+                None => *sum = Some(GramAccumulator::from_values(sampling.columns, moments, tokens, values)),
+            }
+        }
+        Ok(())
     }
 }
 
@@ -118,6 +193,30 @@ impl Forest {
         Ok(())
     }
 
+    /// Adds a portion of a branch from its numbers, as many as [`Sampling::values`] says; where its sibling is, they are not copied.
+    ///
+    /// # Errors
+    /// As [`Self::insert`].
+    pub fn insert_values(
+        &mut self,
+        sampling: &Sampling,
+        of: (Branch, Portion),
+        values: &[f64],
+    ) -> Result<(), GramError> {
+        let (branch, _) = of;
+        let sibling = branch.sibling();
+        match self.branches.remove(&sibling) {
+            Some((other, mut sums)) if other.leaves == branch.leaves && branch.leaves < LEAVES => {
+                sums.add_values(sampling, of, values)?;
+                self.insert(Branch { first: branch.first.min(sibling), leaves: 2 * branch.leaves }, sums)
+            }
+            other => {
+                self.branches.extend(other.map(|other| (sibling, other)));
+                self.insert(branch, Sums::from_values(sampling, of, values))
+            }
+        }
+    }
+
     /// The branches, in order.
     pub fn into_branches(self) -> impl Iterator<Item = (Branch, Sums)> {
         self.branches.into_values()
@@ -132,6 +231,20 @@ impl Forest {
         whole.map(|(_, sums)| sums).ok_or(GramError::Incomplete)
     }
 
+    /// The branches in two forests, see [`Sums::split`].
+    ///
+    /// # Errors
+    /// As [`GramAccumulator::settle`].
+    pub fn split(self) -> Result<(Self, Self), GramError> {
+        let (mut grams, mut rests) = (Self::default(), Self::default());
+        for (branch, sums) in self.into_branches() {
+            let (gram, rest) = sums.split()?;
+            grams.insert(branch, gram)?;
+            rests.insert(branch, rest)?;
+        }
+        Ok((grams, rests))
+    }
+
     /// The means over all sequences, in f32 on `device`, once every leaf is there.
     ///
     /// # Errors
@@ -141,6 +254,17 @@ impl Forest {
         let mut stats = calibrating.ok_or(GramError::Empty)?.finish(device)?;
         stats.held_out = held_out.map(|held_out| held_out.finish(device)).transpose()?.map(Arc::new);
         Ok(stats)
+    }
+
+    /// The same of what [`Self::split`] puts second, where `first` are the means of what it puts first.
+    ///
+    /// # Errors
+    /// As [`Self::finish`].
+    pub fn complete(self, first: InputStats, device: &Device) -> Result<InputStats, GramError> {
+        let Sums { calibrating, held_out } = self.into_sum()?;
+        let dense = calibrating.map(|dense| dense.finish_dense(device)).transpose()?.flatten();
+        let held_out = held_out.map(|held_out| held_out.finish(device)).transpose()?.map(Arc::new);
+        Ok(InputStats { dense, held_out, ..first })
     }
 }
 
@@ -263,16 +387,58 @@ mod tests {
                 let mut forest = Forest::default();
                 // The last part is there first, and each goes over a wire.
                 for part in cuts.windows(2).rev() {
-                    for (branch, mut sums) in gathered(sampling, part[0]..part[1], 3).into_branches() {
-                        let values = sums.values().unwrap();
-                        assert_eq!(values.len(), sampling.values(branch));
-                        forest.insert(branch, Sums::from_values(&sampling, branch, &values)).unwrap();
+                    for (branch, sums) in gathered(sampling, part[0]..part[1], 3).into_branches() {
+                        let values = sent(&sampling, branch, Portion::All, sums);
+                        forest.insert_values(&sampling, (branch, Portion::All), &values).unwrap();
                     }
                 }
                 let stats = forest.finish(&Device::Cpu).unwrap();
                 assert_eq!(stats.tokens, calibrating * TOKENS);
                 assert_eq!(bits(&stats), whole, "{sequences} sequences cut at {cuts:?}");
             }
+        }
+    }
+
+    /// What comes of sums that go over a wire.
+    fn sent(sampling: &Sampling, branch: Branch, portion: Portion, sums: Sums) -> Vec<f64> {
+        let values = sums.into_values().unwrap();
+        assert_eq!(values.len(), sampling.values(branch, portion));
+        values
+    }
+
+    #[test]
+    fn sums_that_come_in_two_portions_give_the_same_bits() {
+        for (sequences, calibrating, with_dense) in [(32, 26, true), (13, 13, true), (8, 7, false), (5, 5, false)] {
+            let sampling = Sampling { with_dense, ..sampling(sequences, calibrating) };
+            let gathered = |leaves: Range<usize>| {
+                let (corrected, dense) = (inputs(1, sequences), inputs(100, sequences));
+                let here = sequences_of(&leaves, sequences);
+                let mut gatherer = Gatherer::new(sampling, leaves);
+                gatherer.add(&corrected[here.clone()], with_dense.then_some(&dense[here])).unwrap();
+                gatherer.finish().unwrap().0
+            };
+            let bits = |stats: &InputStats| -> Vec<Vec<f32>> {
+                let sides = [stats].into_iter().chain(stats.held_out.as_deref());
+                let of = |side: &InputStats| -> Vec<Vec<f32>> {
+                    let dense = side.dense.iter().flat_map(|dense| [&dense.cross, &dense.gram]);
+                    [&side.gram].into_iter().chain(dense).map(|tensor| values(tensor).unwrap()).collect()
+                };
+                sides.flat_map(of).collect()
+            };
+            let whole = bits(&gathered(0..LEAVES).finish(&Device::Cpu).unwrap());
+            let (mut grams, mut rests) = gathered(3..LEAVES).split().unwrap();
+            let (lent_grams, lent_rests) = gathered(0..3).split().unwrap();
+            for (branch, sums) in lent_grams.into_branches() {
+                let values = sent(&sampling, branch, Portion::Gram, sums);
+                grams.insert_values(&sampling, (branch, Portion::Gram), &values).unwrap();
+            }
+            let first = grams.finish(&Device::Cpu).unwrap();
+            assert!(first.dense.is_none() && first.held_out.is_none());
+            for (branch, sums) in lent_rests.into_branches() {
+                let values = sent(&sampling, branch, Portion::Rest, sums);
+                rests.insert_values(&sampling, (branch, Portion::Rest), &values).unwrap();
+            }
+            assert_eq!(bits(&rests.complete(first, &Device::Cpu).unwrap()), whole, "{sequences} {with_dense}");
         }
     }
 

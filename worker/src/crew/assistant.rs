@@ -21,6 +21,7 @@ use super::share::{Share, sampling};
 use super::{LayerSizes, statistics};
 use crate::boundary;
 use crate::calibrate::cache::Entry;
+use crate::calibrate::tree::{Portion, Sampling};
 use crate::keeping::{Keeping, by_sequence};
 use crate::linalg::{matrix, on_host, values};
 use crate::prune::measure::measure;
@@ -77,14 +78,22 @@ struct Assistant<'a> {
     sizes: LayerSizes,
     keeps: bool,
     share: Share,
-    /// The group whose statistics came last.
+    /// The group whose gram came last.
     prepared: Option<Prepared>,
     phases: Phases,
 }
 
-/// A group whose statistics are there.
+/// A group whose gram is there.
 struct Prepared {
     group: usize,
+    gram: Tensor,
+    groundwork: Option<Arc<dyn Groundwork>>,
+    /// Once all statistics are there.
+    complete: Option<Complete>,
+}
+
+/// A group whose statistics are there.
+struct Complete {
     stats: Arc<InputStats>,
     /// The dense weight of each member, by row.
     dense: Vec<Tensor>,
@@ -168,7 +177,8 @@ impl<'a> Assistant<'a> {
             self.place.control.check_cancelled()?;
             match matter {
                 Matter::Gather(group) => self.gather(group as usize)?,
-                Matter::Statistics(group) => self.prepare(group as usize, &body)?,
+                Matter::Statistics(told) if told.rest => self.complete(told.group as usize, &body)?,
+                Matter::Statistics(told) => self.prepare(told.group as usize, &body)?,
                 Matter::Make(make) => self.make(&make)?,
                 Matter::Part(part) => self.take(part, &body)?,
                 Matter::Solve(order) => self.solve(&order)?,
@@ -185,43 +195,64 @@ impl<'a> Assistant<'a> {
         self.prepared = None;
         self.phases.enter(Some(group));
         let forest = self.share.gather(self.place, group, &self.outline.groups[group], &mut self.phases)?;
-        for (branch, mut sums) in forest.into_branches() {
-            let (first_leaf, leaves) = (branch.first as u32, branch.leaves as u32);
-            let matter = Matter::Sums(pb::Sums { group: group as u32, first_leaf, leaves });
-            let failed = |source| TaskError::Gram { tensor: self.outline.groups[group][0].tensor.clone(), source };
-            let values = self.phases.time("gram", || sums.values()).map_err(failed)?;
-            self.answer(Outgoing::with_values(matter, values))?;
+        let first = &self.outline.groups[group][0];
+        let failed = |source| TaskError::Gram { tensor: first.tensor.clone(), source };
+        let sampling = sampling(self.place.run, first.columns);
+        let (grams, rests) = self.phases.time("gram", || forest.split()).map_err(failed)?;
+        for (portion, forest) in Portion::EACH.into_iter().zip([grams, rests]) {
+            for (branch, sums) in forest.into_branches() {
+                if sampling.values(branch, portion) > 0 {
+                    let (first_leaf, leaves) = (branch.first as u32, branch.leaves as u32);
+                    let told = pb::Sums { group: group as u32, first_leaf, leaves, rest: portion.is_rest() };
+                    let values = self.phases.time("gram", || sums.into_values()).map_err(failed)?;
+                    self.answer(Outgoing::with_values(Matter::Sums(told), values))?;
+                }
+            }
         }
         Ok(())
     }
 
+    /// Begins with a group's gram, which is all there is of its statistics in some runs.
     fn prepare(&mut self, group: usize, body: &[u8]) -> Result<(), TaskError> {
-        let first = &self.outline.groups[group][0];
-        let method = &self.place.run.method.solver;
-        let sampling = sampling(self.place.run, first.columns);
-        let stats = Arc::new(statistics::unpack(&sampling, body, &Device::Cpu)?);
-        let ctx = self.place.control.solve_ctx();
-        let solver = self.phases.time("solve", || method.prepare(Arc::clone(&stats), &ctx));
-        let failed = |source| TaskError::Solve { tensor: first.tensor.clone(), source };
-        let solver = Some(solver.map_err(failed)?);
+        let (tensor, sampling) = self.sampled(group);
+        let gram = statistics::unpack_gram(&sampling, body, &Device::Cpu)?;
+        let (solver, ctx) = (&self.place.run.method.solver, self.place.control.solve_ctx());
+        let groundwork = self.phases.time("solve", || solver.groundwork(&gram, &ctx));
+        let groundwork = groundwork.map_err(|source| TaskError::Solve { tensor, source })?;
+        self.prepared = Some(Prepared { group, gram, groundwork, complete: None });
+        if statistics::bytes(&sampling, Portion::Rest) == 0 { self.complete(group, &[]) } else { Ok(()) }
+    }
+
+    /// Makes the solver of a group ready, all of whose statistics are there now.
+    fn complete(&mut self, group: usize, body: &[u8]) -> Result<(), TaskError> {
+        let (tensor, sampling) = self.sampled(group);
+        let prepared = self.prepared.as_mut().filter(|prepared| prepared.group == group && prepared.complete.is_none());
+        let prepared = prepared.ok_or(TaskError::OutOfTurn { what: "statistics" })?;
+        let stats = statistics::unpack_rest(&sampling, prepared.gram.clone(), body, &Device::Cpu)?;
+        let (stats, method, ctx) = (Arc::new(stats), &self.place.run.method.solver, self.place.control.solve_ctx());
+        let solver = self.phases.time("solve", || match &prepared.groundwork {
+            Some(groundwork) => Arc::clone(groundwork).complete(Arc::clone(&stats)),
+            None => method.prepare(Arc::clone(&stats), &ctx),
+        });
+        let solver = Some(solver.map_err(|source| TaskError::Solve { tensor, source })?);
         // Once for all blocks: on the host weights are turned.
         let members = 0..self.outline.groups[group].len();
         let dense = members.map(|member| on_host(self.share.layer().weight(group, member)));
         let dense = dense.collect::<candle_core::Result<_>>()?;
-        self.prepared = Some(Prepared { group, stats, dense, solver, applied: Vec::new() });
+        prepared.complete = Some(Complete { stats, dense, solver, applied: Vec::new() });
         Ok(())
     }
 
-    /// The solver of a group whose statistics came last.
-    fn solver(&self, group: u32, what: &'static str) -> Result<(&Prepared, &dyn GroupSolver), TaskError> {
-        let prepared = self.prepared.as_ref().filter(|prepared| prepared.group == group as usize);
-        let solver = prepared.and_then(|prepared| Some((prepared, prepared.solver.as_deref()?)));
-        solver.ok_or(TaskError::OutOfTurn { what })
+    /// The first tensor of a group, and what is summed of its inputs.
+    fn sampled(&self, group: usize) -> (String, Sampling) {
+        let first = &self.outline.groups[group][0];
+        (first.tensor.clone(), sampling(self.place.run, first.columns))
     }
 
     fn groundwork(&self, group: u32) -> Result<&dyn Groundwork, TaskError> {
-        let what = "groundwork";
-        self.solver(group, what)?.1.groundwork().ok_or(TaskError::OutOfTurn { what })
+        let prepared = self.prepared.as_ref().filter(|prepared| prepared.group == group as usize);
+        let groundwork = prepared.and_then(|prepared| prepared.groundwork.as_deref());
+        groundwork.ok_or(TaskError::OutOfTurn { what: "groundwork" })
     }
 
     /// Makes parts of a group's groundwork; each is sent as soon as it is there.
@@ -238,13 +269,9 @@ impl<'a> Assistant<'a> {
     }
 
     fn take(&self, part: pb::Part, body: &[u8]) -> Result<(), TaskError> {
-        let matrix = statistics::from_triangle(&numbers::<f32>(body), self.columns(part.group));
+        let matrix = statistics::from_triangle(&numbers::<f32>(body), self.sampled(part.group as usize).1.columns);
         let is_taken = self.groundwork(part.group)?.take(part.part as usize, matrix);
         if is_taken { Ok(()) } else { Err(TaskError::OutOfTurn { what: "a part of groundwork" }) }
-    }
-
-    fn columns(&self, group: u32) -> usize {
-        sampling(self.place.run, self.outline.groups[group as usize][0].columns).columns
     }
 
     fn solve(&mut self, order: &pb::Solve) -> Result<(), TaskError> {
@@ -256,7 +283,10 @@ impl<'a> Assistant<'a> {
 
     fn solve_blocks(&self, order: &pb::Solve) -> Result<(), TaskError> {
         let group = order.group as usize;
-        let (Prepared { dense, .. }, solver) = self.solver(order.group, "an order to solve")?;
+        let ready = self.prepared.as_ref().filter(|prepared| prepared.group == group);
+        let ready = ready.and_then(|prepared| prepared.complete.as_ref());
+        let solver = ready.and_then(|ready| Some((&ready.dense, ready.solver.as_deref()?)));
+        let (dense, solver) = solver.ok_or(TaskError::OutOfTurn { what: "an order to solve" })?;
         let pattern = Run::layer_pattern(&order.pattern_json)?;
         let (place, ctx) = (self.place, self.place.control.solve_ctx());
         let solve = |block: &pb::Block| -> Result<(pb::SolvedBlock, Vec<f32>), TaskError> {
@@ -284,17 +314,21 @@ impl<'a> Assistant<'a> {
 
     fn apply(&mut self, group: usize, body: &[u8]) -> Result<(), TaskError> {
         let mut rest = body;
-        let mut prepared = self.prepared.as_mut().filter(|prepared| prepared.group == group);
-        if let Some(prepared) = &mut prepared {
-            prepared.solver = None;
+        let prepared = self.prepared.as_mut().filter(|prepared| prepared.group == group);
+        let mut ready = prepared.and_then(|prepared| {
+            prepared.groundwork = None;
+            prepared.complete.as_mut()
+        });
+        if let Some(ready) = &mut ready {
+            ready.solver = None;
         }
         for (member, sublayer) in self.outline.groups[group].iter().enumerate() {
             let (_, dtype, _) = self.place.stored_as(sublayer)?;
             let (stored, others) = rest.split_at(sublayer.elements() * dtype.bytes());
             rest = others;
             let weight = matrix(cast::f32_from_bytes(dtype, stored), sublayer.columns, &self.place.run.device)?;
-            if let Some(prepared) = &mut prepared {
-                prepared.applied.push(weight.clone());
+            if let Some(ready) = &mut ready {
+                ready.applied.push(weight.clone());
             }
             self.share.set_weight(group, member, weight)?;
         }
@@ -303,11 +337,12 @@ impl<'a> Assistant<'a> {
 
     /// Measures rows of a group that was applied, after which its statistics are not needed any more.
     fn measure(&mut self, order: pb::Measure) -> Result<(), TaskError> {
-        let is_applied = |prepared: &Prepared| prepared.group == order.group as usize && !prepared.applied.is_empty();
-        let prepared =
-            self.prepared.take().filter(is_applied).ok_or(TaskError::OutOfTurn { what: "an order to measure" })?;
-        let pairs: Vec<_> = prepared.applied.iter().zip(&prepared.dense).collect();
-        let measured = self.phases.time("verify", || measure(&tiles_of(&order), &pairs, &prepared.stats))?;
+        let prepared = self.prepared.take().filter(|prepared| prepared.group == order.group as usize);
+        let applied = prepared.and_then(|prepared| prepared.complete).filter(|ready| !ready.applied.is_empty());
+        let Complete { stats, dense, applied, .. } =
+            applied.ok_or(TaskError::OutOfTurn { what: "an order to measure" })?;
+        let pairs: Vec<_> = applied.iter().zip(&dense).collect();
+        let measured = self.phases.time("verify", || measure(&tiles_of(&order), &pairs, &stats))?;
         self.answer(Outgoing::with_values(Matter::Measured(order), measured.concat()))
     }
 

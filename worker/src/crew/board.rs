@@ -81,11 +81,11 @@ impl Board {
         Some(index)
     }
 
-    /// At most `most` tasks for an assistant, where `hands` take part: no more than its share of what waits, and the last one
-    /// only if the owner has something to do.
-    pub(super) fn take_last(&self, most: usize, hands: usize) -> Vec<usize> {
+    /// At most `most` tasks for an assistant, where `hands` take part: no more than its share of what waits; and the last ones only
+    /// if it `is_idle` and the owner is not, or the owner would wait for what it could have done itself.
+    pub(super) fn take_last(&self, most: usize, hands: usize, is_idle: bool) -> Vec<usize> {
         let mut state = self.state();
-        let fair = (state.waiting.len() / hands.max(1)).max(usize::from(state.own > 0));
+        let fair = (state.waiting.len() / hands.max(1)).max(usize::from(is_idle && state.own > 0));
         let first = state.waiting.len().saturating_sub(most.min(fair));
         state.waiting.split_off(first).into()
     }
@@ -187,14 +187,26 @@ mod tests {
         assert_eq!(largest_outside(&[5, 5, 5]), [0, 1, 2]);
         assert_eq!(largest_outside(&[1, 2, 3, 4]), [3, 2, 1, 0]);
         let board = Board::new(tasks(&[1, 9, 9]));
-        assert_eq!(board.take_last(1, 1), [2]);
+        assert_eq!(board.take_last(1, 1, true), [2]);
         assert_eq!(board.take_first(), Some(1));
+    }
+
+    #[test]
+    fn the_last_task_is_left_to_whoever_is_through_first() {
+        let board = Board::new(tasks(&[3, 3, 3, 3]));
+        assert_eq!((board.take_last(1, 2, true), board.take_last(1, 2, false)), (vec![3], vec![2]));
+        assert_eq!(board.take_first(), Some(0));
+        // The assistant has another one; it gets the last once it has none, as long as the owner is busy.
+        assert!(board.take_last(1, 2, false).is_empty());
+        assert_eq!(board.take_last(1, 2, true), [1]);
+        let idle = Board::new(tasks(&[3]));
+        assert!(idle.take_last(1, 2, true).is_empty(), "the owner has nothing to do but this");
     }
 
     #[test]
     fn what_an_assistant_does_not_do_is_done_by_the_owner() {
         let board = Board::new(tasks(&[3, 3, 3, 3]));
-        let lent = board.take_last(9, 2);
+        let lent = board.take_last(9, 2, true);
         assert_eq!(lent, [2, 3]);
         board.put(3, solution(3), 0.5);
         board.work(|task| Ok((solution(task.block.rows), 1.0)));
@@ -210,7 +222,7 @@ mod tests {
     #[test]
     fn a_failure_ends_the_work_and_is_told() {
         let board = Board::new(tasks(&[1, 1, 1]));
-        let lent = board.take_last(1, 2);
+        let lent = board.take_last(1, 2, true);
         board.work(|task| if task.member == 0 { Err(SolveError::Cancelled) } else { Ok((solution(1), 1.0)) });
         board.give_back(&lent);
         assert!(!board.has_waiting());

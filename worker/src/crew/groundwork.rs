@@ -1,5 +1,7 @@
 //! The owner's side of a group's groundwork: each worker makes a share of it, and what they made is handed round.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use espalier_common::clock::Stopwatch;
 use espalier_proto::v1 as pb;
@@ -7,8 +9,9 @@ use espalier_proto::v1::head::Matter;
 use rayon::prelude::*;
 
 use super::owner::Crew;
+use super::share::sampling;
 use super::statistics;
-use crate::prune::{Groundwork, InputStats, SolveError};
+use crate::prune::{Groundwork, SolveError};
 use crate::transport::Outgoing;
 use crate::transport::parcel::{Body, bytes_of, numbers};
 
@@ -18,13 +21,39 @@ const SPEED_OF_PARTS: f64 = 0.5;
 /// 50 GFLOP/s and a third of a GB/s.
 const OPERATIONS_A_BYTE: f64 = 150.0;
 
-/// Who makes which parts.
-pub(super) struct Parts {
+/// Groundwork that is being laid, and who makes which parts of it.
+pub(crate) struct Laying {
+    group: usize,
+    pub(crate) groundwork: Arc<dyn Groundwork>,
+    /// Parts that the owner has yet to make.
     own: Vec<usize>,
     /// Assistants that are there.
     there: Vec<usize>,
     /// Of each assistant.
     wanted: Vec<Vec<usize>>,
+    /// What the owner's parts took so far.
+    seconds: f64,
+}
+
+impl Laying {
+    /// Whether the owner has a part to make.
+    pub(super) fn has_own(&self) -> bool {
+        !self.own.is_empty()
+    }
+
+    /// What the owner's parts took so far.
+    pub(super) fn seconds(&self) -> f64 {
+        self.seconds
+    }
+}
+
+/// What else hands have to do before a group's blocks.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Late {
+    /// Operations in which the owner deals out zeros.
+    pub(super) dealing: f64,
+    /// Bytes of the gram that assistants must have first.
+    pub(super) gram_bytes: u64,
 }
 
 /// Shares of so many parts: each goes to the hand that is through first, where the owner, the first hand, and the others begin as
@@ -40,11 +69,10 @@ fn deal(parts: usize, [owner, others]: [f64; 2], hands: usize) -> Vec<Vec<usize>
 }
 
 impl Crew<'_> {
-    /// Asks assistants for their shares of what all blocks of a group need, by when each can begin: the owner once it has dealt out
-    /// zeros, which takes it `dealing` operations of products, assistants once they have the statistics.
-    pub(super) fn lend_parts(&mut self, group: usize, groundwork: &dyn Groundwork, dealing: f64) -> Parts {
+    /// Asks assistants, which were sent the gram, for their shares of what all blocks of a group need, by what else each has to do.
+    pub(super) fn lend_parts(&mut self, group: usize, groundwork: Arc<dyn Groundwork>, late: Late) -> Laying {
         let there: Vec<usize> = (0..self.assistants.len()).filter(|&number| self.is_there(number)).collect();
-        let later = [dealing * SPEED_OF_PARTS, self.statistics_bytes as f64 * OPERATIONS_A_BYTE];
+        let later = [late.dealing * SPEED_OF_PARTS, late.gram_bytes as f64 * OPERATIONS_A_BYTE];
         let mut dealt = deal(groundwork.parts(), later.map(|flops| flops / groundwork.flops()), 1 + there.len());
         let mut wanted: Vec<Vec<usize>> = self.assistants.iter().map(|_| Vec::new()).collect();
         for (&number, lent) in there.iter().zip(dealt.drain(1..)) {
@@ -52,54 +80,69 @@ impl Crew<'_> {
             self.send(number, Outgoing::of(Matter::Make(pb::Make { group: group as u32, parts })));
             wanted[number] = lent;
         }
-        Parts { own: dealt.remove(0), there, wanted }
+        self.laid = Some(group);
+        Laying { group, groundwork, own: dealt.remove(0), there, wanted, seconds: 0.0 }
     }
 
-    /// Makes the owner's share of what all blocks of a group need and hands everything round; returns the operations that all of
-    /// it took. What an assistant does not give is made by whoever needs it.
-    pub(super) fn lay(
-        &mut self,
-        group: usize,
-        stats: &InputStats,
-        groundwork: &dyn Groundwork,
-        Parts { own, there, mut wanted }: Parts,
-    ) -> Result<f64, SolveError> {
-        let columns = stats.gram.dim(1)?;
-        let letter = |part: usize, body: Bytes| Outgoing {
-            matter: Matter::Part(pb::Part { group: group as u32, part: part as u32 }),
-            body: Body::Bytes(body),
-        };
+    /// Makes as many of the owner's parts as there are threads, and hands them round.
+    ///
+    /// # Errors
+    /// See [`SolveError`].
+    pub(super) fn make_some(&mut self, laying: &mut Laying) -> Result<(), SolveError> {
+        self.place.control.check_cancelled().map_err(|_| SolveError::Cancelled)?;
         let watch = Stopwatch::start();
-        for parts in own.chunks(rayon::current_num_threads()) {
-            self.place.control.check_cancelled().map_err(|_| SolveError::Cancelled)?;
-            let make = |&part: &usize| Ok::<_, SolveError>((part, statistics::triangle(&groundwork.make(part)?)));
-            for (part, made) in parts.par_iter().map(make).collect::<Result<Vec<_>, _>>()? {
-                let body = bytes_of(made);
-                self.send_all(|| letter(part, body.clone()));
-            }
+        let count = rayon::current_num_threads().min(laying.own.len());
+        let parts: Vec<usize> = laying.own.drain(..count).collect();
+        let make = |&part: &usize| Ok::<_, SolveError>((part, statistics::triangle(&laying.groundwork.make(part)?)));
+        for (part, made) in parts.par_iter().map(make).collect::<Result<Vec<_>, _>>()? {
+            let body = bytes_of(made);
+            self.send_all(|| letter(laying.group, part, body.clone()));
         }
-        let (seconds, own_leaves) = (watch.seconds(), self.own_leaves());
+        laying.seconds += watch.seconds();
+        Ok(())
+    }
+
+    /// Makes what is left of the owner's parts, takes those of the others and hands them round; returns the operations that all of
+    /// it took. What an assistant does not give is made by whoever needs it.
+    ///
+    /// # Errors
+    /// See [`SolveError`].
+    pub(super) fn lay(&mut self, mut laying: Laying) -> Result<f64, SolveError> {
+        while laying.has_own() {
+            self.make_some(&mut laying)?;
+        }
+        let Laying { group, groundwork, there, mut wanted, seconds, .. } = laying;
+        let columns = sampling(self.place.run, self.outline.groups[group][0].columns).columns;
+        let own_leaves = self.own_leaves();
         let mut taken: Vec<(usize, usize, Bytes)> = Vec::new();
         let missing = wanted.iter().map(Vec::len).collect();
         let collected = self.collect((own_leaves, seconds), (missing, false), |number, matter, body| {
             let Matter::Part(told) = matter else { return false };
+            // The body is as large as a part of the group that it is told to be of.
+            if told.group as usize != group {
+                return false;
+            }
             let part = told.part as usize;
             let Some(place) = wanted[number].iter().position(|wanted| *wanted == part) else { return false };
             wanted[number].swap_remove(place);
             let matrix = statistics::from_triangle(&numbers::<f32>(&body), columns);
             taken.push((number, part, body.into()));
-            told.group as usize == group && groundwork.take(part, matrix)
+            groundwork.take(part, matrix)
         });
         collected.map_err(|_| SolveError::Cancelled)?;
+        self.laid = None;
         self.place.received(taken.iter().map(|(_, _, body)| body.len() as u64).sum());
         for (number, part, body) in taken {
-            there
-                .iter()
-                .filter(|&&other| other != number)
-                .for_each(|&other| self.send(other, letter(part, body.clone())));
+            let others = there.iter().filter(|&&other| other != number);
+            others.for_each(|&other| self.send(other, letter(group, part, body.clone())));
         }
         Ok(groundwork.parts() as f64 * groundwork.flops())
     }
+}
+
+fn letter(group: usize, part: usize, body: Bytes) -> Outgoing {
+    let matter = Matter::Part(pb::Part { group: group as u32, part: part as u32 });
+    Outgoing { matter, body: Body::Bytes(body) }
 }
 
 #[cfg(test)]

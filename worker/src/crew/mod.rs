@@ -9,6 +9,7 @@
 pub mod assistant;
 mod board;
 mod finish;
+mod gathering;
 mod groundwork;
 mod input;
 mod measuring;
@@ -20,6 +21,8 @@ mod solving;
 mod statistics;
 mod waiting;
 
+pub(crate) use gathering::Gathered;
+pub(crate) use groundwork::Laying;
 pub(crate) use input::Input;
 pub(crate) use owner::Crew;
 pub(crate) use share::gather_leaves;

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use espalier_common::clock::Stopwatch;
 use espalier_common::ids::{LayerIndex, Lease};
 use espalier_common::outline::LayerOutline;
@@ -22,14 +22,14 @@ use tokio::sync::mpsc;
 use super::LayerSizes;
 use super::input::Input;
 use super::measuring::Tiles;
-use super::share::{Share, deal, sampling};
+use super::share::{Share, deal};
 use super::waiting::Waiting;
-use crate::calibrate::tree::{Branch, Forest, LEAVES, Sums};
+use crate::calibrate::tree::{Branch, Forest, LEAVES, Portion};
 use crate::linalg::by_column;
 use crate::model::DecoderLayer;
-use crate::prune::{InputStats, MOST_PARTS};
+use crate::prune::MOST_PARTS;
 use crate::source::Workplace;
-use crate::transport::parcel::{Body, numbers};
+use crate::transport::parcel::Body;
 use crate::transport::{Line, LinkError, Outgoing, Received};
 use crate::unit::{Phases, TaskError};
 
@@ -115,12 +115,48 @@ pub(crate) struct Crew<'a> {
     pub(super) next_order: u32,
     /// Groups that assistants were asked to gather.
     asked: usize,
-    /// Sums of assistants that were through with a group before others.
+    /// Sums and parts of assistants that were through with a group before others.
     early: VecDeque<(usize, Matter, Vec<u8>)>,
     /// The group whose statistics assistants have.
     pub(super) statistics_of: Option<usize>,
-    /// How large those are.
-    pub(super) statistics_bytes: usize,
+    /// The group whose groundwork they make parts of.
+    pub(super) laid: Option<usize>,
+}
+
+/// Letters that are waited for.
+pub(super) struct Collection {
+    /// The owner's leaves, and the seconds that it took for the like.
+    own: (usize, f64),
+    /// Of each assistant.
+    missing: Vec<usize>,
+    /// Whether an assistant is through when none of its is missing.
+    last: bool,
+    /// Letters that came before it began and were not looked at since.
+    early: usize,
+    watch: Stopwatch,
+    /// Seconds in which the owner did other things.
+    busy: f64,
+    /// Since when nothing was done but wait.
+    idle: Stopwatch,
+}
+
+impl Collection {
+    /// Notes that the owner did other things for so long, and was waiting for nobody.
+    pub(super) fn was_busy(&mut self, seconds: f64) {
+        self.busy += seconds;
+        self.idle = Stopwatch::start();
+    }
+}
+
+/// What a step of waiting came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Nothing is missing any more.
+    Done,
+    /// A letter was taken.
+    Took,
+    /// None came.
+    Waited,
 }
 
 /// An assistant, as long as it is one.
@@ -173,7 +209,7 @@ impl<'a> Crew<'a> {
             asked: 0,
             early: VecDeque::new(),
             statistics_of: None,
-            statistics_bytes: 0,
+            laid: None,
         };
         let streams = crew.input.streams();
         for (number, (endpoint, leaves)) in shared.iter().cloned().enumerate() {
@@ -256,6 +292,11 @@ impl<'a> Crew<'a> {
         (0..self.assistants.len()).for_each(|number| self.send(number, letter()));
     }
 
+    /// Whether any assistant is there.
+    pub(super) fn has_help(&self) -> bool {
+        self.assistants.iter().any(|assistant| assistant.is_there)
+    }
+
     pub(super) fn is_there(&self, number: usize) -> bool {
         self.assistants.get(number).is_some_and(|assistant| assistant.is_there)
     }
@@ -304,57 +345,82 @@ impl<'a> Crew<'a> {
     pub(super) fn collect(
         &mut self,
         own: (usize, f64),
-        (mut missing, last): (Vec<usize>, bool),
+        missing: (Vec<usize>, bool),
         mut take: impl FnMut(usize, Matter, Vec<u8>) -> bool,
     ) -> Result<(), TaskError> {
         if self.assistants.is_empty() {
             return Ok(());
         }
-        let (watch, mut idle) = (Stopwatch::start(), Stopwatch::start());
-        let mut early = std::mem::take(&mut self.early);
-        loop {
-            let late: Vec<usize> =
-                (0..missing.len()).filter(|&number| self.is_there(number) && missing[number] > 0).collect();
-            let Some(most) = late.iter().map(|&number| self.assistants[number].leaves.len()).max() else {
-                self.waiting.add(idle.seconds(), 0.0);
-                return Ok(());
-            };
-            // Whoever has to make its share runs it through all groups of the layers before this one first.
-            let is_on_its_way = late.iter().any(|&number| self.assistants[number].threads.is_none());
-            let groups = if is_on_its_way { 1 + self.input.behind() * self.outline.groups.len() } else { 1 };
-            let takes = own.1 * groups as f64 * most as f64 / own.0.max(1) as f64;
-            let allowed = self.place.patience.as_secs_f64() + PATIENCE * takes;
-            if watch.seconds() > allowed {
-                late.into_iter().for_each(|number| self.lose(number, "it is too slow"));
-                self.waiting.add(idle.seconds(), 0.0);
-                return Ok(());
-            }
-            let letter = match early.pop_front() {
-                Some(letter) => Some(letter).filter(|(number, ..)| self.is_there(*number)),
-                None => self.next_letter(GLANCE)?,
-            };
-            if let Some((number, matter, body)) = letter {
-                self.waiting.add(idle.seconds(), self.on_its_way);
-                let unpacking = Stopwatch::start();
-                if missing[number] == 0 && !last && self.may_be_early(number, &matter) {
-                    self.early.push_back((number, matter, body));
-                } else if missing[number] > 0 && take(number, matter, body) {
-                    missing[number] -= 1;
-                    self.assistants[number].is_through = last && missing[number] == 0;
-                } else {
-                    self.lose(number, "it said something out of turn");
-                }
-                self.waiting.add_unpacking(unpacking.seconds());
-                idle = Stopwatch::start();
-            }
-        }
+        let mut collection = self.collection(own, missing);
+        while self.collect_one(&mut collection, GLANCE, &mut take)? != Step::Done {}
+        Ok(())
     }
 
-    /// Whether this may come while others are waited for: sums of the group that assistants went on with, no more than there are.
+    /// Begins to wait, as [`Self::collect`] does.
+    pub(super) fn collection(&self, own: (usize, f64), (missing, last): (Vec<usize>, bool)) -> Collection {
+        let (watch, idle) = (Stopwatch::start(), Stopwatch::start());
+        Collection { own, missing, last, early: self.early.len(), watch, busy: 0.0, idle }
+    }
+
+    /// A step of [`Self::collect`], which takes no longer than `wait` and a letter.
+    pub(super) fn collect_one(
+        &mut self,
+        collection: &mut Collection,
+        wait: Duration,
+        take: &mut impl FnMut(usize, Matter, Vec<u8>) -> bool,
+    ) -> Result<Step, TaskError> {
+        let missing = &mut collection.missing;
+        let late: Vec<usize> =
+            (0..missing.len()).filter(|&number| self.is_there(number) && missing[number] > 0).collect();
+        let Some(most) = late.iter().map(|&number| self.assistants[number].leaves.len()).max() else {
+            self.waiting.add(collection.idle.seconds(), 0.0);
+            return Ok(Step::Done);
+        };
+        // Whoever has to make its share runs it through all groups of the layers before this one first.
+        let is_on_its_way = late.iter().any(|&number| self.assistants[number].threads.is_none());
+        let groups = if is_on_its_way { 1 + self.input.behind() * self.outline.groups.len() } else { 1 };
+        let own = collection.own;
+        let takes = own.1 * groups as f64 * most as f64 / own.0.max(1) as f64;
+        let allowed = self.place.patience.as_secs_f64() + PATIENCE * takes;
+        if collection.watch.seconds() - collection.busy > allowed {
+            late.into_iter().for_each(|number| self.lose(number, "it is too slow"));
+            return Ok(Step::Waited);
+        }
+        let letter = if collection.early > 0 {
+            collection.early -= 1;
+            self.early.pop_front().filter(|(number, ..)| self.is_there(*number))
+        } else {
+            self.next_letter(wait)?
+        };
+        let Some((number, matter, body)) = letter else { return Ok(Step::Waited) };
+        self.waiting.add(collection.idle.seconds(), self.on_its_way);
+        let unpacking = Stopwatch::start();
+        if missing[number] == 0 && !collection.last && self.may_be_early(number, &matter) {
+            self.early.push_back((number, matter, body));
+        } else if missing[number] > 0 && take(number, matter, body) {
+            missing[number] -= 1;
+            self.assistants[number].is_through = collection.last && missing[number] == 0;
+        } else {
+            self.lose(number, "it said something out of turn");
+        }
+        self.waiting.add_packing(unpacking.seconds());
+        collection.idle = Stopwatch::start();
+        Ok(Step::Took)
+    }
+
+    /// Whether this may come while others are waited for: sums of the group that assistants went on with, and parts of the
+    /// groundwork that is laid; no more than there are.
     fn may_be_early(&self, number: usize, matter: &Matter) -> bool {
-        let branches = Branch::of(&self.assistants[number].leaves).len();
-        let of_it = self.early.iter().filter(|(early, ..)| *early == number).count();
-        matches!(matter, Matter::Sums(sums) if sums.group as usize + 1 == self.asked) && of_it < branches
+        let is_sums = |matter: &Matter| matches!(matter, Matter::Sums(_));
+        let alike = self.early.iter().filter(|(early, other, _)| *early == number && is_sums(other) == is_sums(matter));
+        match matter {
+            Matter::Sums(sums) => {
+                let letters = Branch::of(&self.assistants[number].leaves).len() * Portion::EACH.len();
+                sums.group as usize + 1 == self.asked && alike.count() < letters
+            }
+            Matter::Part(part) => self.laid == Some(part.group as usize) && alike.count() < MOST_PARTS,
+            _ => false,
+        }
     }
 
     /// Takes over the shares of assistants that are gone.
@@ -373,48 +439,8 @@ impl<'a> Crew<'a> {
         Ok(())
     }
 
-    /// Brings all sequences before a group and sums up its inputs.
-    ///
-    /// # Errors
-    /// See [`TaskError`].
-    pub(crate) fn gather(&mut self, group: usize, phases: &mut Phases) -> Result<InputStats, TaskError> {
-        let members = &self.outline.groups[group];
-        let failed = |source| TaskError::Gram { tensor: members[0].tensor.clone(), source };
-        self.ask_on(group);
-        self.adopt(phases)?;
-        let mut forest = Forest::default();
-        let (watch, own) = (Stopwatch::start(), self.own_leaves());
-        self.gather_own(0, group, &mut forest, phases)?;
-        let seconds = watch.seconds();
-        let sampling = sampling(self.place.run, members[0].columns);
-        let mut wanted: Vec<Vec<Branch>> = self.assistants.iter().map(|one| Branch::of(&one.leaves)).collect();
-        let mut sums: Vec<Vec<(Branch, Sums)>> = wanted.iter().map(|_| Vec::new()).collect();
-        let missing = wanted.iter().map(Vec::len).collect();
-        self.collect((own, seconds), (missing, false), |number, matter, body| {
-            let Matter::Sums(told) = matter else { return false };
-            let branch = Branch { first: told.first_leaf as usize, leaves: told.leaves as usize };
-            let Some(place) = wanted[number].iter().position(|wanted| *wanted == branch) else { return false };
-            wanted[number].swap_remove(place);
-            sums[number].push((branch, Sums::from_values(&sampling, branch, &numbers::<f64>(&body))));
-            told.group as usize == group
-        })?;
-        self.take_waiting().book(phases);
-        for (number, sums) in sums.into_iter().enumerate().filter(|(number, _)| self.is_there(*number)) {
-            self.place.received(sums.iter().map(|(branch, _)| sampling.values(*branch) as u64 * 8).sum());
-            sums.into_iter().try_for_each(|(branch, sums)| forest.insert(branch, sums)).map_err(failed)?;
-            tracing::trace!(number, group, "sums are there");
-        }
-        let here = self.shares.len();
-        self.adopt(phases)?;
-        self.gather_own(here, group, &mut forest, phases)?;
-        let watch = Stopwatch::start();
-        let stats = forest.finish(&Device::Cpu).map_err(failed)?;
-        phases.add("gram", watch.seconds(), 0.0);
-        Ok(stats)
-    }
-
     /// Lets assistants gather a group, if there is one and they are not at it yet.
-    fn ask_on(&mut self, group: usize) {
+    pub(crate) fn ask_on(&mut self, group: usize) {
         if (self.asked..self.outline.groups.len()).contains(&group) {
             self.asked = group + 1;
             self.send_all(|| Outgoing::of(Matter::Gather(group as u32)));
@@ -431,7 +457,7 @@ impl<'a> Crew<'a> {
     }
 
     /// Gathers the owner's shares, from the one numbered `first` on.
-    fn gather_own(
+    pub(super) fn gather_own(
         &mut self,
         first: usize,
         group: usize,

@@ -10,7 +10,7 @@ use espalier_proto::v1::{Block, Hidden, Measure, Part};
 use super::finish::DIGEST_DIGITS;
 use super::share::sampling;
 use super::statistics;
-use crate::calibrate::tree::{Branch, LEAVES, Sampling, sequences_of};
+use crate::calibrate::tree::{Branch, LEAVES, Portion, Sampling, sequences_of};
 use crate::cut_task::header_of;
 use crate::prune::MOST_PARTS;
 use crate::prune::measure::numbers_of_row;
@@ -93,7 +93,9 @@ impl LayerSizes {
             Matter::Hidden(hidden) => self.of_states(*hidden),
             Matter::Gather(group) => self.group(*group).map(|_| 0),
             Matter::Solve(solve) => self.of_blocks(solve.group, solve.blocks.iter().copied()).map(|_| 0),
-            Matter::Statistics(group) => self.group(*group).map(|group| statistics::bytes(&group.sampling)),
+            Matter::Statistics(told) => {
+                self.group(told.group).map(|group| statistics::bytes(&group.sampling, Portion::told(told.rest)))
+            }
             Matter::Apply(group) => self.group(*group).map(|group| group.stored_bytes),
             Matter::Make(make) => {
                 (make.parts.len() <= MOST_PARTS).then_some(self.group(make.group)).flatten().map(|_| 0)
@@ -113,7 +115,8 @@ impl LayerSizes {
             Matter::Sums(sums) => {
                 let branch = Branch { first: sums.first_leaf as usize, leaves: sums.leaves as usize };
                 let is_ours = branch.leaves <= LEAVES && Branch::of(&self.leaves).contains(&branch);
-                self.group(sums.group).filter(|_| is_ours).map(|group| group.sampling.values(branch) as u64 * 8)
+                let group = self.group(sums.group).filter(|_| is_ours);
+                group.map(|group| group.sampling.values(branch, Portion::told(sums.rest)) as u64 * 8)
             }
             Matter::Solved(solved) => {
                 let blocks: Option<Vec<Block>> = solved.blocks.iter().map(|solved| solved.block).collect();

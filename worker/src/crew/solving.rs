@@ -8,39 +8,17 @@ use espalier_proto::v1 as pb;
 use espalier_proto::v1::head::Matter;
 
 use super::board::{Board, Task};
+use super::groundwork::Laying;
 use super::order::{Order, asked, take_solved};
 use super::owner::{Crew, GLANCE, PATIENCE};
-use super::statistics;
 use crate::device::in_order;
-use crate::prune::{GroupSolver, InputStats, Problem, RowBlock, Solution, SolveCtx, SolveError, Statistics};
-use crate::source::Workplace;
+use crate::prune::{GroupSolver, Problem, RowBlock, Solution, SolveCtx, SolveError};
 use crate::transport::Outgoing;
-use crate::transport::parcel::{Body, bytes_of};
 
 /// Orders to solve that an assistant has at a time: one that it is at, and one on its way.
 const ORDERS: usize = 2;
 
 impl Crew<'_> {
-    /// Sends the statistics of a group to whoever is there, if its `blocks` are to be solved together.
-    ///
-    /// # Errors
-    /// What the tensor backend says.
-    pub(crate) fn offer(&mut self, group: usize, stats: &InputStats, blocks: usize) -> candle_core::Result<()> {
-        let Workplace { run, .. } = self.place;
-        let solver = &run.method.solver;
-        // Who solves on a device is faster than anybody whom blocks would have to be sent to, and takes them in order.
-        let is_on_device = !run.device.is_cpu() && solver.on_device().is_some();
-        // A method that looks at no more than norms is through before its statistics are sent.
-        let is_shared = !is_on_device && solver.needs() >= Statistics::Gram && blocks > 1;
-        if is_shared && (0..self.assistants.len()).any(|number| self.is_there(number)) {
-            let packed = bytes_of(statistics::pack(stats)?);
-            let matter = || Matter::Statistics(group as u32);
-            self.send_all(|| Outgoing { matter: matter(), body: Body::Bytes(packed.clone()) });
-            (self.statistics_of, self.statistics_bytes) = (Some(group), packed.len());
-        }
-        Ok(())
-    }
-
     /// Solves the sublayers of a group, block by block: the owner from the first on, assistants from the last. Returns each
     /// solution with the seconds that were spent on it, whoever spent them.
     ///
@@ -49,8 +27,7 @@ impl Crew<'_> {
     pub(crate) fn solve(
         &mut self,
         group: usize,
-        stats: &InputStats,
-        solver: &dyn GroupSolver,
+        (solver, laying): (&dyn GroupSolver, Option<Laying>),
         (problems, cut): (&[Problem<'_>], Vec<Vec<RowBlock>>),
         ctx: &SolveCtx,
     ) -> Result<Vec<(Solution, f64)>, (usize, SolveError)> {
@@ -62,10 +39,7 @@ impl Crew<'_> {
                 .solve_rows(&task.block, |problem, zeros| solver.solve_block(problem, zeros, ctx))?;
             Ok((solved, watch.seconds()))
         };
-        // Assistants make parts while zeros are dealt out here.
-        let groundwork = solver.groundwork().filter(|_| is_shared);
-        let dealing = problems.iter().zip(&cut).map(|(problem, blocks)| solver.deal_flops(problem, blocks)).sum();
-        let lent = groundwork.map(|groundwork| (groundwork, self.lend_parts(group, groundwork, dealing)));
+        // Assistants make parts of the groundwork while zeros are dealt out here.
         let cut: Vec<_> = cut.into_iter().enumerate().collect();
         let deal = |(member, mut blocks): (usize, Vec<RowBlock>)| match solver.deal(&problems[member], &mut blocks) {
             Ok(()) => Ok(blocks.into_iter().map(move |block| Task { member, block })),
@@ -74,7 +48,7 @@ impl Crew<'_> {
         let watch = Stopwatch::start();
         let board = Board::new(in_order(device.unwrap_or(&Device::Cpu), cut, deal)?.into_iter().flatten().collect());
         tracing::debug!(group, seconds = watch.seconds(), "zeros are dealt out");
-        let common = lent.map(|(groundwork, parts)| self.lay(group, stats, groundwork, parts)).transpose();
+        let common = laying.map(|laying| self.lay(laying)).transpose();
         let common = common.map_err(|error| (0, error))?.unwrap_or_default();
         if device.is_some() {
             board.work(solve);
@@ -142,7 +116,8 @@ impl Crew<'_> {
         if !self.is_there(number) || under_way >= ORDERS {
             return;
         }
-        let tasks = board.take_last(self.assistants[number].threads.unwrap_or(1), 1 + self.assistants.len());
+        let tasks =
+            board.take_last(self.assistants[number].threads.unwrap_or(1), 1 + self.assistants.len(), under_way == 0);
         if tasks.is_empty() {
             return;
         }

@@ -7,7 +7,7 @@ use crate::unit::Phases;
 pub(crate) struct Waiting {
     /// For assistants that compute.
     computed: f64,
-    /// For letters on their way, and to unpack them: what other workers cost that a single one has not.
+    /// For letters on their way, and to pack and unpack them: what other workers cost that a single one has not.
     moved: f64,
 }
 
@@ -20,8 +20,8 @@ impl Waiting {
         self.computed += seconds - moved;
     }
 
-    /// Notes unpacking.
-    pub(super) fn add_unpacking(&mut self, seconds: f64) {
+    /// Notes packing or unpacking.
+    pub(super) fn add_packing(&mut self, seconds: f64) {
         self.moved += seconds;
     }
 
@@ -51,7 +51,7 @@ mod tests {
         for (seconds, on_its_way) in [(0.0, 3.0), (4.0, 2.0), (1.0, 5.0), (2.0, 0.0)] {
             waiting.add(seconds, on_its_way);
         }
-        waiting.add_unpacking(0.5);
+        waiting.add_packing(0.5);
         assert_eq!(waiting, Waiting { computed: 4.0, moved: 3.5 });
         assert!((waiting.seconds() - 7.5).abs() < 1e-12);
     }

@@ -4,16 +4,18 @@
 //! Deviation from ALPS: ρ grows on a fixed ramp instead of following the support's changes, so that sublayers of a group share
 //! their factorisations; the support is that of the feasible copy D; the target may blend in the dense model's outputs (α).
 
+mod footing;
 mod ramp;
 
 use std::sync::Arc;
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use espalier_common::outline::Effort;
 use espalier_common::pattern::Pattern;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use self::footing::{Footing, UNCONSTRAINED, deals, is_laid};
 pub use self::ramp::Profile;
 pub(super) use self::ramp::Ramp;
 use super::admm::{self, Budget, Inverses, Search};
@@ -40,14 +42,9 @@ pub const METHOD: Method = Method {
 pub(super) const NAME: &str = "espalier";
 /// Steps of the ramp that a search takes at most, but for the best of profiles.
 const RAMP_STEPS: usize = 16;
-/// From this width on an inverse takes longer to make than to send: n³ operations at 100 GFLOP/s against 2n² bytes at 1 GB/s,
-/// and as much again for what sending costs the processors.
-const WORTH_SENDING: usize = 400;
 /// Steps of the ramp whose inverses a block makes rather than wait for another's.
 const LOOK_AHEAD: usize = 3;
 pub(super) const MOST_ITERATIONS: u32 = 300;
-/// The ρ at which nothing pulls towards a pattern.
-const UNCONSTRAINED: f32 = 0.0;
 /// Rows that a processor solves together: enough for its products, few enough for many workers.
 const ROWS: usize = 144;
 /// The same of a GPU: products of fewer rows do not fill it. An H100 reaches 28 TFLOP/s with 144 rows of 4096 columns, 50 with these.
@@ -95,15 +92,7 @@ struct Espalier {
 
 impl Espalier {
     fn group(&self, stats: &InputStats) -> Result<Group, SolveError> {
-        let (conditioned, ()) = Conditioned::factored(&stats.gram, self.params.damping, |_| Ok(()))?;
-        let towards_dense = match &stats.dense {
-            Some(dense) if self.params.alpha > 0.0 => Some(towards_dense(&conditioned, &stats.gram, &dense.cross)?),
-            _ => None,
-        };
-        let conditioned = Arc::new(conditioned);
-        let inverses = Inverses::new(Arc::clone(&conditioned));
-        let held_out = stats.held_out.clone();
-        Ok(Group { conditioned, towards_dense, held_out, inverses, params: self.params })
+        Group::new(Arc::new(Footing::new(&stats.gram, self.params)?), stats)
     }
 }
 
@@ -147,6 +136,11 @@ impl Solver for Espalier {
         Ok(Box::new(self.group(&stats)?))
     }
 
+    fn groundwork(&self, gram: &Tensor, ctx: &SolveCtx) -> Result<Option<Arc<dyn Groundwork>>, SolveError> {
+        ctx.check_cancelled()?;
+        Ok(if is_laid(gram.dim(1)?) { Some(Arc::new(Footing::new(gram, self.params)?)) } else { None })
+    }
+
     fn on_device(&self) -> Option<&dyn OnDevice> {
         Some(self)
     }
@@ -180,17 +174,8 @@ impl Solver for Espalier {
     }
 }
 
-/// Whether the inverses of groups so wide are made by all workers.
-fn is_laid(columns: usize) -> bool {
-    columns >= WORTH_SENDING && Inverses::remembers(columns, RAMP_STEPS)
-}
-
 /// `(K − G)ᵀD⁻¹ [n, n]`, so that `α·W` times it is `T = (C_α − W·G)D⁻¹`; zero for dead channels.
-fn towards_dense(
-    conditioned: &Conditioned,
-    gram: &candle_core::Tensor,
-    cross: &candle_core::Tensor,
-) -> Result<Vec<f32>, SolveError> {
+fn towards_dense(conditioned: &Conditioned, gram: &Tensor, cross: &Tensor) -> Result<Vec<f32>, SolveError> {
     let n = conditioned.n;
     let statistics = [gram.clone(), cross.clone()];
     let statistics = held(&statistics);
@@ -208,43 +193,51 @@ fn towards_dense(
     Ok(out)
 }
 
-/// A group whose statistics are conditioned.
+/// A group whose statistics are all there.
 pub(super) struct Group {
-    conditioned: Arc<Conditioned>,
+    footing: Arc<Footing>,
     pub(super) towards_dense: Option<Vec<f32>>,
     /// What decides how much of the way is gone.
     pub(super) held_out: Option<Arc<InputStats>>,
-    inverses: Inverses,
-    params: Params,
 }
 
 impl Group {
+    fn new(footing: Arc<Footing>, stats: &InputStats) -> Result<Self, SolveError> {
+        let towards_dense = match &stats.dense {
+            Some(dense) if footing.is_blended() => {
+                Some(towards_dense(&footing.conditioned, &stats.gram, &dense.cross)?)
+            }
+            _ => None,
+        };
+        Ok(Self { footing, towards_dense, held_out: stats.held_out.clone() })
+    }
+
     /// The statistics.
     pub(super) fn conditioned(&self) -> &Arc<Conditioned> {
-        &self.conditioned
+        &self.footing.conditioned
     }
 
     /// What a search begins with.
     pub(super) fn ramp(&self) -> Ramp {
-        Ramp::new(self.params.profile)
+        self.footing.ramp()
     }
 
     /// The α that was asked for.
     pub(super) fn alpha(&self) -> f64 {
-        self.params.alpha
+        self.footing.params.alpha
     }
 
     /// Most steps of the refit.
     pub(super) fn refit_steps(&self) -> usize {
-        self.params.refit_steps
+        self.footing.params.refit_steps
     }
 
     /// V̂° = Ŵ + T·Ĝ⁻¹, what the weights would be without a pattern.
     fn unconstrained(&self, anchor: &[f32], shift: Option<&[f32]>) -> Result<Vec<f32>, SolveError> {
         let Some(shift) = shift else { return Ok(anchor.to_vec()) };
-        let n = self.conditioned.n;
+        let n = self.conditioned().n;
         // Remembered with those of the ramp: every block asks for it.
-        let (inverse, _) = self.inverses.at(UNCONSTRAINED, [])?;
+        let (inverse, _) = self.footing.inverses.at(UNCONSTRAINED, [])?;
         let mut out = product(shift, &inverse, n, n);
         out.iter_mut().zip(anchor).for_each(|(v, w)| *v += w);
         Ok(out)
@@ -252,8 +245,8 @@ impl Group {
 
     /// What an α makes of a weight, and where its search starts.
     fn start(&self, alpha: f64, weight: &[f32]) -> Result<Start, SolveError> {
-        let n = self.conditioned.n;
-        let anchor = self.conditioned.scaled_alive(weight);
+        let n = self.conditioned().n;
+        let anchor = self.conditioned().scaled_alive(weight);
         let towards_dense = self.towards_dense.as_ref().filter(|_| alpha > 0.0);
         let shift = towards_dense.map(|towards| shifted(alpha, product(weight, towards, n, n)));
         let free = self.unconstrained(&anchor, shift.as_deref())?;
@@ -268,7 +261,7 @@ impl Group {
         zeros: usize,
         ctx: &SolveCtx,
     ) -> Result<Solution, SolveError> {
-        let (alpha, n) = (self.params.alpha, self.conditioned.n);
+        let (alpha, n) = (self.footing.params.alpha, self.conditioned().n);
         let Start { anchor, shift, free } = self.start(alpha, weight)?;
         let shift = shift.as_deref();
         let mut search = Search::new(free, &anchor, shift, n, Budget { pattern: problem.pattern, zeros });
@@ -276,7 +269,7 @@ impl Group {
         let mut ramp = self.ramp();
         let (mut iterations, mut flops) = (0, 0.0);
         while iterations < MOST_ITERATIONS {
-            let (inverse, spent) = self.inverses.at(ramp.rho(), ramp.ahead().take(LOOK_AHEAD))?;
+            let (inverse, spent) = self.footing.inverses.at(ramp.rho(), ramp.ahead().take(LOOK_AHEAD))?;
             flops += spent;
             for _ in 0..Ramp::CHECK_EVERY {
                 ctx.check_cancelled()?;
@@ -291,11 +284,11 @@ impl Group {
         flops += f64::from(iterations) * 2.0 * (weight.len() * n) as f64;
 
         let (start, keep) = search.finish();
-        let limits = Limits { steps: self.params.refit_steps, tolerance: 1e-8 };
-        let gram = &self.conditioned.gram;
+        let limits = Limits { steps: self.footing.params.refit_steps, tolerance: 1e-8 };
+        let gram = &self.conditioned().gram;
         let refit =
             |shift, start: &[f32]| pcg::refit(Quadratic { anchor: &anchor, shift, gram, n }, start, &keep, limits);
-        let restored = |scaled: &[f32]| self.conditioned.restored(scaled, &keep, weight);
+        let restored = |scaled: &[f32]| self.conditioned().restored(scaled, &keep, weight);
         let towards = refit(shift, &start);
         flops += towards.flops;
         let mut values = restored(&towards.values);
@@ -308,7 +301,7 @@ impl Group {
             values = between(&without, &values, share);
             *taken *= share;
         }
-        Ok(Solution { alpha: taken, ..self.conditioned.solution(problem, values, iterations, flops)? })
+        Ok(Solution { alpha: taken, ..self.conditioned().solution(problem, values, iterations, flops)? })
     }
 }
 
@@ -329,12 +322,6 @@ fn shifted(alpha: f64, mut shift: Vec<f32>) -> Vec<f32> {
 }
 
 impl Group {
-    /// ρ of a part of the groundwork.
-    fn rho_of(&self, part: usize) -> f32 {
-        let step = if self.towards_dense.is_some() { part.checked_sub(1) } else { Some(part) };
-        step.map_or(UNCONSTRAINED, |step| self.ramp().rho_of(step))
-    }
-
     /// Deals zeros out to blocks by what `project` lets stay of a whole weight that must lose so many, if there is a choice.
     pub(super) fn deal_by(
         &self,
@@ -342,9 +329,9 @@ impl Group {
         blocks: &mut [RowBlock],
         project: impl FnOnce(&[f32], usize) -> Result<Vec<u8>, SolveError>,
     ) -> Result<(), SolveError> {
-        if self.deals(problem, blocks.len()) {
+        if deals(problem, blocks.len()) {
             let (rows, n) = problem.weight.dims2()?;
-            let weight = admit(NAME, problem, self.conditioned.n)?.weight;
+            let weight = admit(NAME, problem, self.conditioned().n)?.weight;
             let keep = project(&weight, problem.pattern.zeros(rows, n))?;
             for block in blocks {
                 let keep = &keep[block.first * n..(block.first + block.rows) * n];
@@ -353,57 +340,23 @@ impl Group {
         }
         Ok(())
     }
-
-    /// Whether zeros are dealt out by where the whole matrix would go.
-    fn deals(&self, problem: &Problem<'_>, blocks: usize) -> bool {
-        blocks > 1 && !matches!(problem.pattern, Pattern::NofM { .. })
-    }
-}
-
-/// The inverse that leads to V̂° where there is a target blend, and those of the ramp's first steps.
-impl Groundwork for Group {
-    fn parts(&self) -> usize {
-        usize::from(self.towards_dense.is_some()) + self.params.profile.least_steps()
-    }
-
-    fn flops(&self) -> f64 {
-        self.inverses.flops()
-    }
-
-    fn make(&self, part: usize) -> Result<Arc<Vec<f32>>, SolveError> {
-        Ok(self.inverses.at(self.rho_of(part), [])?.0)
-    }
-
-    fn take(&self, part: usize, matrix: Vec<f32>) -> bool {
-        part < self.parts() && self.inverses.take(self.rho_of(part), matrix)
-    }
 }
 
 impl GroupSolver for Group {
-    fn groundwork(&self) -> Option<&dyn Groundwork> {
-        is_laid(self.conditioned.n).then_some(self)
-    }
-
     /// A block gets as many as it has among the smallest values of the whole V̂°, which is what the search begins with.
     fn deal(&self, problem: &Problem<'_>, blocks: &mut [RowBlock]) -> Result<(), SolveError> {
         self.deal_by(problem, blocks, |weight, zeros| {
             let mut keep = vec![1; weight.len()];
-            let free = self.start(self.params.alpha, weight)?.free;
+            let free = self.start(self.footing.params.alpha, weight)?.free;
             select::keep_largest(&free, zeros, &mut keep);
             Ok(keep)
         })
     }
 
-    /// What the target is, and where it would lead.
-    fn deal_flops(&self, problem: &Problem<'_>, blocks: &[RowBlock]) -> f64 {
-        let is_dealt = self.towards_dense.is_some() && self.deals(problem, blocks.len());
-        if is_dealt { 4.0 * (problem.weight.elem_count() * self.conditioned.n) as f64 } else { 0.0 }
-    }
-
     fn solve_block(&self, problem: &Problem<'_>, zeros: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {
-        let weight = admit(NAME, problem, self.conditioned.n)?.weight;
+        let weight = admit(NAME, problem, self.conditioned().n)?.weight;
         if zeros == 0 {
-            return self.conditioned.solution(problem, weight, 0, 0.0);
+            return self.conditioned().solution(problem, weight, 0, 0.0);
         }
         self.search(problem, &weight, zeros, ctx)
     }
@@ -503,9 +456,8 @@ mod tests {
         let (conditioned, ()) = Conditioned::factored(&problem.stats.gram, damping, |_| Ok(())).unwrap();
         let dense = problem.stats.dense.as_ref().unwrap();
         let towards_dense = Some(towards_dense(&conditioned, &problem.stats.gram, &dense.cross).unwrap());
-        let conditioned = Arc::new(conditioned);
-        let inverses = Inverses::new(Arc::clone(&conditioned));
-        let group = Group { conditioned, towards_dense, held_out: None, inverses, params: Params::default() };
+        let footing = Footing::new(&problem.stats.gram, Params::default()).unwrap();
+        let group = Group { footing: Arc::new(footing), towards_dense, held_out: None };
         for alpha in [0.5, 1.0] {
             let expected = corrected.unconstrained(alpha, damping);
             let found = group.start(alpha, &problem.weight).unwrap().free;
@@ -513,7 +465,7 @@ mod tests {
             let size = expected.iter().fold(0.0f64, |size, v| size.max(v.abs()));
             let tolerance = 4.0 * n as f64 / damping * f64::from(f32::EPSILON) * size;
             for (at, (v, expected)) in found.iter().zip(&expected).enumerate() {
-                let v = f64::from(v / group.conditioned.scale[at % n]);
+                let v = f64::from(v / conditioned.scale[at % n]);
                 assert!((v - expected).abs() <= tolerance, "alpha {alpha}: {v} {expected}");
             }
         }

@@ -21,7 +21,7 @@ pub mod wanda;
 
 use std::sync::Arc;
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use espalier_common::fault::FaultClass;
 use espalier_common::outline::Effort;
 use espalier_common::pattern::Pattern;
@@ -60,6 +60,14 @@ pub trait Solver: Send + Sync {
     /// # Errors
     /// `NotPositiveDefinite` once damping is exhausted.
     fn prepare(&self, stats: Arc<InputStats>, ctx: &SolveCtx) -> Result<Box<dyn GroupSolver>, SolveError>;
+    /// Begins with what follows from a group's gram `[in, in]` alone, if every block needs something of that which takes longer to
+    /// make than to send, so that workers make it for each other.
+    ///
+    /// # Errors
+    /// As [`Self::prepare`].
+    fn groundwork(&self, _gram: &Tensor, _ctx: &SolveCtx) -> Result<Option<Arc<dyn Groundwork>>, SolveError> {
+        Ok(None)
+    }
     /// The method as one that removes heads and channels, if it is one; it then solves nothing else.
     fn structured(&self) -> Option<&dyn StructuredSolver> {
         None
@@ -111,20 +119,12 @@ pub trait GroupSolver: Send + Sync {
     fn device(&self) -> Option<&Device> {
         None
     }
-    /// What every block needs and workers can make for each other, if there is something that takes longer to make than to send.
-    fn groundwork(&self) -> Option<&dyn Groundwork> {
-        None
-    }
     /// Deals the zeros of a sublayer out to its blocks by what the whole matrix would lose first, if the method does so.
     ///
     /// # Errors
     /// See [`SolveError`].
     fn deal(&self, _problem: &Problem<'_>, _blocks: &mut [RowBlock]) -> Result<(), SolveError> {
         Ok(())
-    }
-    /// Operations of [`Self::deal`].
-    fn deal_flops(&self, _problem: &Problem<'_>, _blocks: &[RowBlock]) -> f64 {
-        0.0
     }
     /// Minimises ‖X̂·W'ᵀ − X·Wᵀ‖²_F over the W' that obey `problem.pattern`, for the rows of one block: `problem` has these rows
     /// alone, and `zeros` of its weights must go.
@@ -147,6 +147,13 @@ pub trait GroupSolver: Send + Sync {
 /// What every block of a group needs and takes long to make: symmetric matrices `[in, in]`, the same bits whoever makes them. A
 /// part that is not there when a block needs it is made on the spot, so it can be lost.
 pub trait Groundwork: Send + Sync {
+    /// The solver that [`Solver::prepare`] would give, on this groundwork; `stats` are those whose gram it was laid on.
+    ///
+    /// # Errors
+    /// As [`Solver::prepare`].
+    fn complete(self: Arc<Self>, stats: Arc<InputStats>) -> Result<Box<dyn GroupSolver>, SolveError>;
+    /// Operations of [`GroupSolver::deal`] for a sublayer that is cut into these blocks.
+    fn deal_flops(&self, problem: &Problem<'_>, blocks: &[RowBlock]) -> f64;
     /// How many parts are worth making before the first block; at most [`MOST_PARTS`]. What dealing out zeros takes comes first.
     fn parts(&self) -> usize;
     /// Operations that a part takes.

@@ -9,9 +9,9 @@ use bytes::Bytes;
 use futures::future::try_join_all;
 
 use super::link::{BodyError, Link};
-use super::parcel::numbers;
+use super::parcel::{bytes_of, numbers};
 use crate::calibrate::gram::GramError;
-use crate::calibrate::tree::{Branch, Forest, Sampling, Sums};
+use crate::calibrate::tree::{Branch, Forest, Portion, Sampling, Sums};
 
 /// Where a worker is in a star.
 #[derive(Clone, Copy)]
@@ -72,7 +72,7 @@ pub async fn all_reduce(
     leaves: &[Range<usize>],
     mut own: Forest,
 ) -> Result<Sums, CollectiveError> {
-    let bytes_of = |branch: Branch| sampling.values(branch) * size_of::<f64>();
+    let size = |branch: Branch| sampling.values(branch, Portion::All) * size_of::<f64>();
     let whole = Branch::of(&(0..crate::calibrate::tree::LEAVES))[0];
     let sum = match place {
         Place::Middle(links) => {
@@ -81,29 +81,28 @@ pub async fn all_reduce(
                 async move {
                     let mut received = Vec::new();
                     for branch in branches {
-                        let body = link.receive(bytes_of(branch)).await.map_err(at(number))?;
-                        received.push((branch, Sums::from_values(sampling, branch, &numbers::<f64>(&body))));
+                        let body = link.receive(size(branch)).await.map_err(at(number))?;
+                        received.push((branch, body));
                     }
                     Ok::<_, CollectiveError>(received)
                 }
             };
-            for (branch, sums) in
-                try_join_all(links.iter().copied().enumerate().map(receive)).await?.into_iter().flatten()
-            {
-                own.insert(branch, sums)?;
+            let received = try_join_all(links.iter().copied().enumerate().map(receive)).await?;
+            for (branch, body) in received.into_iter().flatten() {
+                own.insert_values(sampling, (branch, Portion::All), &numbers::<f64>(&body))?;
             }
-            let mut sum = own.into_sum()?;
-            let body = Bytes::from(bytemuck::cast_slice(&sum.values()?).to_vec());
-            broadcast(place, body, bytes_of(whole)).await?;
+            let sum = own.into_sum()?;
+            let body = bytes_of(sum.clone().into_values()?);
+            broadcast(place, body, size(whole)).await?;
             sum
         }
         Place::Outside(number, link) => {
-            for (_, mut sums) in own.into_branches() {
-                let body = Bytes::from(bytemuck::cast_slice(&sums.values()?).to_vec());
+            for (_, sums) in own.into_branches() {
+                let body = bytes_of(sums.into_values()?);
                 link.send(body).await.map_err(at(number))?;
             }
-            let body = broadcast(place, Bytes::new(), bytes_of(whole)).await?;
-            Sums::from_values(sampling, whole, &numbers::<f64>(&body))
+            let body = broadcast(place, Bytes::new(), size(whole)).await?;
+            Sums::from_values(sampling, (whole, Portion::All), &numbers::<f64>(&body))
         }
     };
     Ok(sum)

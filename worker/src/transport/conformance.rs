@@ -220,13 +220,13 @@ fn star(links: &[Ends]) -> (Vec<&dyn Link>, Vec<Place<'_>>) {
 }
 
 async fn sums_are_the_same_bits_whoever_has_what(links: &[Ends]) {
-    let alone = gathered(0..LEAVES).into_sum().unwrap().values().unwrap();
+    let alone = gathered(0..LEAVES).into_sum().unwrap().into_values().unwrap();
     let shares = shares(links.len() + 1);
     let (middle, outside) = star(links);
     let everybody = std::iter::once(Place::Middle(&middle)).chain(outside).zip(&shares);
     let reduce = everybody.map(|(place, leaves)| {
         let (own, shares) = (gathered(leaves.clone()), &shares);
-        async move { all_reduce(place, &SAMPLING, shares, own).await.unwrap().values().unwrap() }
+        async move { all_reduce(place, &SAMPLING, shares, own).await.unwrap().into_values().unwrap() }
     });
     for sums in soon(join_all(reduce)).await {
         assert!(sums.iter().map(|value| value.to_bits()).eq(alone.iter().map(|value| value.to_bits())));

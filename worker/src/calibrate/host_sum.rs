@@ -1,0 +1,162 @@
+//! One second moment, summed on the host in f64.
+
+use rayon::prelude::*;
+
+use crate::linalg::factor::mirror_upper;
+use crate::linalg::gemm::{View, gemm};
+
+/// Numbers that a thread adds at a time.
+const CHUNK: usize = 1 << 15;
+
+/// `Σ aᵀb`, cut into square tiles that lie one behind the other, each row by row; of a symmetric sum only those on and above the
+/// diagonal. So it is a stretch of numbers to whoever sends or adds it.
+#[derive(Debug, Clone)]
+pub(super) struct HostSum {
+    columns: usize,
+    symmetric: bool,
+    values: Vec<f64>,
+}
+
+/// Where a tile is in the matrix.
+#[derive(Debug, Clone, Copy)]
+struct Tile {
+    top: usize,
+    left: usize,
+    height: usize,
+    width: usize,
+}
+
+/// Rows and columns of a tile: small ones waste less work on the diagonal, and of narrow inputs they stay in the cache.
+fn side(columns: usize) -> usize {
+    if columns <= 2048 { 48 } else { 96 }
+}
+
+fn tiles(columns: usize, symmetric: bool) -> impl Iterator<Item = Tile> {
+    let side = side(columns);
+    let size = move |start: usize| side.min(columns - start);
+    (0..columns)
+        .step_by(side)
+        .flat_map(move |top| (0..columns).step_by(side).map(move |left| (top, left)))
+        .filter(move |(top, left)| !symmetric || left >= top)
+        .map(move |(top, left)| Tile { top, left, height: size(top), width: size(left) })
+}
+
+/// Inputs of some tokens, cut into panels as wide as a tile, one behind the other: so a product reads what lies together. Of
+/// 1536 columns it takes half the time that it takes where they are.
+#[derive(Debug, Default)]
+pub(super) struct Panels {
+    columns: usize,
+    tokens: usize,
+    values: Vec<f32>,
+}
+
+impl Panels {
+    /// Takes other inputs, `[tokens, columns]` row-major.
+    pub(super) fn fill(&mut self, rows: &[f32], columns: usize) {
+        let tokens = rows.len() / columns.max(1);
+        (self.columns, self.tokens) = (columns, tokens);
+        self.values.resize(rows.len(), 0.0);
+        let side = side(columns);
+        self.values.par_chunks_mut((side * tokens).max(1)).enumerate().for_each(|(at, panel)| {
+            let width = panel.len() / tokens;
+            for (to, row) in panel.chunks_mut(width).zip(rows.chunks(columns)) {
+                to.copy_from_slice(&row[at * side..][..width]);
+            }
+        });
+    }
+
+    /// `[tokens, width]`, from the first column of a tile on.
+    fn columns(&self, first: usize, width: usize) -> View<'_> {
+        View::new(&self.values[first * self.tokens..], self.tokens, width, width)
+    }
+}
+
+impl HostSum {
+    /// How many numbers one is.
+    pub(super) fn length(columns: usize, symmetric: bool) -> usize {
+        tiles(columns, symmetric).map(|tile| tile.height * tile.width).sum()
+    }
+
+    pub(super) fn new(columns: usize, symmetric: bool) -> Self {
+        Self { columns, symmetric, values: vec![0.0; Self::length(columns, symmetric)] }
+    }
+
+    /// One that is so many numbers, as [`Self::values`] has them.
+    pub(super) fn from_values(columns: usize, symmetric: bool, values: Vec<f64>) -> Self {
+        debug_assert_eq!(values.len(), Self::length(columns, symmetric));
+        Self { columns, symmetric, values }
+    }
+
+    pub(super) fn values(&self) -> &[f64] {
+        &self.values
+    }
+
+    pub(super) fn into_values(self) -> Vec<f64> {
+        self.values
+    }
+
+    fn tiles_mut(&mut self) -> Vec<(Tile, &mut [f64])> {
+        let mut rest = &mut self.values[..];
+        let cut = |tile: Tile| {
+            let (here, others) = std::mem::take(&mut rest).split_at_mut(tile.height * tile.width);
+            rest = others;
+            (tile, here)
+        };
+        tiles(self.columns, self.symmetric).map(cut).collect()
+    }
+
+    /// Adds `aᵀb` of the inputs of some tokens; the product is f32.
+    pub(super) fn add(&mut self, a: &Panels, b: &Panels) {
+        self.tiles_mut().into_par_iter().for_each_init(Vec::new, |product, (tile, sum)| {
+            product.resize(sum.len(), 0.0);
+            let (left, right) = (a.columns(tile.top, tile.height).transposed(), b.columns(tile.left, tile.width));
+            gemm(product, tile.width, 0.0, left, right, 1.0);
+            sum.iter_mut().zip(&*product).for_each(|(sum, x)| *sum += f64::from(*x));
+        });
+    }
+
+    /// Adds a whole matrix, row-major.
+    pub(super) fn add_matrix(&mut self, matrix: &[f64]) {
+        let n = self.columns;
+        self.tiles_mut().into_par_iter().for_each(|(tile, sum)| {
+            for (i, row) in sum.chunks_mut(tile.width).enumerate() {
+                let more = &matrix[(tile.top + i) * n + tile.left..][..tile.width];
+                row.iter_mut().zip(more).for_each(|(sum, x)| *sum += x);
+            }
+        });
+    }
+
+    /// Adds the numbers of another sum of this shape. Which of two is added to which makes no difference to the bits.
+    pub(super) fn merge(&mut self, more: &[f64]) {
+        self.values.par_chunks_mut(CHUNK).zip(more.par_chunks(CHUNK)).for_each(|(sum, more)| {
+            sum.iter_mut().zip(more).for_each(|(sum, x)| *sum += x);
+        });
+    }
+
+    /// The mean over `tokens`, the whole matrix row-major.
+    pub(super) fn mean(&self, tokens: usize) -> Vec<f32> {
+        let n = self.columns;
+        let mut out = vec![0.0; n * n];
+        let mut rest = &self.values[..];
+        let cut = |tile: Tile| {
+            let (here, others) = rest.split_at(tile.height * tile.width);
+            rest = others;
+            (tile, here)
+        };
+        let tiles: Vec<(Tile, &[f64])> = tiles(n, self.symmetric).map(cut).collect();
+        let side = tiles.first().map_or(1, |(tile, _)| tile.height);
+        let bands: Vec<&[(Tile, &[f64])]> = tiles.chunk_by(|(one, _), (other, _)| one.top == other.top).collect();
+        out.par_chunks_mut((side * n).max(1)).zip(bands).for_each(|(band, tiles)| {
+            for (tile, sums) in tiles {
+                for (row, sums) in band.chunks_mut(n).zip(sums.chunks(tile.width)) {
+                    let means = row[tile.left..][..tile.width].iter_mut();
+                    means.zip(sums).for_each(|(mean, sum)| *mean = (sum / tokens as f64) as f32);
+                }
+            }
+        });
+        if self.symmetric {
+            mirror_upper(&mut out, n);
+        }
+        out
+    }
+}
