@@ -535,7 +535,7 @@ async fn an_assistant_that_is_gone_costs_nothing_whenever_it_goes() {
     let (helper, endpoint) = served(&run, &tasks);
     // From before its first word to after its last: in the middle of either portion of sums, of parts, of blocks, of the output.
     let mut lost = Vec::new();
-    let within_a_layer = (1..24).map(|step| step * 40_000);
+    let within_a_layer = (1..12).map(|step| step * 80_000);
     for after in [0, 100, 5_000].into_iter().chain(within_a_layer).chain([1 << 30]) {
         let endpoint = cut_off(&tasks, &endpoint, after).await;
         let (artifacts, given_up) =
@@ -544,7 +544,7 @@ async fn an_assistant_that_is_gone_costs_nothing_whenever_it_goes() {
         lost.push(given_up);
     }
     assert_eq!((lost[0], lost[1], *lost.last().unwrap()), (2, 2, 0), "{lost:?}");
-    assert!(lost.iter().filter(|&&lost| lost > 0).count() > 10, "{lost:?}");
+    assert!(lost.iter().filter(|&&lost| lost > 0).count() > 5, "{lost:?}");
     // Nobody there, and somebody who is prepared for nothing.
     let stranger = TestWorker::idle(u64::MAX);
     let listener = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
