@@ -173,6 +173,9 @@ pub struct Totals {
     /// What each worker computed on.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub device_by_worker: BTreeMap<String, String>,
+    /// Speed of its matrix products in GFLOP/s, as each worker measured it when it started or was told: what `plan` asks for.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub gflops_by_worker: BTreeMap<String, f64>,
     /// Highest resident memory of each worker.
     pub peak_rss_bytes_by_worker: BTreeMap<String, u64>,
     /// Highest resident memory of the coordinator.
@@ -287,10 +290,12 @@ impl<'a> Facts<'a> {
             JournalRecord::Workers(WorkerTotals {
                 peak_rss_bytes,
                 devices,
+                gflops,
                 bytes_received,
                 coordinator_peak_rss_bytes,
             }) => {
                 self.totals.device_by_worker.extend(devices.clone());
+                self.totals.gflops_by_worker.extend(gflops.clone());
                 for (name, bytes) in peak_rss_bytes {
                     let peak = self.totals.peak_rss_bytes_by_worker.entry(name.clone()).or_default();
                     *peak = (*peak).max(*bytes);

@@ -391,6 +391,7 @@ impl Run {
             ..WorkerTotals::default()
         };
         for member in self.setting.roster.everyone().into_values() {
+            totals.gflops.insert(member.offer.name.clone(), member.offer.gflops);
             totals.devices.insert(member.offer.name.clone(), member.offer.device);
             let peak = totals.peak_rss_bytes.entry(member.offer.name).or_default();
             *peak = (*peak).max(member.peak_rss_bytes);

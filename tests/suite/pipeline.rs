@@ -73,6 +73,9 @@ fn all_worked(workplace: &Workplace, workers: &str) -> Result<()> {
     let totals = &report["totals"];
     ensure!(totals["bytes_moved"].as_u64() > Some(0), "no hidden states moved: {totals}");
     ensure!(totals["assistants_lost"] == 0, "{totals}");
+    let speeds = totals["gflops_by_worker"].as_object().context("no speeds")?;
+    let are_measured = speeds.values().all(|speed| speed.as_f64() > Some(0.0));
+    ensure!(speeds.len().to_string() == workers && are_measured, "{totals}");
     Ok(())
 }
 

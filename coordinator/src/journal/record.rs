@@ -113,13 +113,16 @@ impl Appended for JournalRecord {
 }
 
 /// What the processes of a run measured of themselves.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct WorkerTotals {
     /// Highest resident memory, by worker name.
     pub peak_rss_bytes: BTreeMap<String, u64>,
     /// What each worker computed on, by worker name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub devices: BTreeMap<String, String>,
+    /// Speed of its matrix products in GFLOP/s as it was offered, by worker name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub gflops: BTreeMap<String, f64>,
     /// Hidden states received from other workers, summed.
     pub bytes_received: u64,
     /// Highest resident memory of the coordinator.
