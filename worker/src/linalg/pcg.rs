@@ -7,7 +7,7 @@
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::gemm::{View, gemm, row_tile};
+use super::gemm::{View, gemm_symmetric, row_tile};
 use super::lanes::{Lanes, in_lanes};
 use super::quadratic::{dot, inlined_dot};
 
@@ -124,7 +124,7 @@ impl Tile<'_> {
                 break;
             }
             let count = active.len();
-            gemm(&mut image, n, 0.0, View::new(&direction, count, n, n), View::new(self.gram, n, n, n), 1.0);
+            gemm_symmetric(&mut image, n, 0.0, View::new(&direction, count, n, n), self.gram, 1.0);
             for (slot, state) in active.iter_mut().enumerate() {
                 let p = &mut direction[slot * n..][..n];
                 let r = &mut residual[slot * n..][..n];
@@ -169,7 +169,7 @@ impl Tile<'_> {
         let n = self.n;
         let delta: Vec<f32> = self.anchor.iter().zip(values).map(|(w, v)| w - v).collect();
         let mut out = self.shift.map_or_else(|| vec![0.0; values.len()], <[f32]>::to_vec);
-        gemm(&mut out, n, 1.0, View::new(&delta, values.len() / n, n, n), View::new(self.gram, n, n, n), 1.0);
+        gemm_symmetric(&mut out, n, 1.0, View::new(&delta, values.len() / n, n, n), self.gram, 1.0);
         out
     }
 

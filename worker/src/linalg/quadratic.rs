@@ -64,8 +64,8 @@ pub fn energy(delta: &[f32], gram: &[f32], n: usize) -> f64 {
     energies(delta, gram, n).iter().sum()
 }
 
-/// `δGδᵀ` of each row δ of `delta [rows, n]` and a symmetric `gram [n, n]`, of which the lower half is read: for each panel of
-/// columns, twice what lies below its square on the diagonal, and the square once.
+/// `δGδᵀ` of each row δ of `delta [rows, n]` and a symmetric `gram [n, n]`, of which the upper half is read: for each panel of
+/// columns, twice what lies below its square on the diagonal, and the square once; what lies below is read as what lies beside.
 pub fn energies(delta: &[f32], gram: &[f32], n: usize) -> Vec<f64> {
     let tile = (row_tile(delta.len() / n.max(1)) * n).max(1);
     let of_tile = |delta: &[f32]| {
@@ -79,8 +79,8 @@ pub fn energies(delta: &[f32], gram: &[f32], n: usize) -> Vec<f64> {
             let square = View::new(&gram[first * n + first..], width, width, n);
             gemm(image, width, 0.0, View::new(&delta[first..], rows, width, n), square, 1.0);
             if last < n {
-                let below = View::new(&gram[last * n + first..], n - last, width, n);
-                gemm(image, width, 1.0, View::new(&delta[last..], rows, n - last, n), below, 2.0);
+                let beside = View::new(&gram[first * n + last..], width, n - last, n);
+                gemm(image, width, 1.0, View::new(&delta[last..], rows, n - last, n), beside.transposed(), 2.0);
             }
             for ((form, image), delta) in forms.iter_mut().zip(image.chunks(width)).zip(delta.chunks(n)) {
                 *form += dot(image, &delta[first..last]);

@@ -18,7 +18,7 @@ use rayon::prelude::*;
 use super::SolveError;
 use super::condition::Conditioned;
 use crate::linalg::factor::{self, NotPositiveDefinite};
-use crate::linalg::gemm::{View, gemm, product, row_tile};
+use crate::linalg::gemm::{View, gemm_symmetric, product, row_tile};
 use crate::linalg::select::{self, Census, Cut, Window};
 
 /// Inverses are remembered for the other blocks of a group up to this many bytes; beyond it they are made anew.
@@ -35,8 +35,8 @@ pub(crate) fn effort(columns: usize, inverses: usize, products: usize) -> Effort
         common_flops: inverses as u64 * cube,
         part_flops: cube,
         row_flops: 2 * (products * square) as u64,
-        // Measured on one AVX-512 thread with SmolLM2-135M.
-        speed_percent: 75,
+        // Measured on one AVX2 thread with SmolLM2-135M: 66 to 75.
+        speed_percent: 72,
         // The conditioned gram, the inverses, and what making the last of them takes: a factor and its blocks, and their product.
         kept_bytes: ((4 * (1 + inverses) + 9) * square * F32 / 4) as u64,
         // The weight and its scaled copy, the search's state, what is multiplied, and two supports.
@@ -218,7 +218,6 @@ impl<'a> Search<'a> {
         let tile = row_tile(rows) * n;
         let (before, dual_ratio) = (self.rho, self.rho / rho);
         let (pattern, window, anchor, shift) = (self.budget.pattern, self.window, self.anchor, self.shift);
-        let inverse = View::new(inverse, n, n, n);
         let censuses: Vec<Census> = self
             .merged
             .par_chunks_mut(tile)
@@ -233,21 +232,24 @@ impl<'a> Search<'a> {
                 Arch::new().dispatch(
                     #[inline(always)]
                     || {
+                        // Copies: what is borrowed might be written through a slice, and the loop would not be one of vectors.
+                        let (of_kept, of_dropped) = (rho, -before);
                         for (((r, a), keep), w) in right.iter_mut().zip(&*merged).zip(&*keep).zip(anchor) {
-                            *r = a * if *keep == 1 { rho } else { -before } - rho * w;
+                            *r = a * if *keep == 1 { of_kept } else { of_dropped } - of_kept * w;
                         }
                         if let Some(shift) = shift {
                             right.iter_mut().zip(shift).for_each(|(r, t)| *r += t);
                         }
                     },
                 );
-                gemm(primal, n, 0.0, View::new(right, merged.len() / n, n, n), inverse, 1.0);
+                gemm_symmetric(primal, n, 0.0, View::new(right, merged.len() / n, n, n), inverse, 1.0);
                 Arch::new().dispatch(
                     #[inline(always)]
                     || {
+                        let (relaxed, of_kept, of_dropped) = (sigma, 1.0 - sigma, dual_ratio);
                         for (((a, keep), b), w) in merged.iter_mut().zip(&*keep).zip(&mut *primal).zip(anchor) {
                             *b += w;
-                            *a = sigma * *b + *a * if *keep == 1 { 1.0 - sigma } else { dual_ratio };
+                            *a = relaxed * *b + *a * if *keep == 1 { of_kept } else { of_dropped };
                         }
                     },
                 );

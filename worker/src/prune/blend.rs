@@ -7,12 +7,14 @@
 //! On a fixed support the least-squares weights are affine in α, and the error on held-out inputs is a parabola along them: its
 //! least point is had in closed form, for the price of a second refit instead of a second search.
 
+use std::slice::from_ref;
+
 use candle_core::Tensor;
 
 use super::{InputStats, SolveError};
 use crate::linalg::gemm::product;
 use crate::linalg::quadratic::dot;
-use crate::linalg::values;
+use crate::linalg::{held, slices};
 
 /// The α that methods which blend take where sequences are held out and nothing else is asked for.
 ///
@@ -52,9 +54,10 @@ pub(super) fn least_held_out(
 /// # Errors
 /// What the tensor backend says.
 pub(super) fn image(rows: &[f32], matrix: &Tensor) -> Result<Vec<f32>, SolveError> {
-    let matrix = values(matrix)?;
-    let n = matrix.len().isqrt();
-    Ok(product(rows, &matrix, n, n))
+    let n = matrix.dim(0)?;
+    let held = held(from_ref(matrix));
+    let [matrix] = slices(&held)?[..] else { unreachable!("as many slices as tensors") };
+    Ok(product(rows, matrix, n, n))
 }
 
 /// What lies `share` of the way from `without` to `with`. Where they meet at zero on the support, `with` is taken: a kept weight

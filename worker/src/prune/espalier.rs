@@ -27,7 +27,7 @@ use super::{
     Built, Groundwork, GroupSolver, InputStats, Method, ParamsError, Problem, RowBlock, Solution, SolveCtx, SolveError,
     Solver, Statistics, read_params,
 };
-use crate::linalg::gemm::product;
+use crate::linalg::gemm::{product, product_symmetric};
 use crate::linalg::pcg::{self, Limits, Quadratic};
 use crate::linalg::{held, select, slices, transposed};
 
@@ -238,7 +238,7 @@ impl Group {
         let n = self.conditioned().n;
         // Remembered with those of the ramp: every block asks for it.
         let (inverse, _) = self.footing.inverses.at(UNCONSTRAINED, [])?;
-        let mut out = product(shift, &inverse, n, n);
+        let mut out = product_symmetric(shift, &inverse, n);
         out.iter_mut().zip(anchor).for_each(|(v, w)| *v += w);
         Ok(out)
     }

@@ -24,7 +24,7 @@ use super::{
     Built, GroupSolver, InputStats, Method, ParamsError, Problem, Solution, SolveCtx, SolveError, Solver, Statistics,
     read_params, wanda,
 };
-use crate::linalg::gemm::{View, gemm, product, row_tile};
+use crate::linalg::gemm::{View, gemm_symmetric, product, product_symmetric, row_tile};
 use crate::linalg::prox::soft_threshold;
 use crate::linalg::quadratic::{Correction, dot, energy, row_forms};
 use crate::linalg::{matrix, select, spectral, values};
@@ -205,7 +205,7 @@ impl Lasso<'_> {
                     let weight = &self.weight[range.clone()];
                     // Z − (ZG − C)/L = Z + ((W − Z)G + T)/L
                     let mut ahead: Vec<f32> = weight.iter().zip(&*z).map(|(w, z)| w - z).collect();
-                    gemm(z, n, 1.0, View::new(&ahead, v.len() / n, n, n), View::new(self.gram, n, n, n), step);
+                    gemm_symmetric(z, n, 1.0, View::new(&ahead, v.len() / n, n, n), self.gram, step);
                     if let Some(shift) = self.shift {
                         z.iter_mut().zip(&shift[range]).for_each(|(z, t)| *z += step * t);
                     }
@@ -240,7 +240,7 @@ impl Lasso<'_> {
 
     /// max|C|: from this λ on, zero is optimal.
     fn largest_lambda(&self) -> f64 {
-        let mut c = product(self.weight, self.gram, self.n, self.n);
+        let mut c = product_symmetric(self.weight, self.gram, self.n);
         if let Some(shift) = self.shift {
             c.iter_mut().zip(shift).for_each(|(c, t)| *c += t);
         }

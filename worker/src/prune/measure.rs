@@ -118,7 +118,7 @@ mod tests {
 
     #[test]
     fn rows_are_measured_by_the_definition_and_tiles_apart_give_the_bits_of_all() {
-        let rows = 200;
+        let rows = 300;
         let (split, _) = fixture::random_corrected(7, rows, 24, 90).split(60);
         let problem = &split.problem;
         let solved: Vec<f32> =
