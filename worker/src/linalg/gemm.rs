@@ -2,7 +2,8 @@
 
 use rayon::prelude::*;
 
-/// As few rows are not divided among threads: each packs the right-hand side anew, which takes as long as multiplying some fifty.
+/// As few rows are not divided among threads: each part packs the right-hand side anew. With 1536 columns that takes as long as
+/// multiplying 20 rows if they are packed by rows, and 90 if not.
 const UNDIVIDED: usize = 144;
 /// The most rows of a block: what is done to its product afterwards should still find it in the cache.
 const LARGEST_ROW_TILE: usize = 384;
