@@ -263,14 +263,15 @@ impl<'a> Assistant<'a> {
             control.check_cancelled()?;
             let made = groundwork.make(part as usize);
             let made = made.map_err(|source| TaskError::Solve { tensor: sublayer.tensor.clone(), source })?;
+            tracing::trace!(order.group, part, "a part is made");
             let matter = Matter::Part(pb::Part { group: order.group, part });
-            self.answer(Outgoing::with_values(matter, statistics::triangle(&made)))
+            self.answer(Outgoing::with_values(matter, made))
         })
     }
 
     fn take(&self, part: pb::Part, body: &[u8]) -> Result<(), TaskError> {
-        let matrix = statistics::from_triangle(&numbers::<f32>(body), self.sampled(part.group as usize).1.columns);
-        let is_taken = self.groundwork(part.group)?.take(part.part as usize, matrix);
+        let is_taken = self.groundwork(part.group)?.take(part.part as usize, &numbers(body));
+        tracing::trace!(part.group, part.part, is_taken, "a part came");
         if is_taken { Ok(()) } else { Err(TaskError::OutOfTurn { what: "a part of groundwork" }) }
     }
 

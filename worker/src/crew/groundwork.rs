@@ -9,8 +9,6 @@ use espalier_proto::v1::head::Matter;
 use rayon::prelude::*;
 
 use super::owner::Crew;
-use super::share::sampling;
-use super::statistics;
 use crate::prune::{Groundwork, SolveError};
 use crate::transport::Outgoing;
 use crate::transport::parcel::{Body, bytes_of, numbers};
@@ -93,8 +91,9 @@ impl Crew<'_> {
         let watch = Stopwatch::start();
         let count = rayon::current_num_threads().min(laying.own.len());
         let parts: Vec<usize> = laying.own.drain(..count).collect();
-        let make = |&part: &usize| Ok::<_, SolveError>((part, statistics::triangle(&laying.groundwork.make(part)?)));
+        let make = |&part: &usize| Ok::<_, SolveError>((part, laying.groundwork.make(part)?));
         for (part, made) in parts.par_iter().map(make).collect::<Result<Vec<_>, _>>()? {
+            tracing::trace!(laying.group, part, "a part is made");
             let body = bytes_of(made);
             self.send_all(|| letter(laying.group, part, body.clone()));
         }
@@ -112,7 +111,6 @@ impl Crew<'_> {
             self.make_some(&mut laying)?;
         }
         let Laying { group, groundwork, there, mut wanted, seconds, .. } = laying;
-        let columns = sampling(self.place.run, self.outline.groups[group][0].columns).columns;
         let own_leaves = self.own_leaves();
         let mut taken: Vec<(usize, usize, Bytes)> = Vec::new();
         let missing = wanted.iter().map(Vec::len).collect();
@@ -125,9 +123,10 @@ impl Crew<'_> {
             let part = told.part as usize;
             let Some(place) = wanted[number].iter().position(|wanted| *wanted == part) else { return false };
             wanted[number].swap_remove(place);
-            let matrix = statistics::from_triangle(&numbers::<f32>(&body), columns);
+            let is_taken = groundwork.take(part, &numbers(&body));
             taken.push((number, part, body.into()));
-            groundwork.take(part, matrix)
+            tracing::trace!(group, part, is_taken, "a part came");
+            is_taken
         });
         collected.map_err(|_| SolveError::Cancelled)?;
         self.laid = None;

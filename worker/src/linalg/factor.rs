@@ -11,6 +11,7 @@ use rayon::prelude::*;
 
 use super::gemm::{View, gemm};
 use super::lanes::{Lanes, in_lanes};
+use super::symmetric::Symmetric;
 
 /// The widest block that is factored in loops.
 const BASE: usize = 72;
@@ -25,40 +26,21 @@ pub struct NotPositiveDefinite {
     pub pivot: usize,
 }
 
-/// The inverse of a symmetric positive definite `matrix [n, n]`, symmetric to the bit.
+/// The inverse of a symmetric positive definite `matrix [n, n]`.
 ///
 /// # Errors
 /// `NotPositiveDefinite`, with the pivot.
-pub fn inverse(matrix: Vec<f32>, n: usize) -> Result<Vec<f32>, NotPositiveDefinite> {
-    let mut out = matrix;
-    let lower = inverse_of_cholesky(&mut out, n)?;
+pub fn inverse(mut matrix: Vec<f32>, n: usize) -> Result<Symmetric, NotPositiveDefinite> {
+    let lower = inverse_of_cholesky(&mut matrix, n)?;
     // A⁻¹ = MᵀM: on and below the diagonal, and M is zero above its own.
-    let mut product = vec![0.0; n * n];
+    let mut product = matrix;
     in_strips(&mut product, n, |top, height, rows| {
         let below = &lower[top * n..];
         let left = View::new(&below[top..], n - top, height, n).transposed();
         gemm(rows, n, 0.0, left, View::new(below, n - top, top + height, n), 1.0);
     });
-    out.par_chunks_mut((TILE * n).max(1)).enumerate().for_each(|(band, rows)| {
-        let top = band * TILE;
-        for (i, row) in (top..).zip(rows.chunks_mut(n)) {
-            row[..=i].copy_from_slice(&product[i * n..=i * n + i]);
-        }
-        let height = rows.len() / n;
-        for j in top..n {
-            let column = &product[j * n + top..][..height.min(j - top)];
-            column.iter().enumerate().for_each(|(i, value)| rows[i * n + j] = *value);
-        }
-    });
-    Ok(out)
-}
-
-/// The inverses of several matrices, one thread to each: a factorisation by itself does not keep all threads busy.
-///
-/// # Errors
-/// `NotPositiveDefinite` of the first that is not.
-pub fn inverses(matrices: Vec<Vec<f32>>, n: usize) -> Result<Vec<Vec<f32>>, NotPositiveDefinite> {
-    matrices.into_par_iter().map(|matrix| inverse(matrix, n)).collect::<Vec<_>>().into_iter().collect()
+    drop(lower);
+    Ok(Symmetric::new(&product))
 }
 
 /// The upper triangular `U [n, n]` with `matrix⁻¹ = UᵀU`, row-major, zeros below the diagonal.
@@ -234,8 +216,7 @@ mod tests {
     fn inverse_times_matrix_is_the_identity() {
         for n in [1, 2, 7, 65, 73, 130, 200] {
             let matrix = oracle::spd(n as u64, n);
-            let inv = inverse(matrix.clone(), n).unwrap();
-            let identity = oracle::product(&oracle::wide(&inv), &oracle::wide(&matrix), n, n);
+            let identity = inverse(matrix.clone(), n).unwrap().product(&matrix);
             for (index, value) in identity.iter().enumerate() {
                 let expected = if index / n == index % n { 1.0 } else { 0.0 };
                 assert!((value - expected).abs() < 2e-3, "n={n} {value}");
@@ -267,7 +248,7 @@ mod tests {
         let mut matrix = vec![0.0; 9];
         (0..3).for_each(|j| matrix[j * 4] = 1.0);
         matrix[4] = -1.0;
-        assert_eq!(inverse(matrix.clone(), 3), Err(NotPositiveDefinite { pivot: 1 }));
+        assert_eq!(inverse(matrix.clone(), 3).unwrap_err(), NotPositiveDefinite { pivot: 1 });
         matrix[4] = 1.0;
         matrix[8] = 0.0;
         assert_eq!(upper_of_inverse(&matrix, 3), Err(NotPositiveDefinite { pivot: 2 }));
@@ -280,10 +261,11 @@ mod tests {
         let n = 700;
         let matrix = oracle::spd(5, n);
         let results: Vec<_> = [1, 2, 3, 5]
-            .map(|threads| oracle::with_threads(threads, || (inverse(matrix.clone(), n), upper_of_inverse(&matrix, n))))
+            .map(|threads| {
+                let inverse = || inverse(matrix.clone(), n).unwrap().triangle();
+                oracle::with_threads(threads, || (inverse(), upper_of_inverse(&matrix, n)))
+            })
             .into();
         assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
-        let together = inverses(vec![matrix.clone(), matrix.clone()], n).unwrap();
-        assert!(together.iter().all(|inverse| Ok(inverse) == results[0].0.as_ref()));
     }
 }

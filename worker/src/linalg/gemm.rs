@@ -52,18 +52,6 @@ pub fn gemm(out: &mut [f32], stride: usize, keep: f32, a: View<'_>, b: View<'_>,
     gemm_on(gemm::Parallelism::None, out, stride, keep, a, b, scale);
 }
 
-/// [`gemm()`] with a symmetric `matrix [n, n]`. Each column of a wide one is read where its row lies, so that what is packed lies
-/// together: its rows are so far apart that parts of them take each other's place in the cache, and packing columns of them takes
-/// as long as the product. The bits are those of [`gemm()`].
-pub fn gemm_symmetric(out: &mut [f32], stride: usize, keep: f32, a: View<'_>, matrix: &[f32], scale: f32) {
-    /// A product of as many elements, or of a single row, is not packed for, and would be summed in another order by columns.
-    const NARROW: usize = 256;
-    let n = a.columns;
-    let matrix = View::new(matrix, n, n, n);
-    let right = if a.rows > 1 && n > NARROW { matrix.transposed() } else { matrix };
-    gemm(out, stride, keep, a, right, scale);
-}
-
 /// [`gemm()`] on all threads, which share what is packed of `a` and `b`. Threads divide rows and columns, never the inner
 /// dimension, so bits do not depend on their number.
 pub fn gemm_parallel(out: &mut [f32], stride: usize, keep: f32, a: View<'_>, b: View<'_>, scale: f32) {
@@ -116,22 +104,13 @@ fn gemm_on(
 
 /// The product of row-major `a [rows, inner]` and `b [inner, columns]`, row tiles in parallel.
 pub fn product(a: &[f32], b: &[f32], inner: usize, columns: usize) -> Vec<f32> {
-    let right = View::new(b, inner, columns, columns);
-    in_tiles(a, inner, columns, |out, a| gemm(out, columns, 0.0, a, right, 1.0))
-}
-
-/// The product of row-major `a [rows, n]` and a symmetric `matrix [n, n]`, row tiles in parallel.
-pub fn product_symmetric(a: &[f32], matrix: &[f32], n: usize) -> Vec<f32> {
-    in_tiles(a, n, n, |out, a| gemm_symmetric(out, n, 0.0, a, matrix, 1.0))
-}
-
-fn in_tiles(a: &[f32], inner: usize, columns: usize, multiply: impl Fn(&mut [f32], View<'_>) + Sync) -> Vec<f32> {
     let rows = a.len() / inner.max(1);
     let mut out = vec![0.0; rows * columns];
+    let right = View::new(b, inner, columns, columns);
     let tile = row_tile(rows);
     out.par_chunks_mut((tile * columns).max(1))
         .zip(a.par_chunks((tile * inner).max(1)))
-        .for_each(|(out, a)| multiply(out, View::new(a, a.len() / inner, inner, inner)));
+        .for_each(|(out, a)| gemm(out, columns, 0.0, View::new(a, a.len() / inner, inner, inner), right, 1.0));
     out
 }
 
@@ -164,17 +143,6 @@ mod tests {
     fn rows_are_divided_evenly_and_few_are_not() {
         for (rows, tile) in [(0, 48), (1, 48), (144, 144), (145, 96), (192, 96), (576, 144), (1536, 384), (4096, 384)] {
             assert_eq!(row_tile(rows), tile, "{rows}");
-        }
-    }
-
-    #[test]
-    fn a_symmetric_matrix_is_the_same_by_rows_and_columns() {
-        for n in [40, 130, 600] {
-            let (a, matrix) = (oracle::random(1, 150 * n), oracle::spd(2, n));
-            for rows in [1, 2, 7, 150] {
-                let (a, matrix) = (&a[..rows * n], &matrix[..]);
-                assert!(product_symmetric(a, matrix, n) == product(a, matrix, n, n), "{rows} rows of {n}");
-            }
         }
     }
 

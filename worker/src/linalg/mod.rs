@@ -15,6 +15,7 @@ pub mod prox;
 pub mod quadratic;
 pub mod select;
 pub mod spectral;
+pub mod symmetric;
 mod transpose;
 pub mod wide;
 

@@ -7,9 +7,10 @@
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::gemm::{View, gemm_symmetric, row_tile};
+use super::gemm::row_tile;
 use super::lanes::{Lanes, in_lanes};
 use super::quadratic::{dot, inlined_dot};
+use super::symmetric::Symmetric;
 
 /// The quadratic `(V − W)G(V − W)ᵀ − 2·(V − W)Tᵀ` that rows V minimise, each for itself.
 #[derive(Debug, Clone, Copy)]
@@ -19,7 +20,7 @@ pub struct Quadratic<'a> {
     /// T = C − W·G, `[rows, n]`; `None` for zero, when the targets are W's own.
     pub shift: Option<&'a [f32]>,
     /// G, `[n, n]`, symmetric positive definite.
-    pub gram: &'a [f32],
+    pub gram: &'a Symmetric,
     /// Width of a row.
     pub n: usize,
 }
@@ -49,7 +50,7 @@ pub struct Refit {
 /// Minimises `quadratic` over the values where `keep` is 1, starting from `start [rows, n]`, which is zero elsewhere.
 pub fn refit(quadratic: Quadratic<'_>, start: &[f32], keep: &[u8], limits: Limits) -> Refit {
     let n = quadratic.n;
-    let inverse_diagonal: Vec<f32> = (0..n).map(|j| 1.0 / quadratic.gram[j * n + j]).collect();
+    let inverse_diagonal: Vec<f32> = quadratic.gram.diagonal().map(|value| 1.0 / value).collect();
     let mut values = start.to_vec();
     let tile = (row_tile(start.len() / n.max(1)) * n).max(1);
     let outcomes: Vec<(u32, usize, usize)> = values
@@ -80,7 +81,7 @@ pub fn refit(quadratic: Quadratic<'_>, start: &[f32], keep: &[u8], limits: Limit
 struct Tile<'a> {
     anchor: &'a [f32],
     shift: Option<&'a [f32]>,
-    gram: &'a [f32],
+    gram: &'a Symmetric,
     keep: &'a [u8],
     inverse_diagonal: &'a [f32],
     n: usize,
@@ -124,7 +125,7 @@ impl Tile<'_> {
                 break;
             }
             let count = active.len();
-            gemm_symmetric(&mut image, n, 0.0, View::new(&direction, count, n, n), self.gram, 1.0);
+            self.gram.multiply(&mut image[..count * n], 0.0, &direction[..count * n], 1.0);
             for (slot, state) in active.iter_mut().enumerate() {
                 let p = &mut direction[slot * n..][..n];
                 let r = &mut residual[slot * n..][..n];
@@ -166,10 +167,9 @@ impl Tile<'_> {
 
     /// `(W − V)G + T`, unmasked.
     fn residual(&self, values: &[f32]) -> Vec<f32> {
-        let n = self.n;
         let delta: Vec<f32> = self.anchor.iter().zip(values).map(|(w, v)| w - v).collect();
         let mut out = self.shift.map_or_else(|| vec![0.0; values.len()], <[f32]>::to_vec);
-        gemm_symmetric(&mut out, n, 1.0, View::new(&delta, values.len() / n, n, n), self.gram, 1.0);
+        self.gram.multiply(&mut out, 1.0, &delta, 1.0);
         out
     }
 
@@ -273,7 +273,7 @@ mod tests {
         #[test]
         fn refit_equals_the_f64_least_squares_on_the_support(seed in 0u64..1000, rows in 1usize..6, n in 1usize..24) {
             let (gram, w, keep, start) = problem(seed, rows, n);
-            let quadratic = Quadratic { anchor: &w, shift: None, gram: &gram, n };
+            let quadratic = Quadratic { anchor: &w, shift: None, gram: &Symmetric::new(&gram), n };
             let solved = refit(quadratic, &start, &keep, TIGHT);
             let gram = oracle::wide(&gram);
             for row in 0..rows {
@@ -297,7 +297,7 @@ mod tests {
     #[test]
     fn each_step_lowers_the_error() {
         let (gram, w, keep, start) = problem(4, 8, 40);
-        let quadratic = Quadratic { anchor: &w, shift: None, gram: &gram, n: 40 };
+        let quadratic = Quadratic { anchor: &w, shift: None, gram: &Symmetric::new(&gram), n: 40 };
         let mut last = f64::INFINITY;
         for steps in 0..8 {
             let solved = refit(quadratic, &start, &keep, Limits { steps, tolerance: 0.0 });
@@ -313,7 +313,12 @@ mod tests {
         // With everything kept, V = W + T·G⁻¹.
         let (gram, w, _, _) = problem(5, 3, 12);
         let shift: Vec<f32> = oracle::random(9, 36).iter().map(|t| 0.1 * t).collect();
-        let solved = refit(Quadratic { anchor: &w, shift: Some(&shift), gram: &gram, n: 12 }, &w, &[1; 36], TIGHT);
+        let solved = refit(
+            Quadratic { anchor: &w, shift: Some(&shift), gram: &Symmetric::new(&gram), n: 12 },
+            &w,
+            &[1; 36],
+            TIGHT,
+        );
         let inverse = oracle::inverse(&oracle::wide(&gram), 12);
         let step = oracle::product(&oracle::wide(&shift), &inverse, 12, 12);
         for ((v, w), step) in solved.values.iter().zip(&w).zip(step) {
@@ -325,7 +330,8 @@ mod tests {
     fn the_residual_is_orthogonal_to_the_support() {
         let n = 40;
         let (gram, w, keep, start) = problem(11, 6, n);
-        let solved = refit(Quadratic { anchor: &w, shift: None, gram: &gram, n }, &start, &keep, TIGHT);
+        let solved =
+            refit(Quadratic { anchor: &w, shift: None, gram: &Symmetric::new(&gram), n }, &start, &keep, TIGHT);
         let delta: Vec<f64> = solved.values.iter().zip(&w).map(|(v, w)| f64::from(*w) - f64::from(*v)).collect();
         let residual = oracle::product(&delta, &oracle::wide(&gram), n, n);
         let largest = |on: u8| {
@@ -340,7 +346,8 @@ mod tests {
         let (gram, w, _, _) = problem(6, 2, 10);
         let keep = [[0; 10], [1; 10]].concat();
         let start = [[0.0; 10].as_slice(), &w[10..]].concat();
-        let solved = refit(Quadratic { anchor: &w, shift: None, gram: &gram, n: 10 }, &start, &keep, TIGHT);
+        let solved =
+            refit(Quadratic { anchor: &w, shift: None, gram: &Symmetric::new(&gram), n: 10 }, &start, &keep, TIGHT);
         assert_eq!(solved.values, start);
     }
 
@@ -348,7 +355,10 @@ mod tests {
     fn bits_do_not_depend_on_the_number_of_threads() {
         let (gram, w, keep, start) = problem(7, 300, 33);
         let limits = Limits { steps: 12, tolerance: 1e-8 };
-        let solve = || refit(Quadratic { anchor: &w, shift: None, gram: &gram, n: 33 }, &start, &keep, limits).values;
+        let solve = || {
+            refit(Quadratic { anchor: &w, shift: None, gram: &Symmetric::new(&gram), n: 33 }, &start, &keep, limits)
+                .values
+        };
         let results: Vec<_> = [1, 2, 3].map(|threads| oracle::with_threads(threads, solve)).into();
         assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
     }

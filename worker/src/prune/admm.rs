@@ -18,8 +18,9 @@ use rayon::prelude::*;
 use super::SolveError;
 use super::condition::Conditioned;
 use crate::linalg::factor::{self, NotPositiveDefinite};
-use crate::linalg::gemm::{View, gemm_symmetric, product, row_tile};
+use crate::linalg::gemm::row_tile;
 use crate::linalg::select::{self, Census, Cut, Window};
+use crate::linalg::symmetric::Symmetric;
 
 /// Inverses are remembered for the other blocks of a group up to this many bytes; beyond it they are made anew.
 const CACHE_BYTES: usize = 1 << 30;
@@ -37,8 +38,8 @@ pub(crate) fn effort(columns: usize, inverses: usize, products: usize) -> Effort
         row_flops: 2 * (products * square) as u64,
         // Measured on one AVX2 thread with SmolLM2-135M: 66 to 75.
         speed_percent: 72,
-        // The conditioned gram, the inverses, and what making the last of them takes: a factor and its blocks, and their product.
-        kept_bytes: ((4 * (1 + inverses) + 9) * square * F32 / 4) as u64,
+        // The conditioned gram, by rows and as a factor, the inverses, and what making the last of them takes: a factor and its blocks, and their product.
+        kept_bytes: ((4 * (2 + inverses) + 9) * square * F32 / 4) as u64,
         // The weight and its scaled copy, the search's state, what is multiplied, and two supports.
         row_bytes: (columns * (7 * F32 + 2)) as u64,
         is_shared: true,
@@ -78,7 +79,7 @@ pub(crate) struct Inverses {
 enum Slot {
     /// Somebody is at it.
     Claimed,
-    Ready(Arc<Vec<f32>>),
+    Ready(Arc<Symmetric>),
 }
 
 impl Inverses {
@@ -100,7 +101,7 @@ impl Inverses {
         &self,
         rho: f32,
         ahead: impl IntoIterator<Item = f32>,
-    ) -> Result<(Arc<Vec<f32>>, f64), SolveError> {
+    ) -> Result<(Arc<Symmetric>, f64), SolveError> {
         let mut ahead = ahead.into_iter();
         let mut flops = 0.0;
         loop {
@@ -129,18 +130,19 @@ impl Inverses {
         }
     }
 
-    /// Remembers an inverse that another worker made, if it is one: what it makes of a vector must come back.
-    pub(crate) fn take(&self, rho: f32, inverse: Vec<f32>) -> bool {
+    /// Remembers an inverse whose [`Symmetric::triangle`] another worker made, if it is one: what it makes of a vector must come back.
+    pub(crate) fn take(&self, rho: f32, triangle: &[f32]) -> bool {
         /// What may be missing of a vector x, as a share of it and of twice F·x. A wrong ρ costs the difference times F·x, and steps
         /// of a ramp differ by a hundredth at least; f32 loses n·ε of F·x, which is far more than x where little holds ρ up.
         const TOLERANCE: f64 = 1e-3;
         let n = self.conditioned.n;
-        if inverse.len() != n * n || !Self::remembers(n, self.known().len() + 1) {
+        if triangle.len() != n * (n + 1) / 2 || !Self::remembers(n, self.known().len() + 1) {
             return false;
         }
+        let inverse = Symmetric::of_triangle(triangle, n);
         let probe: Vec<f32> = (0..n).map(|j| if j % 3 == 0 { -1.0 } else { 1.0 }).collect();
-        let through = product(&probe, &inverse, n, n);
-        let back = product(&through, &self.conditioned.gram, n, n);
+        let through = inverse.product(&probe);
+        let back = self.conditioned.factor().product(&through);
         let missing = probe.iter().zip(&through).zip(back).map(|((x, y), z)| f64::from(z + rho * y - x).powi(2));
         let norm = |vector: &[f32]| vector.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt();
         let is_inverse = missing.sum::<f64>().sqrt() <= TOLERANCE * (norm(&probe) + 2.0 * norm(&through));
@@ -212,7 +214,7 @@ impl<'a> Search<'a> {
     }
 
     /// One iteration with `inverse` = (Ĝ + ρI)⁻¹ and over-relaxation σ.
-    pub(crate) fn step(&mut self, inverse: &[f32], rho: f32, sigma: f32) {
+    pub(crate) fn step(&mut self, inverse: &Symmetric, rho: f32, sigma: f32) {
         let n = self.n;
         let rows = self.merged.len() / n;
         let tile = row_tile(rows) * n;
@@ -242,7 +244,7 @@ impl<'a> Search<'a> {
                         }
                     },
                 );
-                gemm_symmetric(primal, n, 0.0, View::new(right, merged.len() / n, n, n), inverse, 1.0);
+                inverse.multiply(primal, 0.0, right, 1.0);
                 Arch::new().dispatch(
                     #[inline(always)]
                     || {
@@ -385,7 +387,8 @@ mod tests {
             (0..n).for_each(|j| shifted[j * (n + 1)] += f64::from(rho));
             let exact = oracle::inverse(&shifted, n);
             let size = exact.iter().fold(0.0f64, |a, b| a.max(b.abs()));
-            let found = inverses.at(rho, []).unwrap().0;
+            let identity: Vec<f32> = (0..n * n).map(|at| f32::from(u8::from(at / n == at % n))).collect();
+            let found = inverses.at(rho, []).unwrap().0.product(&identity);
             assert!(found.iter().zip(&exact).all(|(x, y)| (f64::from(*x) - y).abs() <= 1e-4 * size), "{rho}");
         }
     }
@@ -406,14 +409,15 @@ mod tests {
         let conditioned = Arc::new(conditioned);
         let [here, there] = [(); 2].map(|()| Inverses::new(Arc::clone(&conditioned)));
         let made = there.at(0.1, []).unwrap().0;
-        assert!(!here.take(0.125, made.to_vec()), "the inverse of another step");
-        for (index, value) in [(7, f32::NAN), (41, 2.0 * made[41])] {
-            let mut wrong = made.to_vec();
+        let triangle = made.triangle();
+        assert!(!here.take(0.125, &triangle), "the inverse of another step");
+        for (index, value) in [(7, f32::NAN), (2, 2.0 * triangle[2])] {
+            let mut wrong = triangle.clone();
             wrong[index] = value;
-            assert!(!here.take(0.1, wrong));
+            assert!(!here.take(0.1, &wrong));
         }
-        assert!(!here.take(0.1, made[1..].to_vec()));
-        assert!(here.take(0.1, made.to_vec()));
+        assert!(!here.take(0.1, &triangle[1..]));
+        assert!(here.take(0.1, &triangle));
         let (found, flops) = here.at(0.1, []).unwrap();
         assert_eq!(found, made);
         assert!(flops <= 0.0, "it was made again");
@@ -430,9 +434,9 @@ mod tests {
         let (conditioned, ()) = Conditioned::factored(&gram, 1e-4, |_| Ok(())).unwrap();
         let conditioned = Arc::new(conditioned);
         let [here, there] = [(); 2].map(|()| Inverses::new(Arc::clone(&conditioned)));
-        let (free, next) = (there.at(0.0, []).unwrap().0, there.at(0.1, []).unwrap().0);
-        assert!(!here.take(0.0, next.to_vec()) && !here.take(0.1, free.to_vec()));
-        assert!(here.take(0.0, free.to_vec()) && here.take(0.1, next.to_vec()));
+        let [free, next] = [0.0, 0.1].map(|rho| there.at(rho, []).unwrap().0.triangle());
+        assert!(!here.take(0.0, &next) && !here.take(0.1, &free));
+        assert!(here.take(0.0, &free) && here.take(0.1, &next));
     }
 
     #[test]
@@ -441,7 +445,7 @@ mod tests {
         let (conditioned, ()) = Conditioned::factored(&problem.stats.gram, 0.01, |_| Ok(())).unwrap();
         let conditioned = Arc::new(conditioned);
         let ramp = [0.1f32, 0.2, 0.3, 0.4, 0.5];
-        let walk = |inverses: &Inverses| -> Vec<Arc<Vec<f32>>> {
+        let walk = |inverses: &Inverses| -> Vec<Arc<Symmetric>> {
             let step = |step: usize| inverses.at(ramp[step], ramp[step + 1..].iter().copied()).unwrap().0;
             (0..ramp.len()).map(step).collect()
         };

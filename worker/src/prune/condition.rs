@@ -1,6 +1,7 @@
 //! Statistics made fit for a factorisation: dead channels taken out, damped, scaled to a unit diagonal.
 
 use std::slice::from_ref;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::Tensor;
@@ -10,6 +11,7 @@ use rayon::prelude::*;
 
 use super::{Problem, Solution, SolveError};
 use crate::linalg::factor::NotPositiveDefinite;
+use crate::linalg::symmetric::Symmetric;
 use crate::linalg::{held, matrix, slices, values};
 
 /// How often damping is multiplied by ten before a group is given up.
@@ -26,6 +28,8 @@ pub(crate) struct Conditioned {
     pub(crate) n: usize,
     /// Ĝ, `[n, n]`; the rows and columns of dead channels are those of the identity.
     pub(crate) gram: Vec<f32>,
+    /// The same, once it is multiplied by.
+    factor: OnceLock<Symmetric>,
     /// The diagonal of D: `sqrt(G_jj + δ)`.
     pub(crate) scale: Vec<f32>,
     /// Channels that were never active.
@@ -96,7 +100,12 @@ impl Conditioned {
             );
             row[i] = 1.0;
         });
-        Self { n, gram, scale, dead, damping, raised }
+        Self { n, gram, factor: OnceLock::new(), scale, dead, damping, raised }
+    }
+
+    /// Ĝ as a factor of products.
+    pub(crate) fn factor(&self) -> &Symmetric {
+        self.factor.get_or_init(|| Symmetric::new(&self.gram))
     }
 
     /// `W·D`.

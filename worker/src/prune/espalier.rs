@@ -27,14 +27,14 @@ use super::{
     Built, Groundwork, GroupSolver, InputStats, Method, ParamsError, Problem, RowBlock, Solution, SolveCtx, SolveError,
     Solver, Statistics, read_params,
 };
-use crate::linalg::gemm::{product, product_symmetric};
+use crate::linalg::gemm::product;
 use crate::linalg::pcg::{self, Limits, Quadratic};
 use crate::linalg::{held, select, slices, transposed};
 
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "7",
+    version: "8",
     summary: "the default: ADMM on a continuation ramp, then a refit on its support",
     build,
 };
@@ -235,10 +235,9 @@ impl Group {
     /// V̂° = Ŵ + T·Ĝ⁻¹, what the weights would be without a pattern.
     fn unconstrained(&self, anchor: &[f32], shift: Option<&[f32]>) -> Result<Vec<f32>, SolveError> {
         let Some(shift) = shift else { return Ok(anchor.to_vec()) };
-        let n = self.conditioned().n;
         // Remembered with those of the ramp: every block asks for it.
         let (inverse, _) = self.footing.inverses.at(UNCONSTRAINED, [])?;
-        let mut out = product_symmetric(shift, &inverse, n);
+        let mut out = inverse.product(shift);
         out.iter_mut().zip(anchor).for_each(|(v, w)| *v += w);
         Ok(out)
     }
@@ -285,7 +284,7 @@ impl Group {
 
         let (start, keep) = search.finish();
         let limits = Limits { steps: self.footing.params.refit_steps, tolerance: 1e-8 };
-        let gram = &self.conditioned().gram;
+        let gram = self.conditioned().factor();
         let refit =
             |shift, start: &[f32]| pcg::refit(Quadratic { anchor: &anchor, shift, gram, n }, start, &keep, limits);
         let restored = |scaled: &[f32]| self.conditioned().restored(scaled, &keep, weight);

@@ -24,15 +24,16 @@ use super::{
     Built, GroupSolver, InputStats, Method, ParamsError, Problem, Solution, SolveCtx, SolveError, Solver, Statistics,
     read_params, wanda,
 };
-use crate::linalg::gemm::{View, gemm_symmetric, product, product_symmetric, row_tile};
+use crate::linalg::gemm::{product, row_tile};
 use crate::linalg::prox::soft_threshold;
 use crate::linalg::quadratic::{Correction, dot, energy, row_forms};
+use crate::linalg::symmetric::Symmetric;
 use crate::linalg::{matrix, select, spectral, values};
 
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "4",
+    version: "5",
     summary: "an l1 problem by FISTA, rounded; its weight by bisection on the rounding's share of the error",
     build,
 };
@@ -136,7 +137,8 @@ impl Solver for Fista {
         };
         let norms = wanda::norms(&stats)?;
         let shared = SharedFlops::new(if compensation.is_some() { 2.0 / 3.0 * (n as f64).powi(3) } else { 0.0 });
-        Ok(Box::new(Group { n, gram, correction, lipschitz, compensation, norms, shared, params: self.params }))
+        let factor = Symmetric::new(&gram);
+        Ok(Box::new(Group { n, gram, factor, correction, lipschitz, compensation, norms, shared, params: self.params }))
     }
 
     /// The search for λ takes some 400 iterations on models that it was tried on.
@@ -148,6 +150,7 @@ impl Solver for Fista {
 struct Group {
     n: usize,
     gram: Vec<f32>,
+    factor: Symmetric,
     correction: Option<Correction>,
     lipschitz: f64,
     compensation: Option<Compensation>,
@@ -164,6 +167,8 @@ pub(crate) struct Lasso<'a> {
     pub(crate) shift: Option<&'a [f32]>,
     /// G, `[n, n]`.
     pub(crate) gram: &'a [f32],
+    /// The same as a factor of products.
+    pub(crate) factor: &'a Symmetric,
     /// At least λ_max(G).
     pub(crate) lipschitz: f64,
     /// Width.
@@ -205,7 +210,7 @@ impl Lasso<'_> {
                     let weight = &self.weight[range.clone()];
                     // Z − (ZG − C)/L = Z + ((W − Z)G + T)/L
                     let mut ahead: Vec<f32> = weight.iter().zip(&*z).map(|(w, z)| w - z).collect();
-                    gemm_symmetric(z, n, 1.0, View::new(&ahead, v.len() / n, n, n), self.gram, step);
+                    self.factor.multiply(z, 1.0, &ahead, step);
                     if let Some(shift) = self.shift {
                         z.iter_mut().zip(&shift[range]).for_each(|(z, t)| *z += step * t);
                     }
@@ -240,7 +245,7 @@ impl Lasso<'_> {
 
     /// max|C|: from this λ on, zero is optimal.
     fn largest_lambda(&self) -> f64 {
-        let mut c = product_symmetric(self.weight, self.gram, self.n);
+        let mut c = self.factor.product(self.weight);
         if let Some(shift) = self.shift {
             c.iter_mut().zip(shift).for_each(|(c, t)| *c += t);
         }
@@ -323,7 +328,9 @@ impl GroupSolver for Group {
             return finish(weight, 0, 0.0);
         }
         let shift = self.correction.as_ref().map(|correction| product(&weight, &correction.towards_dense, n, n));
-        let lasso = Lasso { weight: &weight, shift: shift.as_deref(), gram: &self.gram, lipschitz: self.lipschitz, n };
+        let Self { gram, factor, lipschitz, .. } = self;
+        let shift = shift.as_deref();
+        let lasso = Lasso { weight: &weight, shift, gram, factor, lipschitz: *lipschitz, n };
         // What of the error no V can change; it counts in the share that rounding has.
         let constant = self.correction.as_ref().map_or(0.0, |c| row_forms(&weight, &c.gap, &weight, n).iter().sum());
         let distance = |error: f64| (error + constant).max(0.0).sqrt();
@@ -380,7 +387,8 @@ mod tests {
         let problem = fixture::random(seed, 6, 16, 64);
         let shift: Vec<f32> = oracle::random(seed + 7, 96).iter().map(|t| 0.1 * t).collect();
         let lipschitz = spectral::largest_eigenvalue(&problem.gram, 16);
-        test(Lasso { weight: &problem.weight, shift: Some(&shift), gram: &problem.gram, lipschitz, n: 16 });
+        let (gram, factor) = (&problem.gram, &Symmetric::new(&problem.gram));
+        test(Lasso { weight: &problem.weight, shift: Some(&shift), gram, factor, lipschitz, n: 16 });
     }
 
     /// (VG − C) in f64.

@@ -10,6 +10,7 @@ use serde_json::Value;
 use super::problem::DenseStats;
 use super::{InputStats, Problem, Solution, SolveCtx, build};
 use crate::linalg::pcg::{self, Limits, Quadratic};
+use crate::linalg::symmetric::Symmetric;
 use crate::linalg::{matrix, oracle, quadratic, values};
 
 /// A weight and the gram of its inputs.
@@ -241,9 +242,10 @@ pub(crate) fn better_supports_than_magnitude(method: &str) -> usize {
         let (rows, n) = (24, 48);
         let problem = random(*seed, rows, n, 150);
         let pattern = Pattern::Unstructured { sparsity: 0.6 };
+        let gram = Symmetric::new(&problem.gram);
         let refitted = |solved: &[f32]| {
             let keep: Vec<u8> = solved.iter().map(|v| u8::from(v.abs() > 0.0)).collect();
-            let quadratic = Quadratic { anchor: &problem.weight, shift: None, gram: &problem.gram, n };
+            let quadratic = Quadratic { anchor: &problem.weight, shift: None, gram: &gram, n };
             let limits = Limits { steps: 200, tolerance: 1e-12 };
             problem.rel_error(&pcg::refit(quadratic, solved, &keep, limits).values)
         };

@@ -158,13 +158,13 @@ pub trait Groundwork: Send + Sync {
     fn parts(&self) -> usize;
     /// Operations that a part takes.
     fn flops(&self) -> f64;
-    /// Makes a part, unless it is there, and remembers it.
+    /// Makes a part, unless it is there, and remembers it; returns what lies on and below the diagonal, row by row.
     ///
     /// # Errors
     /// See [`SolveError`].
-    fn make(&self, part: usize) -> Result<Arc<Vec<f32>>, SolveError>;
-    /// Remembers a part that another worker made; false if it is not what it should be.
-    fn take(&self, part: usize, matrix: Vec<f32>) -> bool;
+    fn make(&self, part: usize) -> Result<Vec<f32>, SolveError>;
+    /// Remembers a part that another worker made and returned; false if it is not what it should be.
+    fn take(&self, part: usize, triangle: &[f32]) -> bool;
 }
 
 /// The most parts that a [`Groundwork`] has.

@@ -23,7 +23,7 @@ use crate::linalg::{gemm, matrix, values};
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "5",
+    version: "6",
     summary: "keeps the zeros of another checkpoint (mask) and refits its weights to the dense model",
     build,
 };
@@ -163,7 +163,7 @@ impl Group {
         }
         let scaled_shift = shift.as_deref().map(|shift| self.unscaled(shift));
         let (anchor, scaled) = (conditioned.scaled_alive(&weight), conditioned.scaled_alive(&start));
-        let quadratic = Quadratic { anchor: &anchor, shift: scaled_shift.as_deref(), gram: &conditioned.gram, n };
+        let quadratic = Quadratic { anchor: &anchor, shift: scaled_shift.as_deref(), gram: conditioned.factor(), n };
         let refit = pcg::refit(quadratic, &scaled, &keep, Limits { steps: self.params.steps, tolerance: TOLERANCE });
         let mut solved = conditioned.restored(&refit.values, &keep, &start);
         for (row, (after, before)) in errors(&solved).into_iter().zip(&before).enumerate() {

@@ -81,11 +81,11 @@ impl Groundwork for Footing {
         self.inverses.flops()
     }
 
-    fn make(&self, part: usize) -> Result<Arc<Vec<f32>>, SolveError> {
-        Ok(self.inverses.at(self.rho_of(part), [])?.0)
+    fn make(&self, part: usize) -> Result<Vec<f32>, SolveError> {
+        Ok(self.inverses.at(self.rho_of(part), [])?.0.triangle())
     }
 
-    fn take(&self, part: usize, matrix: Vec<f32>) -> bool {
-        part < self.parts() && self.inverses.take(self.rho_of(part), matrix)
+    fn take(&self, part: usize, triangle: &[f32]) -> bool {
+        part < self.parts() && self.inverses.take(self.rho_of(part), triangle)
     }
 }

@@ -1,0 +1,278 @@
+//! Symmetric matrices as the solvers multiply by them: laid out once, for all products of a search.
+//!
+//! A library packs what is on the right of a product each time; with as few rows as a block has that takes up to a fifth of the
+//! product, and reads the matrix once more. Measured against the `gemm` crate with blocks of 144 rows on AVX2 threads, each alone
+//! and two at a time: TODO.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::gemm::row_tile;
+
+/// Rows of a tile of the product. With two vectors of columns its sums take 12 registers, which is what hides the latency of
+/// two fused operations a cycle.
+const TILE_ROWS: usize = 6;
+/// Vectors of columns of a tile.
+const TILE_VECTORS: usize = 2;
+/// Most of the inner dimension that is summed up before it is added to the product: so much of a panel, and of the rows it meets,
+/// stays in the second cache. The bits of a product depend on it.
+const MOST_DEPTH: usize = 1536;
+/// Rows that are laid out at a time.
+const MOST_ROWS: usize = 192;
+
+/// A symmetric matrix `[n, n]`, in panels of so many columns as a tile of a product has.
+#[derive(Debug, PartialEq)]
+pub struct Symmetric {
+    n: usize,
+    /// Columns of a panel, which are whole vectors.
+    width: usize,
+    /// One panel after another, each by rows; the last is filled up with zeros.
+    panels: Vec<f32>,
+}
+
+impl Symmetric {
+    /// Lays out a row-major `matrix [n, n]`, of which what lies on and below the diagonal is read.
+    pub fn new(matrix: &[f32]) -> Self {
+        let n = matrix.len().isqrt();
+        Self::of_rows(n, |row| &matrix[row * n..=row * (n + 1)])
+    }
+
+    /// Lays out the matrix of such a [`Self::triangle`], `n·(n + 1)/2` numbers.
+    pub fn of_triangle(triangle: &[f32], n: usize) -> Self {
+        Self::of_rows(n, |row| &triangle[row * (row + 1) / 2..][..=row])
+    }
+
+    /// Lays out a matrix whose rows are given as far as the diagonal.
+    fn of_rows<'a>(n: usize, row: impl Fn(usize) -> &'a [f32] + Sync) -> Self {
+        let width = Arch::new().dispatch(PanelWidth);
+        let mut panels = vec![0.0; n.div_ceil(width) * width * n];
+        panels.par_chunks_mut((width * n).max(1)).enumerate().for_each(|(index, panel)| {
+            let columns = index * width..n.min((index + 1) * width);
+            // Above the diagonal a column is what the row of its number is beside it.
+            for (slot, column) in columns.clone().enumerate() {
+                panel.chunks_exact_mut(width).zip(row(column)).for_each(|(to, value)| to[slot] = *value);
+            }
+            for (to, below) in panel.chunks_exact_mut(width).zip(0..n).skip(columns.start) {
+                let known = columns.start..columns.end.min(below + 1);
+                to[..known.len()].copy_from_slice(&row(below)[known]);
+            }
+        });
+        Self { n, width, panels }
+    }
+
+    /// What lies on and below the diagonal, row by row.
+    pub fn triangle(&self) -> Vec<f32> {
+        let (n, width) = (self.n, self.width);
+        let mut triangle = Vec::with_capacity(n * (n + 1) / 2);
+        for row in 0..n {
+            for (panel, first) in self.panels.chunks_exact(width * n).zip((0..=row).step_by(width)) {
+                triangle.extend_from_slice(&panel[row * width..][..width.min(row + 1 - first)]);
+            }
+        }
+        triangle
+    }
+
+    /// The diagonal.
+    pub fn diagonal(&self) -> impl Iterator<Item = f32> {
+        (0..self.n).map(|j| self.panels[(j / self.width * self.n + j) * self.width + j % self.width])
+    }
+
+    /// Computes `out ← keep·out + scale·a·self` with row-major `out` and `a [rows, n]` on the calling thread. Each element is
+    /// summed up in the order of the inner dimension whatever the rows and the machine's vectors, so that bits depend on neither.
+    pub fn multiply(&self, out: &mut [f32], keep: f32, a: &[f32], scale: f32) {
+        assert_eq!(a.len(), out.len(), "a product with a square matrix is as large as its left-hand side");
+        assert!(a.len().is_multiple_of(self.n.max(1)), "rows of {} elements", self.n);
+        LEFT.with_borrow_mut(|left| Arch::new().dispatch(Multiply { matrix: self, out, keep, a, scale, left }));
+    }
+
+    /// The product of row-major `a [rows, n]` and this, row tiles in parallel.
+    pub fn product(&self, a: &[f32]) -> Vec<f32> {
+        let mut out = vec![0.0; a.len()];
+        let tile = (row_tile(a.len() / self.n.max(1)) * self.n).max(1);
+        let tiles = out.par_chunks_mut(tile).zip(a.par_chunks(tile));
+        tiles.for_each(|(out, a)| self.multiply(out, 0.0, a, 1.0));
+        out
+    }
+}
+
+thread_local! {
+    /// Where the left-hand side of a product is laid out.
+    static LEFT: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+struct PanelWidth;
+
+impl WithSimd for PanelWidth {
+    type Output = usize;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> usize {
+        TILE_VECTORS * S::F32_LANES
+    }
+}
+
+struct Multiply<'a> {
+    matrix: &'a Symmetric,
+    out: &'a mut [f32],
+    keep: f32,
+    a: &'a [f32],
+    scale: f32,
+    left: &'a mut Vec<f32>,
+}
+
+impl WithSimd for Multiply<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { matrix: &Symmetric { n, width, ref panels }, out, keep, a, scale, left } = self;
+        assert_eq!(width, PanelWidth.with_simd(simd), "laid out for other vectors");
+        if n == 0 {
+            return;
+        }
+        let depth = n.div_ceil(n.div_ceil(MOST_DEPTH));
+        for first in (0..n).step_by(depth) {
+            let inner = first..n.min(first + depth);
+            let keep = if first == 0 { keep } else { 1.0 };
+            for (out, a) in out.chunks_mut(MOST_ROWS * n).zip(a.chunks(MOST_ROWS * n)) {
+                lay_out(left, a, n, inner.clone());
+                for (panel, columns) in panels.chunks_exact(width * n).zip((0..n).step_by(width)) {
+                    let panel = &panel[inner.start * width..inner.end * width];
+                    for (left, out) in left.chunks_exact(TILE_ROWS * inner.len()).zip(out.chunks_mut(TILE_ROWS * n)) {
+                        let sums = tile(simd, left, panel);
+                        for (out, sums) in out.chunks_exact_mut(n).zip(&sums) {
+                            let sums: &[f32] = bytemuck::cast_slice(sums);
+                            let out = out[columns..].iter_mut().zip(sums);
+                            if keep == 0.0 {
+                                out.for_each(|(out, sum)| *out = scale * sum);
+                            } else {
+                                out.for_each(|(out, sum)| *out = keep * *out + scale * sum);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Lays the columns `inner` of rows `a [rows, n]` out tile by tile, and in a tile column by column; rows that lack are zeros.
+#[inline(always)]
+fn lay_out(left: &mut Vec<f32>, a: &[f32], n: usize, inner: Range<usize>) {
+    /// Columns that are written again for each row while the first cache has them.
+    const COLUMNS: usize = 64;
+    let rows = a.len() / n;
+    left.resize(rows.next_multiple_of(TILE_ROWS) * inner.len(), 0.0);
+    for (tile, a) in left.chunks_exact_mut(TILE_ROWS * inner.len()).zip(a.chunks(TILE_ROWS * n)) {
+        if a.len() < TILE_ROWS * n {
+            tile.fill(0.0);
+        }
+        let (columns, _) = tile.as_chunks_mut::<TILE_ROWS>();
+        for (columns, first) in columns.chunks_mut(COLUMNS).zip(inner.clone().step_by(COLUMNS)) {
+            for (slot, row) in a.chunks_exact(n).enumerate() {
+                columns.iter_mut().zip(&row[first..]).for_each(|(column, value)| column[slot] = *value);
+            }
+        }
+    }
+}
+
+/// The sums of a tile of the product.
+type Sums<S> = [[<S as Simd>::f32s; TILE_VECTORS]; TILE_ROWS];
+
+/// The product of rows, laid out, and a panel.
+#[inline(always)]
+fn tile<S: Simd>(simd: S, left: &[f32], panel: &[f32]) -> Sums<S> {
+    /// Steps that are written out: what counts them would take a sixth as long as they do.
+    const STEPS: usize = 4;
+    let (left, _) = left.as_chunks::<TILE_ROWS>();
+    let (right, _) = S::as_simd_f32s(panel).0.as_chunks::<TILE_VECTORS>();
+    let ((left_runs, left), (right_runs, right)) = (left.as_chunks::<STEPS>(), right.as_chunks::<STEPS>());
+    let mut sums = [[simd.splat_f32s(0.0); TILE_VECTORS]; TILE_ROWS];
+    for (left, right) in left_runs.iter().zip(right_runs) {
+        left.iter().zip(right).for_each(
+            #[inline(always)]
+            |(left, right)| add(simd, &mut sums, left, right),
+        );
+    }
+    for (left, right) in left.iter().zip(right) {
+        add(simd, &mut sums, left, right);
+    }
+    sums
+}
+
+/// Adds the outer product of a column of rows and a row of vectors.
+#[inline(always)]
+fn add<S: Simd>(simd: S, sums: &mut Sums<S>, left: &[f32; TILE_ROWS], right: &[S::f32s; TILE_VECTORS]) {
+    for (sums, value) in sums.iter_mut().zip(left) {
+        let value = simd.splat_f32s(*value);
+        sums.iter_mut().zip(right).for_each(|(sum, vector)| *sum = simd.mul_add_e_f32s(value, *vector, *sum));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linalg::oracle;
+
+    #[test]
+    fn products_equal_the_naive_loops_at_awkward_shapes() {
+        for (rows, n) in [(1, 1), (5, 3), (6, 16), (7, 33), (193, 40), (13, MOST_DEPTH + 9)] {
+            let (a, matrix) = (oracle::random(1, rows * n), oracle::spd(2, n));
+            let exact = oracle::product(&oracle::wide(&a), &oracle::wide(&matrix), n, n);
+            let size = exact.iter().fold(1.0f64, |size, value| size.max(value.abs()));
+            let tolerance = n as f64 * f64::from(f32::EPSILON) * size;
+            let packed = Symmetric::new(&matrix);
+            for (x, y) in packed.product(&a).iter().zip(&exact) {
+                assert!((f64::from(*x) - y).abs() <= tolerance, "{rows} rows of {n}: {x} {y}");
+            }
+            let mut out = vec![2.0; a.len()];
+            packed.multiply(&mut out, 0.5, &a, -3.0);
+            for (x, y) in out.iter().zip(&exact) {
+                assert!((f64::from(*x) - (1.0 - 3.0 * y)).abs() <= 4.0 * tolerance, "{rows} rows of {n}: {x} {y}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_kept_is_not_read() {
+        let mut out = [f32::NAN; 4];
+        Symmetric::new(&[2.0, 1.0, 1.0, 3.0]).multiply(&mut out, 0.0, &[1.0, 0.0, 1.0, 1.0], 1.0);
+        assert_eq!(out, [2.0, 1.0, 3.0, 4.0]);
+    }
+
+    #[test]
+    fn bits_of_a_row_depend_on_neither_its_neighbours_nor_threads() {
+        let n = 77;
+        let (a, packed) = (oracle::random(1, 577 * n), Symmetric::new(&oracle::spd(2, n)));
+        let expected = packed.product(&a);
+        for row in [0, 5, 6, 300, 576] {
+            assert!(packed.product(&a[row * n..][..n]) == expected[row * n..][..n], "{row}");
+        }
+        for threads in [1, 2, 3] {
+            assert!(oracle::with_threads(threads, || packed.product(&a)) == expected, "{threads} threads");
+        }
+    }
+
+    #[test]
+    fn a_matrix_and_its_triangle_are_laid_out_alike() {
+        for n in [0, 1, 15, 16, 17, 50] {
+            let matrix = oracle::spd(3, n);
+            let packed = Symmetric::new(&matrix);
+            let triangle = packed.triangle();
+            assert_eq!(triangle, (0..n).flat_map(|row| &matrix[row * n..=row * (n + 1)]).copied().collect::<Vec<_>>());
+            assert_eq!(Symmetric::of_triangle(&triangle, n).panels, packed.panels);
+            assert!(packed.diagonal().eq((0..n).map(|j| matrix[j * (n + 1)])), "{n}");
+            let identity: Vec<f32> = (0..n * n).map(|at| f32::from(u8::from(at / n == at % n))).collect();
+            assert_eq!(packed.product(&identity), matrix);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "rows of 3 elements")]
+    fn half_a_row_is_refused() {
+        Symmetric::new(&[0.0; 9]).multiply(&mut [0.0; 4], 0.0, &[0.0; 4], 1.0);
+    }
+}
