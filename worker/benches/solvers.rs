@@ -12,6 +12,7 @@ use espalier_common::pattern::Pattern;
 use espalier_worker::calibrate::gram::GramAccumulator;
 use espalier_worker::linalg::gemm::View;
 use espalier_worker::linalg::pcg::{self, Limits, Quadratic};
+use espalier_worker::linalg::symmetric::Symmetric;
 use espalier_worker::linalg::{factor, gemm, matrix, select, spectral, values};
 use espalier_worker::prune::{self, InputStats, Problem, Solution, SolveCtx, verify};
 use rand::{Rng, SeedableRng};
@@ -204,8 +205,8 @@ fn kernels(weight: &[f32], gram: &[f32], columns: usize) {
     };
     line("product in row tiles", seconds(|| gemm::product(weight, &right, columns, columns)), Some(square));
     line("inverse", seconds(|| factor::inverse(matrix.clone(), columns)), Some(cube));
-    let four = seconds(|| factor::inverses(vec![matrix.clone(); 4], columns));
-    line("inverses, four at once", four, Some(4.0 * cube));
+    let factor = Symmetric::new(&matrix);
+    line("product with a matrix laid out", seconds(|| factor.product(weight)), Some(square));
     line("upper factor of the inverse", seconds(|| factor::upper_of_inverse(&matrix, columns)), None);
     line("largest eigenvalue", seconds(|| spectral::largest_eigenvalue(gram, columns)), None);
 
@@ -217,7 +218,8 @@ fn kernels(weight: &[f32], gram: &[f32], columns: usize) {
 
     let mut start = weight.to_vec();
     select::zero_dropped(&mut start, &keep);
-    let quadratic = Quadratic { anchor: weight, shift: None, gram, n: columns };
+    let gram = Symmetric::new(gram);
+    let quadratic = Quadratic { anchor: weight, shift: None, gram: &gram, n: columns };
     let refit = || pcg::refit(quadratic, &start, &keep, Limits { steps: STEPS, tolerance: 0.0 });
     let flops = refit().flops;
     line(&format!("conjugate gradients, {STEPS} steps"), seconds(refit), Some(flops));

@@ -96,6 +96,9 @@ pub struct WorkerKind {
     pub memory: String,
     /// Matrix-product speed of each in f32, as a worker measures it when it starts.
     pub gflops: f64,
+    /// What all of them reach together, where they share a machine and have more threads than it has processors. Each is then taken
+    /// to have an even part of it at all times.
+    pub machine_gflops: Option<f64>,
 }
 
 fn one() -> usize {
@@ -177,11 +180,13 @@ impl ClusterSpec {
         for kind in &self.workers {
             let key = |name: &str| format!("[[workers]] {} {name}", kind.name);
             positive(&key("gflops"), kind.gflops)?;
+            kind.machine_gflops.map_or(Ok(()), |speed| positive(&key("machine_gflops"), speed))?;
+            let part = kind.machine_gflops.map_or(f64::INFINITY, |speed| speed / kind.count as f64);
             let memory_bytes = parse_size(&kind.memory)
                 .ok_or_else(|| wrong(key("memory"), kind.memory.clone(), "a size such as 80GB or 512MiB"))?;
             for index in 0..kind.count {
                 let name = if kind.count == 1 { kind.name.clone() } else { format!("{}-{index}", kind.name) };
-                workers.push(PlannedWorker { name, memory_bytes, gflops: kind.gflops });
+                workers.push(PlannedWorker { name, memory_bytes, gflops: kind.gflops.min(part) });
             }
         }
         Ok(workers)
@@ -209,11 +214,23 @@ mod tests {
     }
 
     #[test]
+    fn workers_of_a_machine_share_what_it_reaches() {
+        let speeds = |count: usize| {
+            let kind =
+                format!("name = \"cpu\"\nmemory = \"4GB\"\ngflops = 70.0\ncount = {count}\nmachine_gflops = 150.0");
+            let workers = spec(&format!("[[workers]]\n{kind}")).workers().unwrap();
+            workers.iter().map(|worker| worker.gflops).collect::<Vec<_>>()
+        };
+        assert_eq!((speeds(2), speeds(3)), (vec![70.0; 2], vec![50.0; 3]));
+    }
+
+    #[test]
     fn values_that_make_no_sense_are_named() {
         let kind = "[[workers]]\nname = \"gpu\"\n";
         for (text, named) in [
             ("memory = \"much\"\ngflops = 1.0", "[[workers]] gpu memory is much"),
             ("memory = \"1GB\"\ngflops = 0.0", "[[workers]] gpu gflops is 0"),
+            ("memory = \"1GB\"\ngflops = 1.0\nmachine_gflops = -2.0", "[[workers]] gpu machine_gflops is -2"),
             ("memory = \"1GB\"\ngflops = 1.0\ncount = 0", "number of [[workers]] is 0"),
             ("memory = \"1GB\"\ngflops = 1.0\n[network]\ngigabits_per_second = -1.0", "gigabits_per_second is -1"),
         ] {

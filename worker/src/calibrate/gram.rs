@@ -5,12 +5,15 @@ use espalier_common::fault::FaultClass;
 use rayon::prelude::*;
 
 use super::device_sums::DeviceSums;
-use super::host_sum::{HostSum, Panels};
+use super::host_sum::{HostSum, Strips};
 use crate::device::memory::{free_bytes, is_out_of_memory};
 use crate::linalg::{held, matrix, slices};
 use crate::prune::problem::{DenseStats, InputStats};
 
-/// Tokens of one f32 product; longer sequences are cut. Beyond it f32 sums lose digits, so chunks are summed in f64.
+/// Tokens of one f32 product on the host, whose sums are added up in f64: a strip of so many and the rows that it meets stay in the
+/// first two caches.
+const HOST_TOKENS: usize = 512;
+/// The same on a device; longer sequences are cut. Beyond it f32 sums lose digits.
 pub(super) const CHUNK_TOKENS: usize = 4096;
 
 /// Why statistics cannot be gathered.
@@ -226,11 +229,11 @@ impl GramAccumulator {
         if !paired {
             return Err(GramError::Unpaired);
         }
-        let (columns, mut left, mut right) = (self.columns, Panels::default(), Panels::default());
+        let (columns, mut left, mut right) = (self.columns, Strips::default(), Strips::default());
         let sums = self.on_host();
         for (index, corrected) in corrected.iter().enumerate() {
-            let mut dense = dense.as_ref().map(|dense| dense[index].chunks(CHUNK_TOKENS * columns));
-            for corrected in corrected.chunks(CHUNK_TOKENS * columns) {
+            let mut dense = dense.as_ref().map(|dense| dense[index].chunks(HOST_TOKENS * columns));
+            for corrected in corrected.chunks(HOST_TOKENS * columns) {
                 left.fill(corrected, columns);
                 match (&mut sums[..], dense.as_mut().and_then(Iterator::next)) {
                     ([gram, cross, dense_gram], Some(dense)) => {

@@ -1,9 +1,10 @@
 //! One second moment, summed on the host in f64.
 
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::linalg::factor::mirror_upper;
-use crate::linalg::gemm::{View, gemm};
+use crate::linalg::kernel::{self, TILE_ROWS, tile};
 
 /// Numbers that a thread adds at a time.
 const CHUNK: usize = 1 << 15;
@@ -31,10 +32,8 @@ fn side(columns: usize) -> usize {
     if columns <= 2048 { 48 } else { 96 }
 }
 
-/// Columns of a panel, which are some tiles': what is packed of the rows of a product serves all of them.
-fn panel(columns: usize) -> usize {
-    side(columns) * if columns <= 2048 { 3 } else { 2 }
-}
+/// Columns of a sum that a thread takes at a time, and from a multiple of which on: some tiles, and some of the kernel's.
+const ABREAST: usize = 96;
 
 fn tiles(columns: usize, symmetric: bool) -> impl Iterator<Item = Tile> {
     let side = side(columns);
@@ -46,36 +45,71 @@ fn tiles(columns: usize, symmetric: bool) -> impl Iterator<Item = Tile> {
         .map(move |(top, left)| Tile { top, left, height: size(top), width: size(left) })
 }
 
-/// Inputs of some tokens, cut into panels of columns, one behind the other: so a product reads what lies together. Of 1536
-/// columns it takes half the time that it takes where they are.
+/// Inputs of some tokens, cut into strips of columns as the kernel reads them: of as many as its tiles have rows, and again of as
+/// many as they have columns. Strips lie one behind the other, each token by token, and the last is filled up with zeros.
 #[derive(Debug, Default)]
-pub(super) struct Panels {
-    columns: usize,
+pub(super) struct Strips {
     tokens: usize,
-    values: Vec<f32>,
+    left: Vec<f32>,
+    right: Vec<f32>,
 }
 
-impl Panels {
+impl Strips {
     /// Takes other inputs, `[tokens, columns]` row-major.
     pub(super) fn fill(&mut self, rows: &[f32], columns: usize) {
-        let tokens = rows.len() / columns.max(1);
-        (self.columns, self.tokens) = (columns, tokens);
-        self.values.resize(rows.len(), 0.0);
-        let most = panel(columns);
-        self.values.par_chunks_mut((most * tokens).max(1)).enumerate().for_each(|(at, panel)| {
-            let width = panel.len() / tokens;
-            for (to, row) in panel.chunks_mut(width).zip(rows.chunks(columns)) {
-                to.copy_from_slice(&row[at * most..][..width]);
-            }
-        });
+        self.tokens = rows.len() / columns.max(1);
+        cut(&mut self.left, TILE_ROWS, rows, columns);
+        cut(&mut self.right, kernel::tile_columns(), rows, columns);
     }
+}
 
-    /// `[tokens, width]` from a column on, all of one panel.
-    fn columns(&self, first: usize, width: usize) -> View<'_> {
-        let most = panel(self.columns);
-        let panel = first / most * most;
-        let stride = most.min(self.columns - panel);
-        View::new(&self.values[panel * self.tokens + first - panel..], self.tokens, width, stride)
+fn cut(strips: &mut Vec<f32>, width: usize, rows: &[f32], columns: usize) {
+    let tokens = rows.len() / columns.max(1);
+    strips.resize(columns.div_ceil(width) * width * tokens, 0.0);
+    strips.par_chunks_mut((width * tokens).max(1)).enumerate().for_each(|(index, strip)| {
+        let first = index * width;
+        let known = width.min(columns - first);
+        for (to, row) in strip.chunks_exact_mut(width).zip(rows.chunks_exact(columns)) {
+            to[..known].copy_from_slice(&row[first..first + known]);
+            to[known..].fill(0.0);
+        }
+    });
+}
+
+/// Adds products of strips to tiles that lie abreast.
+struct AddAbreast<'a, 'b> {
+    tiles: &'a mut [(Tile, &'b mut [f64])],
+    left: &'a Strips,
+    right: &'a Strips,
+}
+
+impl WithSimd for AddAbreast<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { tiles, left, right } = self;
+        let (Some((first, _)), Some((last, _))) = (tiles.first(), tiles.last()) else { return };
+        let (columns, width) = (first.left..last.left + last.width, kernel::columns_of::<S>());
+        let rows = first.top..first.top + first.height;
+        let (left_strips, right_strips) = (TILE_ROWS * left.tokens, width * right.tokens);
+        for strip in columns.start / width..columns.end.div_ceil(width) {
+            let (from, strip) = (strip * width, &right.right[strip * right_strips..][..right_strips]);
+            for top in rows.clone().step_by(TILE_ROWS) {
+                let sums = tile(simd, &left.left[top / TILE_ROWS * left_strips..][..left_strips], strip);
+                for (row, sums) in (top - rows.start..rows.len()).zip(&sums) {
+                    let sums: &[f32] = bytemuck::cast_slice(sums);
+                    for (tile, values) in tiles.iter_mut() {
+                        let (start, end) = (from.max(tile.left), (from + width).min(tile.left + tile.width));
+                        if start < end {
+                            let values = &mut values[row * tile.width + start - tile.left..][..end - start];
+                            let more = &sums[start - from..end - from];
+                            values.iter_mut().zip(more).for_each(|(value, more)| *value += f64::from(*more));
+                        }
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -113,26 +147,14 @@ impl HostSum {
         tiles(self.columns, self.symmetric).map(cut).collect()
     }
 
-    /// Adds `aᵀb` of the inputs of some tokens; the product is f32.
-    pub(super) fn add(&mut self, a: &Panels, b: &Panels) {
-        let panel = panel(self.columns);
+    /// Adds `aᵀb` of the inputs of some tokens, each product f32 in the order of the tokens.
+    pub(super) fn add(&mut self, a: &Strips, b: &Strips) {
         let abreast = |(one, _): &(Tile, _), (other, _): &(Tile, _)| {
-            (one.top, one.left / panel) == (other.top, other.left / panel)
+            (one.top, one.left / ABREAST) == (other.top, other.left / ABREAST)
         };
         let mut tiles = self.tiles_mut();
-        let products: Vec<_> = tiles.chunk_by_mut(abreast).collect();
-        products.into_par_iter().for_each_init(Vec::new, |product, tiles| {
-            let Tile { top, left, height, .. } = tiles[0].0;
-            let width = tiles.iter().map(|(tile, _)| tile.width).sum();
-            product.resize(height * width, 0.0);
-            gemm(product, width, 0.0, a.columns(top, height).transposed(), b.columns(left, width), 1.0);
-            for (tile, sum) in tiles {
-                for (sums, row) in sum.chunks_mut(tile.width).zip(product.chunks(width)) {
-                    let more = &row[tile.left - left..][..tile.width];
-                    sums.iter_mut().zip(more).for_each(|(sum, x)| *sum += f64::from(*x));
-                }
-            }
-        });
+        let together: Vec<_> = tiles.chunk_by_mut(abreast).collect();
+        together.into_par_iter().for_each(|tiles| Arch::new().dispatch(AddAbreast { tiles, left: a, right: b }));
     }
 
     /// Adds a whole matrix, row-major.

@@ -6,6 +6,7 @@
 
 pub mod factor;
 pub mod gemm;
+pub(crate) mod kernel;
 pub(crate) mod lanes;
 pub mod ops;
 #[cfg(test)]

@@ -36,8 +36,8 @@ pub(crate) fn effort(columns: usize, inverses: usize, products: usize) -> Effort
         common_flops: inverses as u64 * cube,
         part_flops: cube,
         row_flops: 2 * (products * square) as u64,
-        // Measured on one AVX2 thread with SmolLM2-135M: 66 to 75.
-        speed_percent: 72,
+        // Measured with SmolLM2-135M on AVX2 threads, one worker and two: 71 to 78.
+        speed_percent: 75,
         // The conditioned gram, by rows and as a factor, the inverses, and what making the last of them takes: a factor and its blocks, and their product.
         kept_bytes: ((4 * (2 + inverses) + 9) * square * F32 / 4) as u64,
         // The weight and its scaled copy, the search's state, what is multiplied, and two supports.

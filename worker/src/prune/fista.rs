@@ -26,7 +26,7 @@ use super::{
 };
 use crate::linalg::gemm::{product, row_tile};
 use crate::linalg::prox::soft_threshold;
-use crate::linalg::quadratic::{Correction, dot, energy, row_forms};
+use crate::linalg::quadratic::{Correction, dot, energy};
 use crate::linalg::symmetric::Symmetric;
 use crate::linalg::{matrix, select, spectral, values};
 
@@ -332,7 +332,7 @@ impl GroupSolver for Group {
         let shift = shift.as_deref();
         let lasso = Lasso { weight: &weight, shift, gram, factor, lipschitz: *lipschitz, n };
         // What of the error no V can change; it counts in the share that rounding has.
-        let constant = self.correction.as_ref().map_or(0.0, |c| row_forms(&weight, &c.gap, &weight, n).iter().sum());
+        let constant = self.correction.as_ref().map_or(0.0, |c| energy(&weight, &c.gap, n));
         let distance = |error: f64| (error + constant).max(0.0).sqrt();
 
         let budget = Budget { pattern: problem.pattern, zeros };

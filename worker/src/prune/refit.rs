@@ -182,7 +182,7 @@ impl Group {
     fn errors(&self, solution: &[f32], weight: &[f32], shift: Option<&[f32]>) -> Vec<f64> {
         let n = self.conditioned.n;
         let delta: Vec<f32> = solution.iter().zip(weight).map(|(v, w)| v - w).collect();
-        let mut errors = quadratic::row_forms(&delta, &self.gram, &delta, n);
+        let mut errors = quadratic::energies(&delta, &self.gram, n);
         if let Some(shift) = shift {
             let rows = delta.chunks(n).zip(shift.chunks(n));
             errors
