@@ -295,7 +295,7 @@ pub(crate) struct AccessArgs {
 pub(crate) struct PlanArgs {
     #[command(flatten)]
     pub(crate) prune: PruneArgs,
-    /// The machines: [[workers]] with name, count, memory and gflops, and [network], [storage], [solver].
+    /// The machines: [[workers]] with name, count, memory, gflops and machine_gflops, and [network], [storage], [solver].
     #[arg(long, value_name = "FILE")]
     pub(crate) cluster: PathBuf,
 }

@@ -97,7 +97,7 @@ pub struct WorkerKind {
     /// Matrix-product speed of each in f32, as a worker measures it when it starts.
     pub gflops: f64,
     /// What all of them reach together, where they share a machine and have more threads than it has processors. Each is then taken
-    /// to have an even part of it at all times.
+    /// to have an even part of it at all times, if that is less than its own speed.
     pub machine_gflops: Option<f64>,
 }
 

@@ -21,9 +21,6 @@ use crate::schedule::{Action, Event, Limits, Origin, Scheduler, Shape};
 
 /// Share of its memory that a worker keeps hidden states in, if it isn't told otherwise: one part of so many.
 const HIDDEN_SHARE: u64 = 4;
-/// What grams reach of the speed of forward passes: their products are added up in f64. Measured on AVX2 threads with
-/// SmolLM2-135M: 0.49 of the matrix-product speed, where forward passes reach 0.72; the two together are counted about right.
-const GRAM_SHARE: f64 = 0.8;
 
 /// How a run would go.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -313,7 +310,7 @@ impl<'a> Rehearsal<'a> {
         }
         phases.push(("forward", (replayed / speed + own.forward_flops * copies as f64 * gathering) / efficiency));
         if let Unit::Prune(_) = lease.unit {
-            phases.push(("gram", own.gram_flops() * gathering / (efficiency * GRAM_SHARE)));
+            phases.push(("gram", own.gram_flops() * gathering / efficiency));
             phases.push(("solve", own.groups.iter().map(|group| solving_seconds(group, &speeds)).sum()));
             // Measured by all who have the statistics, which are those who solve.
             let are_many = own.groups.iter().any(|group| group.solving_bytes(crew.len() as u64 - 1) > 0);
@@ -537,7 +534,7 @@ mod tests {
         let plan = predict(&cost, (job.propagation.mode, Strategy::Layers), &layer_bytes, &cluster, &workers).unwrap();
         for (phase, seconds) in [
             ("forward", layer.forward_flops / 0.5e9),
-            ("gram", layer.gram_flops() / (0.5e9 * GRAM_SHARE)),
+            ("gram", layer.gram_flops() / 0.5e9),
             ("verify", layer.verify_flops / 0.5e9),
             ("solve", layer.solve_flops() / 0.4e9),
             ("store", layer.store_bytes as f64 / (cluster.storage.gigabytes_per_second * 1e9)),

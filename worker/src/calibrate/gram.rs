@@ -108,7 +108,7 @@ impl Moments {
 
 /// Sums `X̂ᵀX̂`, and `X̂ᵀX` and `XᵀX` where dense inputs are wanted too.
 ///
-/// A sequence is one chunk (cut past 4096 tokens). Products of a chunk are f32, chunks are added in f64 in the order given:
+/// A sequence is one chunk (cut past 512 tokens, on a device past 4096). Products of a chunk are f32, chunks are added in f64 in the order given:
 /// the bits depend neither on the number of threads nor on how sequences are spread over calls. Symmetric sums are formed
 /// on and above the diagonal only.
 #[derive(Debug, Clone)]
@@ -421,8 +421,11 @@ mod tests {
 
     #[test]
     fn sums_equal_the_naive_f64_sums() {
-        for columns in [1, 7, 100, 193] {
-            let (corrected, dense) = (sequences(1, &[40, 13], columns), sequences(5, &[40, 13], columns));
+        // The longer sequence is cut, and what it leaves in strips is not summed again; from 2049 columns on tiles are larger.
+        for (columns, lengths) in
+            [(1, [40, 13]), (7, [HOST_TOKENS + 5, 3]), (100, [40, 13]), (193, [40, 13]), (2100, [3, 2])]
+        {
+            let (corrected, dense) = (sequences(1, &lengths, columns), sequences(5, &lengths, columns));
             let mut accumulator = GramAccumulator::new(columns, true);
             accumulator.add(&corrected, Some(&dense)).unwrap();
             let stats = accumulator.finish(&Device::Cpu).unwrap();

@@ -32,7 +32,8 @@ fn side(columns: usize) -> usize {
     if columns <= 2048 { 48 } else { 96 }
 }
 
-/// Columns of a sum that a thread takes at a time, and from a multiple of which on: some tiles, and some of the kernel's.
+/// Columns of a sum that a thread takes at a time, a multiple of as many before them: some tiles, and some of the kernel's. Of a
+/// symmetric sum those left of the diagonal are left out.
 const ABREAST: usize = 96;
 
 fn tiles(columns: usize, symmetric: bool) -> impl Iterator<Item = Tile> {

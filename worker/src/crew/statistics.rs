@@ -24,14 +24,14 @@ pub(super) fn bytes(sampling: &Sampling, portion: Portion) -> u64 {
     }
 }
 
-/// Bytes of the upper triangle of a symmetric matrix of the group's width.
+/// Bytes of a triangle of a symmetric matrix of the group's width.
 pub(super) fn triangle_bytes(sampling: &Sampling) -> u64 {
     let n = sampling.columns as u64;
     2 * n * (n + 1)
 }
 
 /// The upper triangle of a symmetric matrix, row by row.
-pub(super) fn triangle(matrix: &[f32]) -> Vec<f32> {
+fn triangle(matrix: &[f32]) -> Vec<f32> {
     let n = matrix.len().isqrt();
     let mut packed = Vec::with_capacity(n * (n + 1) / 2);
     push_triangle(&mut packed, matrix);
@@ -133,7 +133,7 @@ impl<'a> Packed<'a> {
 }
 
 /// The symmetric matrix of an upper triangle.
-pub(super) fn from_triangle(triangle: &[f32], n: usize) -> Vec<f32> {
+fn from_triangle(triangle: &[f32], n: usize) -> Vec<f32> {
     let mut matrix = vec![0.0; n * n];
     let mut rest = triangle;
     for row in 0..n {

@@ -2,8 +2,8 @@
 
 use rayon::prelude::*;
 
-/// As few rows are not divided among threads: each part packs the right-hand side anew. With 1536 columns that takes as long as
-/// multiplying 20 rows if they are packed by rows, and 90 if not.
+/// As few rows are not divided among threads: where the right-hand side is packed, each part does so anew. With 1536 columns that
+/// takes as long as multiplying 20 to 90 rows.
 const UNDIVIDED: usize = 144;
 /// The most rows of a block: what is done to its product afterwards should still find it in the cache.
 const LARGEST_ROW_TILE: usize = 384;

@@ -38,8 +38,9 @@ pub(crate) fn effort(columns: usize, inverses: usize, products: usize) -> Effort
         row_flops: 2 * (products * square) as u64,
         // Measured with SmolLM2-135M on AVX2 threads, one worker and two: 71 to 78.
         speed_percent: 75,
-        // The conditioned gram, by rows and as a factor, the inverses, and what making the last of them takes: a factor and its blocks, and their product.
-        kept_bytes: ((4 * (2 + inverses) + 9) * square * F32 / 4) as u64,
+        // The conditioned gram, by rows and as a factor, all inverses but one, and what making that takes: the matrix, a factor and
+        // its blocks.
+        kept_bytes: ((4 * (1 + inverses) + 9) * square * F32 / 4) as u64,
         // The weight and its scaled copy, the search's state, what is multiplied, and two supports.
         row_bytes: (columns * (7 * F32 + 2)) as u64,
         is_shared: true,
@@ -145,7 +146,8 @@ impl Inverses {
         let back = self.conditioned.factor().product(&through);
         let missing = probe.iter().zip(&through).zip(back).map(|((x, y), z)| f64::from(z + rho * y - x).powi(2));
         let norm = |vector: &[f32]| vector.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt();
-        let is_inverse = missing.sum::<f64>().sqrt() <= TOLERANCE * (norm(&probe) + 2.0 * norm(&through));
+        let bound = TOLERANCE * (norm(&probe) + 2.0 * norm(&through));
+        let is_inverse = bound.is_finite() && missing.sum::<f64>().sqrt() <= bound;
         if is_inverse {
             self.known().insert(rho.to_bits(), Slot::Ready(Arc::new(inverse)));
         }
@@ -411,7 +413,7 @@ mod tests {
         let made = there.at(0.1, []).unwrap().0;
         let triangle = made.triangle();
         assert!(!here.take(0.125, &triangle), "the inverse of another step");
-        for (index, value) in [(7, f32::NAN), (2, 2.0 * triangle[2])] {
+        for (index, value) in [(7, f32::NAN), (2, 2.0 * triangle[2]), (2, f32::INFINITY)] {
             let mut wrong = triangle.clone();
             wrong[index] = value;
             assert!(!here.take(0.1, &wrong));

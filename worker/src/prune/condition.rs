@@ -103,7 +103,7 @@ impl Conditioned {
         Self { n, gram, factor: OnceLock::new(), scale, dead, damping, raised }
     }
 
-    /// Ĝ as a factor of products.
+    /// Ĝ as a factor of products. Whoever asks first lays it out, by itself: others wait, so it must not wait for them.
     pub(crate) fn factor(&self) -> &Symmetric {
         self.factor.get_or_init(|| Symmetric::new(&self.gram))
     }

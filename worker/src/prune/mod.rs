@@ -87,23 +87,27 @@ pub trait Solver: Send + Sync {
     /// What it takes to solve a group with inputs so wide on the host, for plans. As it stands: one factor of the gram and one
     /// pass over the columns, or nothing to speak of for a method that does without the gram.
     fn effort(&self, columns: usize) -> Effort {
-        let square = (columns * columns) as u64;
         if self.needs() < Statistics::Gram {
             return Effort { columns, speed_percent: 100, ..Effort::default() };
         }
-        Effort {
-            columns,
-            // A factor, an inverse and the inverse's factor: a third, two thirds and a third of columns³.
-            common_flops: 4 * square * columns as u64 / 3,
-            row_flops: 2 * square,
-            // Measured on two AVX-512 threads with SmolLM2-135M.
-            speed_percent: 40,
-            // The gram as it is worked on, its factor, and what making that takes.
-            kept_bytes: 3 * F32 * square,
-            row_bytes: 3 * F32 * columns as u64,
-            is_shared: !self.needs_held_out(),
-            ..Effort::default()
-        }
+        Effort { is_shared: !self.needs_held_out(), ..factored(columns) }
+    }
+}
+
+/// What it takes to factor a gram and pass over the columns once.
+fn factored(columns: usize) -> Effort {
+    let square = (columns * columns) as u64;
+    Effort {
+        columns,
+        // A factor, an inverse and the inverse's factor: a third, two thirds and a third of columns³.
+        common_flops: 4 * square * columns as u64 / 3,
+        row_flops: 2 * square,
+        // Measured on two AVX-512 threads with SmolLM2-135M.
+        speed_percent: 40,
+        // The gram as it is worked on, its factor, and what making that takes.
+        kept_bytes: 3 * F32 * square,
+        row_bytes: 3 * F32 * columns as u64,
+        ..Effort::default()
     }
 }
 

@@ -7,6 +7,7 @@
 
 use std::sync::Arc;
 
+use espalier_common::outline::Effort;
 use espalier_common::pattern::Pattern;
 use serde::{Deserialize, Serialize};
 
@@ -14,7 +15,7 @@ use super::blend::{self, between, least_held_out};
 use super::condition::{Conditioned, admit};
 use super::{
     Built, GroupSolver, InputStats, Method, ParamsError, Problem, RowBlock, Solution, SolveCtx, SolveError, Solver,
-    Statistics, read_params,
+    Statistics, factored, read_params,
 };
 use crate::linalg::pcg::{self, Limits, Quadratic};
 use crate::linalg::quadratic::{self, Correction};
@@ -73,6 +74,13 @@ fn build(params: &serde_json::Value) -> Result<Built, ParamsError> {
 struct Refit(Params);
 
 impl Solver for Refit {
+    /// Of the gram there are copies: as it is, conditioned, and that as a factor; and what leads towards the dense model's outputs.
+    fn effort(&self, columns: usize) -> Effort {
+        let copies = 3 + u64::from(self.0.alpha > 0.0);
+        let square = (columns * columns * size_of::<f32>()) as u64;
+        Effort { kept_bytes: copies * square, is_shared: !self.needs_held_out(), ..factored(columns) }
+    }
+
     /// Rows have nothing in common but the inputs.
     fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
         RowBlock::each(problem, ROWS)
