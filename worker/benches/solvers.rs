@@ -219,7 +219,7 @@ fn kernels(weight: &[f32], gram: &[f32], columns: usize) {
     let mut start = weight.to_vec();
     select::zero_dropped(&mut start, &keep);
     let gram = Symmetric::new(gram);
-    let quadratic = Quadratic { anchor: weight, shift: None, gram: &gram, n: columns };
+    let quadratic = Quadratic { anchor: weight, shift: None, gram: &gram };
     let refit = || pcg::refit(quadratic, &start, &keep, Limits { steps: STEPS, tolerance: 0.0 });
     let flops = refit().flops;
     line(&format!("conjugate gradients, {STEPS} steps"), seconds(refit), Some(flops));

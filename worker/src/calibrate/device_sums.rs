@@ -1,7 +1,7 @@
 //! Second moments that grow on a device other than the CPU, and are merged and averaged there as long as its memory lasts.
 //!
-//! As on the host, though there chunks are shorter, products of a chunk of tokens are f32 and chunks are added in f64, in the order given; sums are added and
-//! divided in f64, which gives the same bits on any device.
+//! As on the host, though there chunks are shorter, products of a chunk of tokens are f32 and chunks are added in f64, in the order
+//! given; sums are added and divided in f64, which gives the same bits on any device.
 
 use candle_core::{DType, Device, Result, Tensor};
 

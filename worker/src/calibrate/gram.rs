@@ -108,8 +108,8 @@ impl Moments {
 
 /// Sums `X̂ᵀX̂`, and `X̂ᵀX` and `XᵀX` where dense inputs are wanted too.
 ///
-/// A sequence is one chunk (cut past 512 tokens, on a device past 4096). Products of a chunk are f32, chunks are added in f64 in the order given:
-/// the bits depend neither on the number of threads nor on how sequences are spread over calls. Symmetric sums are formed
+/// A sequence is one chunk (cut past 512 tokens, on a device past 4096). Products of a chunk are f32, chunks are added in f64 in
+/// the order given: the bits depend neither on the number of threads nor on how sequences are spread over calls. Symmetric sums are formed
 /// on and above the diagonal only.
 #[derive(Debug, Clone)]
 pub struct GramAccumulator {

@@ -38,7 +38,7 @@ pub(crate) fn tile<S: Simd>(simd: S, left: &[f32], right: &[f32]) -> Sums<S> {
     const STEPS: usize = 4;
     let (left, _) = left.as_chunks::<TILE_ROWS>();
     let (right, _) = S::as_simd_f32s(right).0.as_chunks::<TILE_VECTORS>();
-    debug_assert_eq!(left.len(), right.len(), "as many steps on both sides");
+    assert_eq!(left.len(), right.len(), "as many steps on both sides");
     let ((left_runs, left), (right_runs, right)) = (left.as_chunks::<STEPS>(), right.as_chunks::<STEPS>());
     let mut sums = [[simd.splat_f32s(0.0); TILE_VECTORS]; TILE_ROWS];
     for (left, right) in left_runs.iter().zip(right_runs) {

@@ -21,8 +21,6 @@ pub struct Quadratic<'a> {
     pub shift: Option<&'a [f32]>,
     /// G, `[n, n]`, symmetric positive definite.
     pub gram: &'a Symmetric,
-    /// Width of a row.
-    pub n: usize,
 }
 
 /// When to stop.
@@ -49,7 +47,7 @@ pub struct Refit {
 
 /// Minimises `quadratic` over the values where `keep` is 1, starting from `start [rows, n]`, which is zero elsewhere.
 pub fn refit(quadratic: Quadratic<'_>, start: &[f32], keep: &[u8], limits: Limits) -> Refit {
-    let n = quadratic.n;
+    let n = quadratic.gram.n();
     let inverse_diagonal: Vec<f32> = quadratic.gram.diagonal().map(|value| 1.0 / value).collect();
     let mut values = start.to_vec();
     let tile = (row_tile(start.len() / n.max(1)) * n).max(1);
@@ -273,7 +271,7 @@ mod tests {
         #[test]
         fn refit_equals_the_f64_least_squares_on_the_support(seed in 0u64..1000, rows in 1usize..6, n in 1usize..24) {
             let (gram, w, keep, start) = problem(seed, rows, n);
-            let quadratic = Quadratic { anchor: &w, shift: None, gram: &Symmetric::new(&gram), n };
+            let quadratic = Quadratic { anchor: &w, shift: None, gram: &Symmetric::new(&gram) };
             let solved = refit(quadratic, &start, &keep, TIGHT);
             let gram = oracle::wide(&gram);
             for row in 0..rows {
@@ -297,7 +295,7 @@ mod tests {
     #[test]
     fn each_step_lowers_the_error() {
         let (gram, w, keep, start) = problem(4, 8, 40);
-        let quadratic = Quadratic { anchor: &w, shift: None, gram: &Symmetric::new(&gram), n: 40 };
+        let quadratic = Quadratic { anchor: &w, shift: None, gram: &Symmetric::new(&gram) };
         let mut last = f64::INFINITY;
         for steps in 0..8 {
             let solved = refit(quadratic, &start, &keep, Limits { steps, tolerance: 0.0 });
@@ -313,12 +311,8 @@ mod tests {
         // With everything kept, V = W + T·G⁻¹.
         let (gram, w, _, _) = problem(5, 3, 12);
         let shift: Vec<f32> = oracle::random(9, 36).iter().map(|t| 0.1 * t).collect();
-        let solved = refit(
-            Quadratic { anchor: &w, shift: Some(&shift), gram: &Symmetric::new(&gram), n: 12 },
-            &w,
-            &[1; 36],
-            TIGHT,
-        );
+        let solved =
+            refit(Quadratic { anchor: &w, shift: Some(&shift), gram: &Symmetric::new(&gram) }, &w, &[1; 36], TIGHT);
         let inverse = oracle::inverse(&oracle::wide(&gram), 12);
         let step = oracle::product(&oracle::wide(&shift), &inverse, 12, 12);
         for ((v, w), step) in solved.values.iter().zip(&w).zip(step) {
@@ -330,8 +324,7 @@ mod tests {
     fn the_residual_is_orthogonal_to_the_support() {
         let n = 40;
         let (gram, w, keep, start) = problem(11, 6, n);
-        let solved =
-            refit(Quadratic { anchor: &w, shift: None, gram: &Symmetric::new(&gram), n }, &start, &keep, TIGHT);
+        let solved = refit(Quadratic { anchor: &w, shift: None, gram: &Symmetric::new(&gram) }, &start, &keep, TIGHT);
         let delta: Vec<f64> = solved.values.iter().zip(&w).map(|(v, w)| f64::from(*w) - f64::from(*v)).collect();
         let residual = oracle::product(&delta, &oracle::wide(&gram), n, n);
         let largest = |on: u8| {
@@ -346,8 +339,7 @@ mod tests {
         let (gram, w, _, _) = problem(6, 2, 10);
         let keep = [[0; 10], [1; 10]].concat();
         let start = [[0.0; 10].as_slice(), &w[10..]].concat();
-        let solved =
-            refit(Quadratic { anchor: &w, shift: None, gram: &Symmetric::new(&gram), n: 10 }, &start, &keep, TIGHT);
+        let solved = refit(Quadratic { anchor: &w, shift: None, gram: &Symmetric::new(&gram) }, &start, &keep, TIGHT);
         assert_eq!(solved.values, start);
     }
 
@@ -355,10 +347,8 @@ mod tests {
     fn bits_do_not_depend_on_the_number_of_threads() {
         let (gram, w, keep, start) = problem(7, 300, 33);
         let limits = Limits { steps: 12, tolerance: 1e-8 };
-        let solve = || {
-            refit(Quadratic { anchor: &w, shift: None, gram: &Symmetric::new(&gram), n: 33 }, &start, &keep, limits)
-                .values
-        };
+        let solve =
+            || refit(Quadratic { anchor: &w, shift: None, gram: &Symmetric::new(&gram) }, &start, &keep, limits).values;
         let results: Vec<_> = [1, 2, 3].map(|threads| oracle::with_threads(threads, solve)).into();
         assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
     }

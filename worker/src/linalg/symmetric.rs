@@ -72,6 +72,11 @@ impl Symmetric {
         triangle
     }
 
+    /// Its width.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
     /// The diagonal.
     pub fn diagonal(&self) -> impl Iterator<Item = f32> {
         (0..self.n).map(|j| self.panels[(j / self.width * self.n + j) * self.width + j % self.width])

@@ -176,7 +176,7 @@ impl GroupSolver for Group {
         let mut start = primal.to_vec();
         drop(search);
         select::zero_dropped(&mut start, &keep);
-        let quadratic = Quadratic { anchor: &anchor, shift: None, gram: self.conditioned.factor(), n };
+        let quadratic = Quadratic { anchor: &anchor, shift: None, gram: self.conditioned.factor() };
         // The authors' code runs all its steps; rows leave here once they are at the bottom in f32.
         let limits = Limits { steps: self.params.cg_iters, tolerance: 1e-12 };
         let refit = pcg::refit(quadratic, &start, &keep, limits);

@@ -285,8 +285,7 @@ impl Group {
         let (start, keep) = search.finish();
         let limits = Limits { steps: self.footing.params.refit_steps, tolerance: 1e-8 };
         let gram = self.conditioned().factor();
-        let refit =
-            |shift, start: &[f32]| pcg::refit(Quadratic { anchor: &anchor, shift, gram, n }, start, &keep, limits);
+        let refit = |shift, start: &[f32]| pcg::refit(Quadratic { anchor: &anchor, shift, gram }, start, &keep, limits);
         let restored = |scaled: &[f32]| self.conditioned().restored(scaled, &keep, weight);
         let towards = refit(shift, &start);
         flops += towards.flops;

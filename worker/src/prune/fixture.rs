@@ -245,7 +245,7 @@ pub(crate) fn better_supports_than_magnitude(method: &str) -> usize {
         let gram = Symmetric::new(&problem.gram);
         let refitted = |solved: &[f32]| {
             let keep: Vec<u8> = solved.iter().map(|v| u8::from(v.abs() > 0.0)).collect();
-            let quadratic = Quadratic { anchor: &problem.weight, shift: None, gram: &gram, n };
+            let quadratic = Quadratic { anchor: &problem.weight, shift: None, gram: &gram };
             let limits = Limits { steps: 200, tolerance: 1e-12 };
             problem.rel_error(&pcg::refit(quadratic, solved, &keep, limits).values)
         };

@@ -171,7 +171,7 @@ impl Group {
         }
         let scaled_shift = shift.as_deref().map(|shift| self.unscaled(shift));
         let (anchor, scaled) = (conditioned.scaled_alive(&weight), conditioned.scaled_alive(&start));
-        let quadratic = Quadratic { anchor: &anchor, shift: scaled_shift.as_deref(), gram: conditioned.factor(), n };
+        let quadratic = Quadratic { anchor: &anchor, shift: scaled_shift.as_deref(), gram: conditioned.factor() };
         let refit = pcg::refit(quadratic, &scaled, &keep, Limits { steps: self.params.steps, tolerance: TOLERANCE });
         let mut solved = conditioned.restored(&refit.values, &keep, &start);
         for (row, (after, before)) in errors(&solved).into_iter().zip(&before).enumerate() {

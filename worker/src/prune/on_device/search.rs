@@ -197,7 +197,7 @@ mod tests {
         let anchor = conditioned.scaled(&problem.weight);
         let keep: Vec<u8> = (0..rows * n).map(|at| u8::from(at % 3 != 0)).collect();
         let start: Vec<f32> = anchor.iter().zip(&keep).map(|(w, keep)| w * f32::from(*keep)).collect();
-        let quadratic = Quadratic { anchor: &anchor, shift: None, gram: conditioned.factor(), n };
+        let quadratic = Quadratic { anchor: &anchor, shift: None, gram: conditioned.factor() };
         let host = pcg::refit(quadratic, &start, &keep, Limits { steps: 12, tolerance: 1e-8 }).values;
         let error = |values: &[f32]| {
             let delta: Vec<f64> = values.iter().zip(&anchor).map(|(v, w)| f64::from(v - w)).collect();
