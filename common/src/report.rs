@@ -105,6 +105,8 @@ pub enum LinkKind {
     Loopback,
     /// The stream on which they talk.
     Grpc,
+    /// Memory of the machine that both are on; what is said about it goes over the stream.
+    Shm,
     /// NVIDIA's library, from GPU to GPU.
     Nccl,
 }
@@ -115,13 +117,14 @@ impl LinkKind {
         match self {
             Self::Loopback => "loopback",
             Self::Grpc => "grpc",
+            Self::Shm => "shm",
             Self::Nccl => "nccl",
         }
     }
 
     /// The kind of that name.
     pub fn named(name: &str) -> Option<Self> {
-        [Self::Loopback, Self::Grpc, Self::Nccl].into_iter().find(|kind| kind.name() == name)
+        [Self::Loopback, Self::Grpc, Self::Shm, Self::Nccl].into_iter().find(|kind| kind.name() == name)
     }
 }
 

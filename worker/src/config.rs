@@ -65,6 +65,9 @@ pub struct WorkerSection {
     /// not reach, gRPC does. NCCL does not encrypt, and listens on the machine's network: if none is given it is `off` with
     /// `[tls]`, and else `host`.
     pub nccl: Option<NcclReach>,
+    /// Whether workers of one machine and one user that share a layer send each other its tensors through memory (`/dev/shm`, 8 MB
+    /// for each two) instead of a socket. It is for workers that NCCL does not join.
+    pub shared_memory: bool,
     /// Bytes of hidden states kept on the GPU, the rest goes to memory; half of what is free there if none is given.
     pub device_budget: Option<u64>,
     /// Bytes of hidden states kept in memory, the rest goes to `scratch`; a quarter of the machine's memory, shared by
@@ -118,6 +121,7 @@ impl Default for WorkerSection {
             device: DeviceChoice::Auto,
             tf32: false,
             nccl: None,
+            shared_memory: true,
             device_budget: None,
             memory_budget: None,
             workers_here: NonZeroU32::MIN,

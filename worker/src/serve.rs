@@ -22,7 +22,7 @@ use crate::device::{self, Chosen, DeviceError, DeviceThread, memory};
 use crate::fleet::{CallError, CoordinatorClient, Membership};
 use crate::server::{Listener, ServerError};
 use crate::session::{Peers, Session};
-use crate::transport::Joining;
+use crate::transport::{Joining, SharedMemory};
 
 /// Threads that answer RPCs and move hidden states; compute has its own.
 const RUNTIME_THREADS: usize = 2;
@@ -125,6 +125,7 @@ async fn live(
     let device_bytes = memory::free_bytes(&chosen.device).map(|free| config.device_budget.unwrap_or(free / 2));
     let cache = ActivationCache::on(chosen.device.clone(), device_bytes.unwrap_or(0), memory_bytes, scratch);
     let carrier = device::carrier(&chosen, config.nccl_reach(is_encrypted))?;
+    let memory = config.shared_memory.then(|| SharedMemory::here(memory::machine_name())).flatten();
     let (reporter, reports) = mpsc::channel(REPORTS);
     let instruction_set = memory::instruction_set();
     let instruction_set = match &chosen.arithmetic {
@@ -142,7 +143,7 @@ async fn live(
         (
             Peers {
                 dialer,
-                joining: carrier.map(Joining::by),
+                joining: Joining::by(carrier, memory),
                 patience: Duration::from_secs(config.assistant_patience_seconds.get().into()),
             },
             tracer,

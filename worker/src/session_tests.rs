@@ -98,6 +98,10 @@ impl TestWorker {
     }
 
     fn joinable(budget_bytes: u64, carrier: Option<Arc<dyn Carrier>>) -> Self {
+        Self::joined_by(budget_bytes, Joining::by(carrier, None))
+    }
+
+    fn joined_by(budget_bytes: u64, joining: Option<Arc<Joining>>) -> Self {
         let (sender, reports) = mpsc::channel(16);
         let cache = ActivationCache::new(budget_bytes, std::env::temp_dir());
         let device = DeviceThread::start(candle_core::Device::Cpu).unwrap();
@@ -106,7 +110,7 @@ impl TestWorker {
             cache,
             sender,
             Handle::current(),
-            (Peers { joining: carrier.map(Joining::by), ..Peers::default() }, Tracer::default()),
+            (Peers { joining, ..Peers::default() }, Tracer::default()),
         );
         Self { session, reports, attempt: 0 }
     }

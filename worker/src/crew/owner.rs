@@ -66,7 +66,7 @@ impl Help {
         Self { lease, assistants: Vec::new(), gflops: Vec::new(), leaves: None }
     }
 
-    /// Who helps, and with which leaves. Nobody is lent an empty share: there are at least as many sequences as leaves with some.
+    /// Who helps, and with which leaves: each with some, which are of no sequence only where there are fewer sequences than leaves.
     /// The owner has the last ones, which are held out if any are: sums over these are a second set, and need not travel.
     fn shared(&self, sequences: usize) -> Vec<(&String, Range<usize>)> {
         if let Some(leaves) = &self.leaves {
@@ -356,8 +356,10 @@ impl<'a> Crew<'a> {
         Ok(())
     }
 
-    /// Begins to wait, as [`Self::collect`] does.
-    pub(super) fn collection(&self, own: (usize, f64), (missing, last): (Vec<usize>, bool)) -> Collection {
+    /// Begins to wait, as [`Self::collect`] does. Who has no sequence in its leaves has nothing more to say at the end.
+    pub(super) fn collection(&mut self, own: (usize, f64), (missing, last): (Vec<usize>, bool)) -> Collection {
+        let said_all = self.assistants.iter_mut().zip(&missing).filter(|(_, missing)| last && **missing == 0);
+        said_all.for_each(|(assistant, _)| assistant.is_through = true);
         let (watch, idle) = (Stopwatch::start(), Stopwatch::start());
         Collection { own, missing, last, early: self.early.len(), watch, busy: 0.0, idle }
     }

@@ -102,6 +102,13 @@ pub fn host_name() -> String {
     if boot.trim().is_empty() { format!("process-{}", std::process::id()) } else { boot.trim().to_owned() }
 }
 
+/// Names this machine as far as processes see one: those in another network namespace count as being on another machine, where
+/// they have other folders as a rule.
+pub fn machine_name() -> String {
+    let network = std::fs::read_link("/proc/self/ns/net").unwrap_or_default();
+    format!("{}/{}", host_name(), network.display())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

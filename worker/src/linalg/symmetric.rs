@@ -44,13 +44,19 @@ impl Symmetric {
 
     /// Lays out a matrix whose rows are given as far as the diagonal; on the calling thread, which may have others wait for it.
     fn of_rows<'a>(n: usize, row: impl Fn(usize) -> &'a [f32]) -> Self {
+        /// Rows of a panel that are written again for each column while the first cache has them.
+        const ROWS: usize = 128;
         let width = kernel::tile_columns();
         let mut panels = vec![0.0; n.div_ceil(width) * width * n];
         for (index, panel) in panels.chunks_mut((width * n).max(1)).enumerate() {
             let columns = index * width..n.min((index + 1) * width);
             // Above the diagonal a column is what the row of its number is beside it.
-            for (slot, column) in columns.clone().enumerate() {
-                panel.chunks_exact_mut(width).zip(row(column)).for_each(|(to, value)| to[slot] = *value);
+            let above = panel[..columns.end * width].chunks_mut(ROWS * width).zip((0..n).step_by(ROWS));
+            for (rows, first) in above {
+                for (slot, column) in columns.clone().enumerate() {
+                    let beside = row(column).get(first..).unwrap_or_default();
+                    rows.chunks_exact_mut(width).zip(beside).for_each(|(to, value)| to[slot] = *value);
+                }
             }
             for (to, below) in panel.chunks_exact_mut(width).zip(0..n).skip(columns.start) {
                 let known = columns.start..columns.end.min(below + 1);

@@ -1,6 +1,9 @@
-//! Devices that are joined with each other: whatever becomes of that, the bytes are the same.
+//! Workers that are joined by more than a stream: whatever becomes of that, the bytes are the same.
+
+use std::path::Path;
 
 use super::*;
+use crate::transport::SharedMemory;
 use crate::transport::fake::{Hub, Mishap, Plan};
 
 /// Prunes two layers with one assistant, the device of each joined by what `hub` plans: artifacts, assistants lost, links.
@@ -77,5 +80,49 @@ async fn workers_of_two_builds_do_without_and_say_so() {
     let mut owner = TestWorker::prepared(&run, u64::MAX);
     let (alone, _, links) = owner.with_links(&run, &[plain]).await;
     assert_eq!((alone, links), (with_both, vec![LinkUse { kind: LinkKind::Grpc, declined: None }; 2]));
+    assert!(tasks.shut_down(Duration::from_secs(5)).await);
+}
+
+/// A worker that can share memory in a folder with others that say they are on this machine.
+fn sharing(folder: &Path, machine: &str, run: &TestRun) -> TestWorker {
+    let memory = SharedMemory::at(folder.to_owned(), machine.to_owned());
+    TestWorker::joined_by(u64::MAX, Joining::by(None, Some(memory))).attached_to(run)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_of_one_machine_share_memory_and_leave_nothing_there() {
+    for method in ["espalier", "sparsegpt"] {
+        let (run, tasks) = (in_small_blocks("llama-tiny", method), TaskGroup::new());
+        let folder = tempfile::tempdir().unwrap();
+        let (alone, _) = TestWorker::prepared(&run, u64::MAX).with_assistants(&run, &[]).await;
+        let (_assistant, endpoint) = listening(sharing(folder.path(), "a", &run), &tasks);
+        let shared = sharing(folder.path(), "a", &run).with_links(&run, &[endpoint]).await;
+        let shm = LinkUse { kind: LinkKind::Shm, declined: None };
+        assert_eq!(shared, (alone, 0, vec![shm.clone(), shm]), "{method}");
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0);
+        assert!(tasks.shut_down(Duration::from_secs(5)).await);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_that_cannot_share_memory_do_without_and_say_why() {
+    let (run, tasks) = (in_small_blocks("llama-tiny", "espalier"), TaskGroup::new());
+    let [here, there] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let (alone, _) = TestWorker::prepared(&run, u64::MAX).with_assistants(&run, &[]).await;
+    let (_plain, plain) = served(&run, &tasks);
+    let (_far, far) = listening(sharing(here.path(), "b", &run), &tasks);
+    // Containers of one machine may have a folder each, and a folder may be no place to write.
+    let (_apart, apart) = listening(sharing(there.path(), "a", &run), &tasks);
+    let (_barred, barred) = listening(sharing(&here.path().join("nowhere"), "a", &run), &tasks);
+    let endpoints = [plain, far, apart, barred];
+    let reasons = ["has no shm", "for workers of one machine", "cannot open a ring", "cannot make a ring"];
+    let (artifacts, lost, links) = sharing(here.path(), "a", &run).with_links(&run, &endpoints).await;
+    assert_eq!((artifacts, lost, links.len()), (alone, 0, 2 * reasons.len()));
+    // The second layer is told the same, without being tried again.
+    for (link, reason) in links.iter().zip(reasons.iter().cycle()) {
+        assert_eq!(link.kind, LinkKind::Grpc);
+        assert!(link.declined.as_deref().is_some_and(|why| why.contains(reason)), "{link:?}");
+    }
+    assert_eq!(std::fs::read_dir(&there).unwrap().count(), 0, "a ring that nobody opened");
     assert!(tasks.shut_down(Duration::from_secs(5)).await);
 }

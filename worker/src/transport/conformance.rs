@@ -16,6 +16,7 @@ use super::fake::{Hub, Mishap, Plan};
 use super::link::{BodyError, Link, Patience};
 use super::negotiation::Carrier;
 use super::paired::{Paired, TURNS};
+use super::ring::SharedMemory;
 use super::turns::Turn;
 use super::{CHUNK_BYTES, WINDOW_BYTES, communicator::Seat, grpc, loopback};
 use crate::calibrate::tree::{Forest, Gatherer, LEAVES, Sampling, sequences_of};
@@ -35,7 +36,17 @@ fn over_loopback(_: TaskGroup) -> BoxFuture<'static, Ends> {
 
 fn over_grpc(tasks: TaskGroup) -> BoxFuture<'static, Ends> {
     Box::pin(async move {
-        let (first, second) = grpc::tests::stream_pair(&tasks).await;
+        let (first, second) = grpc::tests::stream_pair([None, None], &tasks).await;
+        (Arc::new(first) as Arc<dyn Link>, Arc::new(second) as Arc<dyn Link>)
+    })
+}
+
+fn over_shared_memory(tasks: TaskGroup) -> BoxFuture<'static, Ends> {
+    Box::pin(async move {
+        let folder = tempfile::tempdir().unwrap();
+        let (memory, name) = (SharedMemory::at(folder.path().to_owned(), String::new()), SharedMemory::new_name());
+        let rings = [memory.create(&name), memory.open(&name)].map(|ring| Some(ring.unwrap()));
+        let (first, second) = grpc::tests::stream_pair(rings, &tasks).await;
         (Arc::new(first) as Arc<dyn Link>, Arc::new(second) as Arc<dyn Link>)
     })
 }
@@ -263,6 +274,11 @@ async fn loopback_conforms() {
 #[tokio::test(flavor = "multi_thread")]
 async fn grpc_conforms() {
     conforms(over_grpc).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shared_memory_conforms() {
+    conforms(over_shared_memory).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -330,7 +330,7 @@ impl<S: Fn(&Matter) -> Option<u64>> Line<S> {
             let named = tokio::task::spawn_blocking(move || asking.offer_to(&endpoint)).await;
             offer = match named.unwrap_or_else(|_| Err("making a name panicked".to_owned())) {
                 Ok(id) => {
-                    let facts = Some(joining.carrier().facts().into());
+                    let facts = Some(joining.facts());
                     begin.link = Some(LinkOffer { facts, id: id.clone().into() });
                     Offer::Made(id)
                 }
@@ -400,6 +400,7 @@ pub(super) mod tests {
     use tonic::transport::server::{Router, TcpIncoming};
 
     use super::super::line::bare;
+    use super::super::ring::Ring;
     use super::super::stream::StreamLink;
     use super::*;
 
@@ -421,7 +422,10 @@ pub(super) mod tests {
     }
 
     /// Both ends of a link over a call that is really made.
-    pub(in crate::transport) async fn stream_pair(tasks: &TaskGroup) -> (StreamLink, StreamLink) {
+    pub(in crate::transport) async fn stream_pair(
+        rings: [Option<Ring>; 2],
+        tasks: &TaskGroup,
+    ) -> (StreamLink, StreamLink) {
         let (calls, mut called) = mpsc::channel(1);
         let endpoint = listen(tasks, |server| server.add_service(AssistanceServer::new(Answering(calls))));
         let (out, queue) = mpsc::channel(QUEUE);
@@ -438,7 +442,8 @@ pub(super) mod tests {
                 }
             }
         });
-        (bare(answers.map_err(failed), out, tasks), bare(parcels.map_err(failed), answered, tasks))
+        let [ours, theirs] = rings;
+        (bare(answers.map_err(failed), out, ours, tasks), bare(parcels.map_err(failed), answered, theirs, tasks))
     }
 
     /// Serves on a free port of loopback; returns the endpoint.

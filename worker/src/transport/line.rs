@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 
 use super::grpc::LinkError;
 use super::link::{BodyError, Link};
-use super::negotiation::{Agreed, Joining, considered, offered};
+use super::negotiation::{Agreed, Joining, Means, considered, offered};
 use super::paired::Paired;
 use super::parcel::{Letter, Outgoing, ParcelError, announced, head};
 use super::stream::{PIECES, Purse, StreamLink};
@@ -85,10 +85,7 @@ impl<S: Fn(&Matter) -> Option<u64>> Line<S> {
             (Offer::Failed(reason), _) => Ok(Agreed::on_pieces(Some(reason))),
             (Offer::Made(id), Some(joining)) => offered((joining, &endpoint), id, &mut parcels, out, patience).await,
             (Offer::Made(_), None) => Ok(Agreed::on_pieces(None)),
-            (Offer::Heard(offer), joining) => {
-                let carrier = joining.as_ref().map(|joining| joining.carrier());
-                considered(carrier, offer, &mut parcels, out, patience).await
-            }
+            (Offer::Heard(offer), joining) => considered(joining.as_deref(), offer, &mut parcels, out, patience).await,
         };
         let agreed = agreed.map_err(|source| LinkError::Negotiation { endpoint: endpoint.clone(), source })?;
         match &agreed.link.declined {
@@ -96,15 +93,19 @@ impl<S: Fn(&Matter) -> Option<u64>> Line<S> {
             None => tracing::debug!(endpoint, kind = agreed.link.kind.name(), "joined"),
         }
         let _ = self.joined_by.set(agreed.link);
-        let (purse, (heads, headed), (pieces, pieced)) =
-            (Purse::default(), mpsc::channel(HEADS), mpsc::channel(PIECES));
-        let stream = StreamLink::new(out.clone(), purse.clone(), pieced, patience);
-        let (pair, mut turns) = agreed.pair.unzip();
+        let ((heads, headed), (pieces, pieced)) = (mpsc::channel(HEADS), mpsc::channel(PIECES));
+        let (ring, pair) = match agreed.means {
+            Means::Pieces => (None, None),
+            Means::Ring(ring) => (Some(ring), None),
+            Means::Pair(pair, turns) => (None, Some((pair, turns))),
+        };
+        let stream = StreamLink::new(out.clone(), pieced, ring, patience);
+        let (pair, mut turns) = pair.unzip();
         let link: &dyn Link = match &pair {
             Some(pair) => pair,
             None => &stream,
         };
-        let inboxes = Inboxes { heads, pieces, purse, pair: pair.as_ref() };
+        let inboxes = Inboxes { heads, pieces, purse: stream.purse(), pair: pair.as_ref() };
         let sorting = async {
             inboxes.sort(parcels, &endpoint).await;
             std::future::pending::<Infallible>().await
@@ -211,11 +212,12 @@ impl Inboxes<'_> {
 pub(super) fn bare(
     parcels: impl Stream<Item = Result<Parcel, LinkError>> + Unpin + Send + 'static,
     out: mpsc::Sender<Parcel>,
+    ring: Option<super::ring::Ring>,
     tasks: &espalier_common::tasks::TaskGroup,
 ) -> StreamLink {
-    let (purse, (heads, _), (pieces, pieced)) = (Purse::default(), mpsc::channel(HEADS), mpsc::channel(PIECES));
-    let link = StreamLink::new(out, purse.clone(), pieced, Duration::from_secs(30));
-    let token = tasks.token();
+    let ((heads, _), (pieces, pieced)) = (mpsc::channel(HEADS), mpsc::channel(PIECES));
+    let link = StreamLink::new(out, pieced, ring, Duration::from_secs(30));
+    let (token, purse) = (tasks.token(), link.purse());
     tasks.spawn(async move {
         let inboxes = Inboxes { heads, pieces, purse, pair: None };
         token.run_until_cancelled(inboxes.sort(parcels, "the other end")).await;

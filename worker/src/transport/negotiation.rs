@@ -1,8 +1,9 @@
 //! What joins a pair: decided from the facts of both sides, agreed on before the first letter, and told.
 //!
 //! The owner of a layer offers what it has, with the name of a pair to be made. The assistant agrees or says why not; then both
-//! meet, and the owner has the last word, so that both know whether the pair is there. Whatever fails on the way, bodies go in
-//! pieces on the stream itself, as between any two workers, and the report says why.
+//! meet, and the owner has the last word, so that both know whether the pair is there. A worker without a library offers memory of
+//! its machine: who agrees makes a ring there, which the owner opens. Whatever fails on the way, bodies go in pieces on the stream
+//! itself, as between any two workers, and the report says why.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -17,6 +18,7 @@ use tokio::sync::mpsc;
 use super::communicator::{Communicator, Seat};
 use super::link::{BodyError, Link as _, Patience};
 use super::paired::Paired;
+use super::ring::{NAME_BYTES, Ring, SharedMemory};
 use super::turns::Turn;
 
 /// A library that joins this worker's device with another's.
@@ -42,31 +44,36 @@ pub trait Carrier: Debug + Send + Sync {
     }
 }
 
-/// A carrier, and what became of the attempts to use it.
+/// What a worker can be joined by, and what became of the attempts to use it.
 #[derive(Debug)]
 pub struct Joining {
-    carrier: Arc<dyn Carrier>,
+    carrier: Option<Arc<dyn Carrier>>,
+    memory: Option<SharedMemory>,
     /// Why workers, by their endpoints, were not met. What is between two of them does not change: it is not tried again with
     /// each layer, as the time that a failure takes is that of many layers.
     unmet: Mutex<BTreeMap<String, String>>,
 }
 
 impl Joining {
-    /// Before any attempt.
-    pub fn by(carrier: Arc<dyn Carrier>) -> Arc<Self> {
-        Arc::new(Self { carrier, unmet: Mutex::default() })
-    }
-
-    /// The library.
-    pub fn carrier(&self) -> &Arc<dyn Carrier> {
-        &self.carrier
+    /// Before any attempt; `None` if there is nothing to join with.
+    pub fn by(carrier: Option<Arc<dyn Carrier>>, memory: Option<SharedMemory>) -> Option<Arc<Self>> {
+        let is_able = carrier.is_some() || memory.is_some();
+        is_able.then(|| Arc::new(Self { carrier, memory, unmet: Mutex::default() }))
     }
 
     fn unmet(&self) -> MutexGuard<'_, BTreeMap<String, String>> {
         self.unmet.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What to offer to a worker, if anything: the name of a pair.
+    /// What is offered first: the library if there is one.
+    pub fn facts(&self) -> LinkFacts {
+        match (&self.carrier, &self.memory) {
+            (Some(carrier), _) => carrier.facts().into(),
+            (None, memory) => memory.as_ref().map(facts_of).unwrap_or_default(),
+        }
+    }
+
+    /// What to offer to a worker, if anything: the name of a pair, or of a ring.
     ///
     /// # Errors
     /// Why nothing is offered.
@@ -74,12 +81,20 @@ impl Joining {
         if let Some(reason) = self.unmet().get(endpoint) {
             return Err(reason.clone());
         }
-        self.carrier.new_id().map_err(|error| error.to_string())
+        match &self.carrier {
+            Some(carrier) => carrier.new_id().map_err(|error| error.to_string()),
+            None => Ok(SharedMemory::new_name().to_vec()),
+        }
     }
 
     /// Remembers a worker that was not met.
     fn was_unmet(&self, endpoint: &str, reason: &str) {
         self.unmet().insert(endpoint.to_owned(), reason.to_owned());
+    }
+
+    /// What transfers over the library may take.
+    fn patience(&self) -> Patience {
+        self.carrier.as_ref().map(|carrier| carrier.patience()).unwrap_or_default()
     }
 }
 
@@ -107,7 +122,12 @@ impl From<&Facts> for LinkFacts {
     }
 }
 
-/// Whether two sides can be joined; if not, why, as the report says it.
+/// What the other side has to know of shared memory.
+fn facts_of(memory: &SharedMemory) -> LinkFacts {
+    LinkFacts { kind: LinkKind::Shm.name().to_owned(), host: memory.machine().to_owned(), ..LinkFacts::default() }
+}
+
+/// Whether two sides can be joined by a library; if not, why, as the report says it.
 ///
 /// # Errors
 /// The reason.
@@ -138,16 +158,36 @@ pub fn decide(offered: &LinkFacts, own: Option<&Facts>) -> Result<(), String> {
 /// What came of it.
 #[derive(Debug)]
 pub struct Agreed {
-    /// The pair, and what it wants to have said to the other side; none if bodies go in pieces.
-    pub pair: Option<(Paired, mpsc::Receiver<Turn>)>,
+    /// What bodies go over.
+    pub means: Means,
     /// As it is reported.
     pub link: LinkUse,
+}
+
+/// What bodies can go over.
+#[derive(Debug)]
+pub enum Means {
+    /// The stream alone.
+    Pieces,
+    /// Memory, where pieces lie that the stream tells of.
+    Ring(Ring),
+    /// A pair, and what it wants to have said to the other side.
+    Pair(Paired, mpsc::Receiver<Turn>),
 }
 
 impl Agreed {
     /// Bodies go in pieces; why, if the owner has something faster.
     pub fn on_pieces(declined: Option<String>) -> Self {
-        Self { pair: None, link: LinkUse { kind: LinkKind::Grpc, declined } }
+        Self { means: Means::Pieces, link: LinkUse { kind: LinkKind::Grpc, declined } }
+    }
+
+    fn on(means: Means) -> Self {
+        let kind = match &means {
+            Means::Pieces => LinkKind::Grpc,
+            Means::Ring(_) => LinkKind::Shm,
+            Means::Pair(pair, _) => pair.kind(),
+        };
+        Self { means, link: LinkUse { kind, declined: None } }
     }
 }
 
@@ -162,13 +202,12 @@ pub enum NegotiationError {
     OutOfTurn,
 }
 
-type Met = Result<(Paired, mpsc::Receiver<Turn>), BodyError>;
-
-async fn meet(carrier: &Arc<dyn Carrier>, id: Vec<u8>, rank: u32) -> Met {
+async fn meet(carrier: &Arc<dyn Carrier>, id: Vec<u8>, rank: u32) -> Result<Means, BodyError> {
     let (said, turns) = mpsc::channel(super::paired::TURNS);
     let (seat, joining) = (Seat::new(rank, &id), Arc::clone(carrier));
     let join = Box::new(move || joining.join(&id, rank));
-    Ok((Paired::meet(carrier.facts().kind, join, seat, carrier.patience(), said).await?, turns))
+    let pair = Paired::meet(carrier.facts().kind, join, seat, carrier.patience(), said).await?;
+    Ok(Means::Pair(pair, turns))
 }
 
 async fn say(out: &mpsc::Sender<Parcel>, content: parcel::Content) -> Result<(), NegotiationError> {
@@ -193,28 +232,39 @@ pub async fn offered<E>(
     out: &mpsc::Sender<Parcel>,
     patience: Duration,
 ) -> Result<Agreed, NegotiationError> {
-    let carrier = &joining.carrier;
     let heard = tokio::time::timeout(patience, parcels.next()).await.map_err(|_| NegotiationError::Silent)?;
-    let met: Result<_, String> = match answer_of(heard)?.declined {
-        Some(reason) => Err(reason),
-        // A side that could not join after all says so: nobody waits for it then.
-        None => tokio::select! {
-            met = meet(carrier, id, 0) => met.map_err(|error| failed(carrier, &error)),
-            heard = parcels.next() => Err(answer_of(heard)?.declined.ok_or(NegotiationError::OutOfTurn)?),
+    let met: Result<_, String> = match (answer_of(heard)?.declined, &joining.carrier, &joining.memory) {
+        (Some(reason), Some(_), _) => Err(reason),
+        (None, Some(carrier), _) => {
+            // A side that could not join after all says so: nobody waits for it then.
+            let met = tokio::select! {
+                met = meet(carrier, id, 0) => met.map_err(|error| failed(carrier, &error)),
+                heard = parcels.next() => Err(answer_of(heard)?.declined.ok_or(NegotiationError::OutOfTurn)?),
+            };
+            met.inspect_err(|reason| joining.was_unmet(endpoint, reason))
         }
-        .inspect_err(|reason| joining.was_unmet(endpoint, reason)),
+        // The other side would say the same again.
+        (Some(reason), None, _) => Err(reason).inspect_err(|reason: &String| joining.was_unmet(endpoint, reason)),
+        (None, None, memory) => {
+            let ring = memory.as_ref().zip(ring_name(&id)).ok_or_else(|| "no ring was offered".to_owned());
+            let opened = ring.and_then(|(memory, name)| memory.open(name).map_err(|error| no_ring("open", &error)));
+            opened.map(Means::Ring).inspect_err(|reason| joining.was_unmet(endpoint, reason))
+        }
     };
-    let failed = met.as_ref().err().cloned();
-    say(out, parcel::Content::LinkVerdict(LinkVerdict { failed: failed.clone() })).await?;
-    let kind = carrier.facts().kind;
-    Ok(match met {
-        Ok(pair) => Agreed { pair: Some(pair), link: LinkUse { kind, declined: None } },
-        Err(_) => Agreed::on_pieces(failed),
-    })
+    say(out, parcel::Content::LinkVerdict(LinkVerdict { failed: met.as_ref().err().cloned() })).await?;
+    Ok(met.map_or_else(|reason| Agreed::on_pieces(Some(reason)), Agreed::on))
 }
 
 fn failed(carrier: &Arc<dyn Carrier>, error: &BodyError) -> String {
     format!("{} did not come about: {error}", carrier.facts().kind.name())
+}
+
+fn ring_name(id: &[u8]) -> Option<&[u8; NAME_BYTES]> {
+    id.try_into().ok()
+}
+
+fn no_ring(doing: &str, error: &std::io::Error) -> String {
+    format!("shm did not come about: cannot {doing} a ring: {error}")
 }
 
 /// The assistant's side.
@@ -222,15 +272,26 @@ fn failed(carrier: &Arc<dyn Carrier>, error: &BodyError) -> String {
 /// # Errors
 /// See [`NegotiationError`].
 pub async fn considered<E>(
-    carrier: Option<&Arc<dyn Carrier>>,
+    joining: Option<&Joining>,
     offer: LinkOffer,
     parcels: &mut (impl Stream<Item = Result<Parcel, E>> + Unpin),
     out: &mpsc::Sender<Parcel>,
     patience: Duration,
 ) -> Result<Agreed, NegotiationError> {
     let facts = offer.facts.unwrap_or_default();
+    // The owner may be about to meet somebody who is not there any more.
+    let longest = patience + joining.map_or(Duration::ZERO, |joining| 3 * joining.patience().least);
+    if facts.kind == LinkKind::Shm.name() {
+        let memory = joining.and_then(|joining| joining.memory.as_ref());
+        let made = ring_for(&facts, &offer.id, memory);
+        say(out, answer(made.as_ref().err().cloned())).await?;
+        return match last_word(parcels, longest).await?.failed {
+            Some(reason) => Ok(Agreed::on_pieces(Some(reason))),
+            None => made.map(|ring| Agreed::on(Means::Ring(ring))).map_err(|_| NegotiationError::OutOfTurn),
+        };
+    }
+    let carrier = joining.and_then(|joining| joining.carrier.as_ref());
     let decided = decide(&facts, carrier.map(|carrier| carrier.facts()));
-    let answer = |declined| parcel::Content::LinkAnswer(LinkAnswer { declined });
     say(out, answer(decided.as_ref().err().cloned())).await?;
     let mut met = None;
     let mut verdict = None;
@@ -256,19 +317,34 @@ pub async fn considered<E>(
     }
     let verdict = match verdict {
         Some(verdict) => verdict,
-        None => {
-            // The owner may be about to meet somebody who is not there any more.
-            let longest = patience + carrier.map_or(Duration::ZERO, |carrier| 3 * carrier.patience().least);
-            let heard = tokio::time::timeout(longest, parcels.next()).await;
-            verdict_of(heard.map_err(|_| NegotiationError::Silent)?)?
-        }
+        None => last_word(parcels, longest).await?,
     };
-    if verdict.failed.is_some() {
-        return Ok(Agreed::on_pieces(verdict.failed));
+    match verdict.failed {
+        Some(reason) => Ok(Agreed::on_pieces(Some(reason))),
+        None => met.map(Agreed::on).ok_or(NegotiationError::OutOfTurn),
     }
-    let pair = met.ok_or(NegotiationError::OutOfTurn)?;
-    let link = LinkUse { kind: pair.0.kind(), declined: None };
-    Ok(Agreed { pair: Some(pair), link })
+}
+
+fn answer(declined: Option<String>) -> parcel::Content {
+    parcel::Content::LinkAnswer(LinkAnswer { declined })
+}
+
+/// The ring that an owner offers to open, made for it.
+fn ring_for(offered: &LinkFacts, name: &[u8], memory: Option<&SharedMemory>) -> Result<Ring, String> {
+    let memory = memory.ok_or("the other worker has no shm")?;
+    if memory.machine() != offered.host {
+        return Err("shm is for workers of one machine".to_owned());
+    }
+    let name = ring_name(name).ok_or("a ring has another name")?;
+    memory.create(name).map_err(|error| no_ring("make", &error))
+}
+
+async fn last_word<E>(
+    parcels: &mut (impl Stream<Item = Result<Parcel, E>> + Unpin),
+    patience: Duration,
+) -> Result<LinkVerdict, NegotiationError> {
+    let heard = tokio::time::timeout(patience, parcels.next()).await;
+    verdict_of(heard.map_err(|_| NegotiationError::Silent)?)
 }
 
 fn verdict_of<E>(heard: Option<Result<Parcel, E>>) -> Result<LinkVerdict, NegotiationError> {

@@ -134,7 +134,7 @@ pub fn head(matter: Matter, body: &Bytes) -> Head {
 pub fn pieces(body: Bytes) -> impl Iterator<Item = Piece> {
     (0..body.len()).step_by(CHUNK_BYTES).map(move |start| {
         let data = body.slice(start..body.len().min(start + CHUNK_BYTES));
-        Piece { offset: start as u64, crc32: crc32fast::hash(&data), data }
+        Piece { offset: start as u64, crc32: crc32fast::hash(&data), data, bytes: 0 }
     })
 }
 
@@ -171,20 +171,45 @@ impl PieceBox {
         self.body.len() == self.bytes
     }
 
-    /// Takes the next piece.
+    /// Takes the next piece, with its bytes.
     ///
     /// # Errors
     /// `Piece`, `Checksum`.
     pub fn add(&mut self, piece: &Piece) -> Result<(), ParcelError> {
-        let expected = self.body.len() as u64;
-        let (bytes, limit) = (piece.data.len(), (self.bytes - self.body.len()).min(CHUNK_BYTES));
-        if piece.offset != expected || bytes == 0 || bytes > limit {
-            return Err(ParcelError::Piece { bytes, found: piece.offset, expected, limit });
-        }
+        self.admit(piece, piece.data.len())?;
         if crc32fast::hash(&piece.data) != piece.crc32 {
             return Err(ParcelError::Checksum { offset: piece.offset });
         }
         self.body.extend_from_slice(&piece.data);
+        Ok(())
+    }
+
+    /// Takes the next piece, whose bytes lie elsewhere: `read` puts them where they belong.
+    ///
+    /// # Errors
+    /// `Piece`, `Checksum`, and what `read` says.
+    pub fn add_from<E: From<ParcelError>>(
+        &mut self,
+        piece: &Piece,
+        read: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.admit(piece, if piece.data.is_empty() { piece.bytes as usize } else { 0 })?;
+        let start = self.body.len();
+        self.body.resize(start + piece.bytes as usize, 0);
+        read(&mut self.body[start..])?;
+        if crc32fast::hash(&self.body[start..]) != piece.crc32 {
+            return Err(ParcelError::Checksum { offset: piece.offset }.into());
+        }
+        Ok(())
+    }
+
+    /// Whether a piece of so many bytes is the next one.
+    fn admit(&self, piece: &Piece, bytes: usize) -> Result<(), ParcelError> {
+        let expected = self.body.len() as u64;
+        let limit = (self.bytes - self.body.len()).min(CHUNK_BYTES);
+        if piece.offset != expected || bytes == 0 || bytes > limit {
+            return Err(ParcelError::Piece { bytes, found: piece.offset, expected, limit });
+        }
         Ok(())
     }
 
