@@ -44,24 +44,15 @@ impl Symmetric {
 
     /// Lays out a matrix whose rows are given as far as the diagonal; on the calling thread, which may have others wait for it.
     fn of_rows<'a>(n: usize, row: impl Fn(usize) -> &'a [f32]) -> Self {
-        /// Rows of a panel that are written again for each column while the first cache has them.
-        const ROWS: usize = 128;
         let width = kernel::tile_columns();
         let mut panels = vec![0.0; n.div_ceil(width) * width * n];
-        for (index, panel) in panels.chunks_mut((width * n).max(1)).enumerate() {
-            let columns = index * width..n.min((index + 1) * width);
-            // Above the diagonal a column is what the row of its number is beside it.
-            let above = panel[..columns.end * width].chunks_mut(ROWS * width).zip((0..n).step_by(ROWS));
-            for (rows, first) in above {
-                for (slot, column) in columns.clone().enumerate() {
-                    let beside = row(column).get(first..).unwrap_or_default();
-                    rows.chunks_exact_mut(width).zip(beside).for_each(|(to, value)| to[slot] = *value);
-                }
-            }
-            for (to, below) in panel.chunks_exact_mut(width).zip(0..n).skip(columns.start) {
-                let known = columns.start..columns.end.min(below + 1);
-                to[..known.len()].copy_from_slice(&row(below)[known]);
-            }
+        // Loops of a length that the compiler knows: of any other they take twice as long.
+        match width {
+            2 => lay_out_panels::<2>(&mut panels, n, row),
+            8 => lay_out_panels::<8>(&mut panels, n, row),
+            16 => lay_out_panels::<16>(&mut panels, n, row),
+            32 => lay_out_panels::<32>(&mut panels, n, row),
+            _ => unreachable!("vectors have 1, 4, 8 or 16 numbers"),
         }
         Self { n, width, panels }
     }
@@ -152,6 +143,37 @@ impl WithSimd for Multiply<'_> {
                         }
                     }
                 }
+            }
+        }
+    }
+}
+
+/// Lays out a symmetric matrix, whose rows are given as far as the diagonal, in panels of so many columns.
+fn lay_out_panels<'a, const WIDTH: usize>(panels: &mut [f32], n: usize, row: impl Fn(usize) -> &'a [f32]) {
+    /// Rows that are read abreast: the machine sees as many streams coming.
+    const ABREAST: usize = 16;
+    /// Rows that are written again for each column while the first cache has them.
+    const AGAIN: usize = 128;
+    let (panels, _) = panels.as_chunks_mut::<WIDTH>();
+    for top in (0..n).step_by(ABREAST) {
+        let rows = top..n.min(top + ABREAST);
+        for (panel, first) in panels.chunks_exact_mut(n).zip((0..rows.end).step_by(WIDTH)) {
+            for (to, below) in panel[rows.clone()].iter_mut().zip(rows.clone()) {
+                let known = row(below).get(first..).unwrap_or_default();
+                match known.first_chunk() {
+                    Some(whole) => *to = *whole,
+                    None => to[..known.len()].copy_from_slice(known),
+                }
+            }
+        }
+    }
+    // Above the diagonal a column is what the row of its number is beside it.
+    for (panel, first) in panels.chunks_exact_mut(n.max(1)).zip((0..n).step_by(WIDTH)) {
+        let end = n.min(first + WIDTH);
+        for (rows, top) in panel[..end].chunks_mut(AGAIN).zip((0..end).step_by(AGAIN)) {
+            for slot in 0..end - first {
+                let beside = row(first + slot).get(top..).unwrap_or_default();
+                rows.iter_mut().zip(beside).for_each(|(to, value)| to[slot] = *value);
             }
         }
     }
