@@ -14,9 +14,6 @@ use crate::transport::Outgoing;
 use crate::transport::parcel::numbers;
 use crate::unit::TaskError;
 
-/// The owner measures so many times as much as an assistant, which has to send the sums that come next: it would wait for them.
-const OWNERS_SHARE: f64 = 1.5;
-
 /// Who measures which tiles of a group.
 pub(crate) struct Tiles {
     group: usize,
@@ -36,7 +33,7 @@ impl Crew<'_> {
         let helps = |number: &usize| self.is_there(*number) && self.statistics_of == Some(group);
         let there: Vec<usize> = (0..self.assistants.len()).filter(helps).collect();
         let weights = there.iter().map(|&number| self.assistants[number].leaves.len() as f64);
-        let weights: Vec<f64> = weights.chain([self.own_leaves() as f64 * OWNERS_SHARE]).collect();
+        let weights: Vec<f64> = weights.chain([self.own_leaves() as f64]).collect();
         let mut lent = vec![Vec::new(); self.assistants.len()];
         for (&number, count) in there.iter().zip(shares(&weights, own.len())) {
             lent[number] = own.drain(..count).collect();
