@@ -62,6 +62,9 @@ fn same_bytes(model: &str, flags: &[&str]) -> Result<()> {
             totals["links"].as_array().map_or(0, |links| links.iter().filter_map(|l| l["times"].as_u64()).sum());
         let wanted: u64 = workers.parse()?;
         ensure!(helped == (wanted - 1) * LAYERS as u64, "{workers} workers: {totals}");
+        // They are of one machine and one user.
+        let kinds = totals["links"].to_string();
+        ensure!(helped == 0 || kinds.contains("\"shm\"") && !kinds.contains("\"grpc\""), "{kinds}");
     }
     Ok(())
 }

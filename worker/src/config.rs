@@ -66,7 +66,7 @@ pub struct WorkerSection {
     /// `[tls]`, and else `host`.
     pub nccl: Option<NcclReach>,
     /// Whether workers of one machine and one user that share a layer send each other its tensors through memory (`/dev/shm`, 8 MB
-    /// for each two) instead of a socket. It is for workers that NCCL does not join.
+    /// for each two) instead of a socket. A worker that may use NCCL offers that instead.
     pub shared_memory: bool,
     /// Bytes of hidden states kept on the GPU, the rest goes to memory; half of what is free there if none is given.
     pub device_budget: Option<u64>,

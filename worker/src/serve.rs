@@ -125,7 +125,7 @@ async fn live(
     let device_bytes = memory::free_bytes(&chosen.device).map(|free| config.device_budget.unwrap_or(free / 2));
     let cache = ActivationCache::on(chosen.device.clone(), device_bytes.unwrap_or(0), memory_bytes, scratch);
     let carrier = device::carrier(&chosen, config.nccl_reach(is_encrypted))?;
-    let memory = config.shared_memory.then(|| SharedMemory::here(memory::machine_name())).flatten();
+    let memory = config.shared_memory.then(|| SharedMemory::here(memory::neighbourhood())).flatten();
     let (reporter, reports) = mpsc::channel(REPORTS);
     let instruction_set = memory::instruction_set();
     let instruction_set = match &chosen.arithmetic {

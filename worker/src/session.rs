@@ -258,7 +258,7 @@ impl Session {
         self.cache.held_bytes()
     }
 
-    /// What moves tensors between this device and another worker's.
+    /// What can join this worker with another besides their stream.
     pub fn joining(&self) -> Option<&Arc<Joining>> {
         self.peers.joining.as_ref()
     }

@@ -41,7 +41,7 @@ pub struct Workplace<'a> {
     pub runtime: &'a Handle,
     /// How other workers are called.
     pub peers: &'a Dialer,
-    /// What moves tensors between this device and another worker's, if anything does.
+    /// What can join this worker with another besides their stream, if anything can.
     pub joining: Option<&'a Arc<Joining>>,
     /// What an assistant may take at least before it is given up on.
     pub patience: Duration,

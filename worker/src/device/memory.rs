@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Error, Tensor};
 use espalier_common::clock::Stopwatch;
+use std::os::unix::fs::MetadataExt as _;
 
 use super::backend;
 pub use super::backend::Pinned;
@@ -102,11 +103,12 @@ pub fn host_name() -> String {
     if boot.trim().is_empty() { format!("process-{}", std::process::id()) } else { boot.trim().to_owned() }
 }
 
-/// Names this machine as far as processes see one: those in another network namespace count as being on another machine, where
-/// they have other folders as a rule.
-pub fn machine_name() -> String {
+/// Names this machine and user as far as they can share memory: processes in another network namespace count as being elsewhere,
+/// where they have other folders as a rule.
+pub fn neighbourhood() -> String {
     let network = std::fs::read_link("/proc/self/ns/net").unwrap_or_default();
-    format!("{}/{}", host_name(), network.display())
+    let user = std::fs::metadata("/proc/self").map(|about| about.uid()).unwrap_or_default();
+    format!("{}/{}/{user}", host_name(), network.display())
 }
 
 #[cfg(test)]

@@ -205,6 +205,28 @@ mod tests {
     use crate::linalg::oracle;
 
     #[test]
+    fn panels_of_any_width_hold_the_columns() {
+        fn laid_out<const WIDTH: usize>(n: usize) {
+            let entry = |row: usize, column: usize| (row.max(column) * 1000 + row.min(column)) as f32;
+            let rows: Vec<Vec<f32>> = (0..n).map(|row| (0..=row).map(|column| entry(row, column)).collect()).collect();
+            let mut panels = vec![0.0; n.div_ceil(WIDTH) * WIDTH * n];
+            lay_out_panels::<WIDTH>(&mut panels, n, |row| &rows[row]);
+            for (at, found) in panels.into_iter().enumerate() {
+                let (panel, row, slot) = (at / (WIDTH * n), at / WIDTH % n, at % WIDTH);
+                let column = panel * WIDTH + slot;
+                let expected = if column < n { entry(row, column) } else { 0.0 };
+                assert!(found.to_bits() == expected.to_bits(), "{WIDTH} wide, {n}: {row}, {column}");
+            }
+        }
+        for n in [0, 1, 15, 17, 127, 129, 300] {
+            laid_out::<2>(n);
+            laid_out::<8>(n);
+            laid_out::<16>(n);
+            laid_out::<32>(n);
+        }
+    }
+
+    #[test]
     fn products_equal_the_naive_loops_at_awkward_shapes() {
         for (rows, n) in [(1, 1), (5, 3), (6, 16), (7, 33), (193, 40), (13, MOST_DEPTH + 9)] {
             let (a, matrix) = (oracle::random(1, rows * n), oracle::spd(2, n));

@@ -115,13 +115,14 @@ async fn workers_that_cannot_share_memory_do_without_and_say_why() {
     let (_apart, apart) = listening(sharing(there.path(), "a", &run), &tasks);
     let (_barred, barred) = listening(sharing(&here.path().join("nowhere"), "a", &run), &tasks);
     let endpoints = [plain, far, apart, barred];
-    let reasons = ["has no shm", "for workers of one machine", "cannot open a ring", "cannot make a ring"];
+    // Workers of two machines are as they always were.
+    let reasons = ["has no shm", "", "cannot open a ring", "cannot make a ring"];
     let (artifacts, lost, links) = sharing(here.path(), "a", &run).with_links(&run, &endpoints).await;
     assert_eq!((artifacts, lost, links.len()), (alone, 0, 2 * reasons.len()));
-    // The second layer is told the same, without being tried again.
     for (link, reason) in links.iter().zip(reasons.iter().cycle()) {
         assert_eq!(link.kind, LinkKind::Grpc);
-        assert!(link.declined.as_deref().is_some_and(|why| why.contains(reason)), "{link:?}");
+        assert_eq!(link.declined.is_some(), !reason.is_empty(), "{link:?}");
+        assert!(link.declined.as_deref().unwrap_or_default().contains(reason), "{link:?}");
     }
     assert_eq!(std::fs::read_dir(&there).unwrap().count(), 0, "a ring that nobody opened");
     assert!(tasks.shut_down(Duration::from_secs(5)).await);

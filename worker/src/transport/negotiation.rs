@@ -49,8 +49,8 @@ pub trait Carrier: Debug + Send + Sync {
 pub struct Joining {
     carrier: Option<Arc<dyn Carrier>>,
     memory: Option<SharedMemory>,
-    /// Why workers, by their endpoints, were not met. What is between two of them does not change: it is not tried again with
-    /// each layer, as the time that a failure takes is that of many layers.
+    /// Why workers, by their endpoints, were not met by the library, or have no memory to share with. What is between two of them
+    /// does not change: it is not tried again with each layer, as the time that a failure takes is that of many layers.
     unmet: Mutex<BTreeMap<String, String>>,
 }
 
@@ -65,7 +65,7 @@ impl Joining {
         self.unmet.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is offered first: the library if there is one.
+    /// What is offered: the library if there is one.
     pub fn facts(&self) -> LinkFacts {
         match (&self.carrier, &self.memory) {
             (Some(carrier), _) => carrier.facts().into(),
@@ -90,11 +90,6 @@ impl Joining {
     /// Remembers a worker that was not met.
     fn was_unmet(&self, endpoint: &str, reason: &str) {
         self.unmet().insert(endpoint.to_owned(), reason.to_owned());
-    }
-
-    /// What transfers over the library may take.
-    fn patience(&self) -> Patience {
-        self.carrier.as_ref().map(|carrier| carrier.patience()).unwrap_or_default()
     }
 }
 
@@ -164,6 +159,9 @@ pub struct Agreed {
     pub link: LinkUse,
 }
 
+/// Why workers that are not on one machine share no memory: nobody has to be told.
+const ELSEWHERE: &str = "";
+
 /// What bodies can go over.
 #[derive(Debug)]
 pub enum Means {
@@ -176,8 +174,9 @@ pub enum Means {
 }
 
 impl Agreed {
-    /// Bodies go in pieces; why, if the owner has something faster.
+    /// Bodies go in pieces; why, if the owner has something faster and that is worth telling.
     pub fn on_pieces(declined: Option<String>) -> Self {
+        let declined = declined.filter(|reason| reason != ELSEWHERE);
         Self { means: Means::Pieces, link: LinkUse { kind: LinkKind::Grpc, declined } }
     }
 
@@ -243,13 +242,13 @@ pub async fn offered<E>(
             };
             met.inspect_err(|reason| joining.was_unmet(endpoint, reason))
         }
-        // The other side would say the same again.
-        (Some(reason), None, _) => Err(reason).inspect_err(|reason: &String| joining.was_unmet(endpoint, reason)),
-        (None, None, memory) => {
-            let ring = memory.as_ref().zip(ring_name(&id)).ok_or_else(|| "no ring was offered".to_owned());
-            let opened = ring.and_then(|(memory, name)| memory.open(name).map_err(|error| no_ring("open", &error)));
-            opened.map(Means::Ring).inspect_err(|reason| joining.was_unmet(endpoint, reason))
+        (Some(reason), None, _) => {
+            if reason == ELSEWHERE {
+                joining.was_unmet(endpoint, &reason);
+            }
+            Err(reason)
         }
+        (None, None, memory) => on_ring(memory.as_ref(), &id, "open", SharedMemory::open).await.map(Means::Ring),
     };
     say(out, parcel::Content::LinkVerdict(LinkVerdict { failed: met.as_ref().err().cloned() })).await?;
     Ok(met.map_or_else(|reason| Agreed::on_pieces(Some(reason)), Agreed::on))
@@ -263,8 +262,18 @@ fn ring_name(id: &[u8]) -> Option<&[u8; NAME_BYTES]> {
     id.try_into().ok()
 }
 
-fn no_ring(doing: &str, error: &std::io::Error) -> String {
-    format!("shm did not come about: cannot {doing} a ring: {error}")
+/// Opens or makes a ring, where files are waited for.
+async fn on_ring(
+    memory: Option<&SharedMemory>,
+    name: &[u8],
+    doing: &'static str,
+    open: fn(&SharedMemory, &[u8; NAME_BYTES]) -> std::io::Result<Ring>,
+) -> Result<Ring, String> {
+    let failed = |why: String| format!("shm did not come about: cannot {doing} a ring: {why}");
+    let memory = memory.ok_or("shm was not offered")?.clone();
+    let name = *ring_name(name).ok_or_else(|| failed("it has another name".to_owned()))?;
+    let opened = tokio::task::spawn_blocking(move || open(&memory, &name)).await;
+    opened.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))
 }
 
 /// The assistant's side.
@@ -279,13 +288,15 @@ pub async fn considered<E>(
     patience: Duration,
 ) -> Result<Agreed, NegotiationError> {
     let facts = offer.facts.unwrap_or_default();
-    // The owner may be about to meet somebody who is not there any more.
-    let longest = patience + joining.map_or(Duration::ZERO, |joining| 3 * joining.patience().least);
     if facts.kind == LinkKind::Shm.name() {
         let memory = joining.and_then(|joining| joining.memory.as_ref());
-        let made = ring_for(&facts, &offer.id, memory);
+        let made = match memory {
+            None => Err("the other worker has no shm".to_owned()),
+            Some(memory) if memory.machine() != facts.host => Err(ELSEWHERE.to_owned()),
+            memory => on_ring(memory, &offer.id, "make", SharedMemory::create).await,
+        };
         say(out, answer(made.as_ref().err().cloned())).await?;
-        return match last_word(parcels, longest).await?.failed {
+        return match last_word(parcels, patience).await?.failed {
             Some(reason) => Ok(Agreed::on_pieces(Some(reason))),
             None => made.map(|ring| Agreed::on(Means::Ring(ring))).map_err(|_| NegotiationError::OutOfTurn),
         };
@@ -317,7 +328,11 @@ pub async fn considered<E>(
     }
     let verdict = match verdict {
         Some(verdict) => verdict,
-        None => last_word(parcels, longest).await?,
+        None => {
+            // The owner may be about to meet somebody who is not there any more.
+            let longest = patience + carrier.map_or(Duration::ZERO, |carrier| 3 * carrier.patience().least);
+            last_word(parcels, longest).await?
+        }
     };
     match verdict.failed {
         Some(reason) => Ok(Agreed::on_pieces(Some(reason))),
@@ -327,16 +342,6 @@ pub async fn considered<E>(
 
 fn answer(declined: Option<String>) -> parcel::Content {
     parcel::Content::LinkAnswer(LinkAnswer { declined })
-}
-
-/// The ring that an owner offers to open, made for it.
-fn ring_for(offered: &LinkFacts, name: &[u8], memory: Option<&SharedMemory>) -> Result<Ring, String> {
-    let memory = memory.ok_or("the other worker has no shm")?;
-    if memory.machine() != offered.host {
-        return Err("shm is for workers of one machine".to_owned());
-    }
-    let name = ring_name(name).ok_or("a ring has another name")?;
-    memory.create(name).map_err(|error| no_ring("make", &error))
 }
 
 async fn last_word<E>(

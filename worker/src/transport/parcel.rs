@@ -271,4 +271,37 @@ mod tests {
         assert!(matches!(spoiled(too_long), ParcelError::Piece { .. }));
         assert!(matches!(PieceBox::new(0).add(&all[0]), Err(ParcelError::Piece { limit: 0, .. })));
     }
+
+    #[test]
+    fn pieces_that_lie_elsewhere_are_read_there_and_checked_too() {
+        let all: Vec<Piece> = pieces(body()).collect();
+        let elsewhere = |piece: &Piece| Piece { bytes: piece.data.len() as u32, data: Bytes::new(), ..piece.clone() };
+        let add = |into: &mut PieceBox, piece: &Piece, found: &[u8]| {
+            into.add_from(piece, |bytes| {
+                bytes.copy_from_slice(&found[..bytes.len()]);
+                Ok::<_, ParcelError>(())
+            })
+        };
+        let mut whole = PieceBox::new(BYTES);
+        all.iter().for_each(|piece| add(&mut whole, &elsewhere(piece), &piece.data).unwrap());
+        assert!(whole.is_whole() && whole.into_bytes() == body());
+        let spoiled = |spoil: fn(&mut Piece)| {
+            let mut into = PieceBox::new(BYTES);
+            add(&mut into, &elsewhere(&all[0]), &all[0].data).unwrap();
+            let mut piece = elsewhere(&all[1]);
+            spoil(&mut piece);
+            // Nothing that is too long is made room for.
+            into.add_from(&piece, |bytes| {
+                assert!(bytes.len() <= CHUNK_BYTES);
+                bytes.copy_from_slice(&all[1].data[..bytes.len()]);
+                Ok::<_, ParcelError>(())
+            })
+            .unwrap_err()
+        };
+        assert!(matches!(spoiled(|piece| piece.crc32 ^= 1), ParcelError::Checksum { .. }));
+        assert!(matches!(spoiled(|piece| piece.offset += 1), ParcelError::Piece { .. }));
+        assert!(matches!(spoiled(|piece| piece.bytes = 0), ParcelError::Piece { bytes: 0, .. }));
+        assert!(matches!(spoiled(|piece| piece.data = Bytes::from_static(b"x")), ParcelError::Piece { .. }));
+        assert!(matches!(spoiled(|piece| piece.bytes = u32::MAX), ParcelError::Piece { .. }));
+    }
 }

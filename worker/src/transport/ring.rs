@@ -21,22 +21,22 @@ pub const NAME_BYTES: usize = 16;
 #[derive(Debug, Clone)]
 pub struct SharedMemory {
     folder: PathBuf,
-    /// Names the machine and, as containers have a folder of their own each, the network namespace.
+    /// Names who can open it: workers of one user on one machine.
     machine: String,
 }
 
 impl SharedMemory {
-    /// This machine's; `None` if it has none.
+    /// This machine's, by a name for who can use it; `None` if it has none.
     pub fn here(machine: String) -> Option<Self> {
         Path::new(FOLDER).is_dir().then(|| Self::at(FOLDER.into(), machine))
     }
 
-    /// A folder's, for workers that give the same name for the machine.
+    /// A folder's, for workers that give the same name.
     pub fn at(folder: PathBuf, machine: String) -> Self {
         Self { folder, machine }
     }
 
-    /// Names the machine.
+    /// Names who can open rings of this folder.
     pub fn machine(&self) -> &str {
         &self.machine
     }
