@@ -6,7 +6,8 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::time::Duration;
 
 use super::CHUNK_BYTES;
 
@@ -16,6 +17,10 @@ pub const RING_BYTES: u64 = 4 * CHUNK_BYTES as u64;
 const FOLDER: &str = "/dev/shm";
 /// Bytes of a ring's name, which nobody guesses.
 pub const NAME_BYTES: usize = 16;
+/// What the names of files begin with.
+const PREFIX: &str = "espalier-";
+/// A name that is older is of a ring that nobody will open any more: two workers agree on one in seconds, or not at all.
+const FORGOTTEN: Duration = Duration::from_secs(600);
 
 /// Where rings are, and who else can be there.
 #[derive(Debug, Clone)]
@@ -26,9 +31,29 @@ pub struct SharedMemory {
 }
 
 impl SharedMemory {
-    /// This machine's, by a name for who can use it; `None` if it has none.
+    /// This machine's, by a name for who can use it; `None` if it has none. What workers left there that were killed goes.
     pub fn here(machine: String) -> Option<Self> {
-        Path::new(FOLDER).is_dir().then(|| Self::at(FOLDER.into(), machine))
+        let here = Self::at(FOLDER.into(), machine);
+        here.folder.is_dir().then(|| {
+            here.sweep();
+            here
+        })
+    }
+
+    /// Removes names of rings that are forgotten; those of other users stay.
+    fn sweep(&self) {
+        let Ok(entries) = std::fs::read_dir(&self.folder) else { return };
+        for entry in entries.flatten() {
+            let is_ring = entry.file_name().to_str().is_some_and(|name| {
+                let digits = name.strip_prefix(PREFIX).unwrap_or_default();
+                digits.len() == 2 * NAME_BYTES && digits.bytes().all(|digit| digit.is_ascii_hexdigit())
+            });
+            let made = || entry.metadata().and_then(|about| about.modified()).ok();
+            let is_old = || made().and_then(|made| made.elapsed().ok()).is_some_and(|age| age > FORGOTTEN);
+            if is_ring && is_old() && std::fs::remove_file(entry.path()).is_ok() {
+                tracing::debug!(ring = ?entry.file_name(), "removed what a worker left behind");
+            }
+        }
     }
 
     /// A folder's, for workers that give the same name.
@@ -76,7 +101,7 @@ impl SharedMemory {
     }
 
     fn path(&self, name: &[u8; NAME_BYTES]) -> PathBuf {
-        self.folder.join(format!("espalier-{:032x}", u128::from_be_bytes(*name)))
+        self.folder.join(format!("{PREFIX}{:032x}", u128::from_be_bytes(*name)))
     }
 }
 
@@ -169,6 +194,22 @@ mod tests {
         std::fs::remove_file(memory.path(&other)).unwrap();
         std::os::unix::fs::symlink("/dev/zero", memory.path(&other)).unwrap();
         assert!(memory.open(&other).is_err(), "a link may lead anywhere");
+    }
+
+    #[test]
+    fn what_was_left_behind_is_removed_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let memory = memory(&folder);
+        let left = memory.path(&SharedMemory::new_name());
+        let ours = [folder.path().join("espalier-notes"), folder.path().join("something")];
+        for path in ours.iter().chain([&left]) {
+            let file = File::create(path).unwrap();
+            file.set_modified(file.metadata().unwrap().modified().unwrap() - 2 * FORGOTTEN).unwrap();
+        }
+        let ring = memory.create(&SharedMemory::new_name()).unwrap();
+        memory.sweep();
+        assert!(!left.exists());
+        assert!(ours.iter().all(|path| path.exists()) && ring.named.as_ref().unwrap().exists());
     }
 
     #[test]
