@@ -78,6 +78,20 @@ fn data_has_the_bytes_of_layers_from_1_2_and_3_workers_whatever_the_method() {
 }
 
 #[test]
+fn workers_that_may_not_share_memory_talk_over_grpc_and_give_the_same_bytes() {
+    let flags = ["--method", "sparsegpt", "--workers", "2"];
+    let shared = done("llama-tiny", &flags).unwrap();
+    let mut apart = Workplace::new();
+    apart.set("ESPALIER__WORKER__SHARED_MEMORY", "false");
+    apart.run(prune("llama-tiny", &flags)).unwrap().success().unwrap();
+    same_output(&shared, &apart).unwrap();
+    let links = |run: &Workplace| report(run).unwrap()["totals"]["links"].to_string();
+    let (shared, apart) = (links(&shared), links(&apart));
+    assert!(shared.contains("\"shm\"") && !apart.contains("\"shm\""), "{shared} {apart}");
+    assert!(apart.contains("\"grpc\"") && !apart.contains("declined"), "{apart}");
+}
+
+#[test]
 fn with_data_less_is_moved() {
     let moved = |strategy: &str| -> Result<u64> {
         let run = done("llama-tiny", &["--method", "wanda", "--strategy", strategy, "--workers", "2"])?;

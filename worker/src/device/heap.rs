@@ -11,7 +11,7 @@ const KEPT_BYTES: i32 = 2 * MAPPED_BYTES;
 
 /// What a heap has beyond what is asked of it, and keeps whatever else is given back. Each thread has heaps of its own, of 64 MiB at
 /// most, and some end again and again at what one step of a layer frees: with so much of it they stay as large as they ever were.
-/// Pages that fault fall to 0.4 of what they were, a hundredth of a run's time; the most that is resident stays the same.
+/// Pages that fault fall to 0.4 of what they were, a hundredth of a run's time; the most that is resident stays about the same.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 const PADDING_BYTES: i32 = 2 * MAPPED_BYTES;
 

@@ -16,7 +16,7 @@ use super::fake::{Hub, Mishap, Plan};
 use super::link::{BodyError, Link, Patience};
 use super::negotiation::Carrier;
 use super::paired::{Paired, TURNS};
-use super::ring::SharedMemory;
+use super::ring::{RING_BYTES, SharedMemory};
 use super::turns::Turn;
 use super::{CHUNK_BYTES, WINDOW_BYTES, communicator::Seat, grpc, loopback};
 use crate::calibrate::tree::{Forest, Gatherer, LEAVES, Sampling, sequences_of};
@@ -279,6 +279,22 @@ async fn grpc_conforms() {
 #[tokio::test(flavor = "multi_thread")]
 async fn shared_memory_conforms() {
     conforms(over_shared_memory).await;
+}
+
+/// What is not read yet would be overwritten otherwise.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_written_to_a_ring_that_is_full() {
+    let tasks = TaskGroup::new();
+    let (first, second) = over_shared_memory(tasks.clone()).await;
+    // No two pieces are alike.
+    let sent: Bytes = (0..2 * RING_BYTES as usize).map(|at| (at * 7 + at / 251) as u8).collect::<Vec<_>>().into();
+    let mut sending = Box::pin(first.send(sent.clone()));
+    // All that the stream and its queues take is announced by then.
+    assert!(tokio::time::timeout(Duration::from_millis(300), &mut sending).await.is_err(), "nobody has read");
+    let (received, ()) =
+        soon(async { tokio::join!(second.receive(sent.len()), async { sending.await.unwrap() }) }).await;
+    assert!(received.unwrap() == sent);
+    assert!(tasks.shut_down(Duration::from_secs(5)).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]

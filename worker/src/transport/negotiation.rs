@@ -3,7 +3,7 @@
 //! The owner of a layer offers what it has, with the name of a pair to be made. The assistant agrees or says why not; then both
 //! meet, and the owner has the last word, so that both know whether the pair is there. A worker without a library offers memory of
 //! its machine: who agrees makes a ring there, which the owner opens. Whatever fails on the way, bodies go in pieces on the stream
-//! itself, as between any two workers, and the report says why.
+//! itself, as between any two workers, and the report says why; that two are not on one machine is no failure.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;

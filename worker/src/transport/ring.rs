@@ -159,12 +159,16 @@ mod tests {
         SharedMemory::at(folder.path().to_owned(), "here".to_owned())
     }
 
+    /// Both sides of a new ring.
+    fn both(folder: &tempfile::TempDir) -> (Ring, Ring) {
+        let (memory, name) = (memory(folder), SharedMemory::new_name());
+        (memory.create(&name).unwrap(), memory.open(&name).unwrap())
+    }
+
     #[test]
     fn both_sides_read_what_the_other_wrote_around_the_ends() {
         let folder = tempfile::tempdir().unwrap();
-        let (memory, name) = (memory(&folder), SharedMemory::new_name());
-        let made = memory.create(&name).unwrap();
-        let opened = memory.open(&name).unwrap();
+        let (made, opened) = both(&folder);
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0, "nobody else finds it");
         let mut before = 0;
         for bytes in [1, CHUNK_BYTES, 3 * CHUNK_BYTES - 2, CHUNK_BYTES, 4 * CHUNK_BYTES, 0] {
@@ -215,9 +219,7 @@ mod tests {
     #[test]
     fn a_ring_cut_short_by_the_other_side_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
-        let (memory, name) = (memory(&folder), SharedMemory::new_name());
-        let made = memory.create(&name).unwrap();
-        let opened = memory.open(&name).unwrap();
+        let (made, opened) = both(&folder);
         made.file.set_len(10).unwrap();
         assert!(opened.read(0, &mut [0; 100]).is_err());
     }
