@@ -75,8 +75,8 @@ pub struct WorkerSection {
     pub memory_budget: Option<u64>,
     /// Workers on this machine, this one included.
     pub workers_here: NonZeroU32,
-    /// Speed of f32 matrix products in GFLOP/s that the worker offers, by which layers are shared out; measured at the start if
-    /// none is given, which a busy machine makes less of than it is.
+    /// Speed of f32 matrix products in GFLOP/s that the worker offers, by which layers are shared out until others have seen what
+    /// it takes; measured at the start if none is given, which a busy machine makes less of than it is.
     pub gflops: Option<f64>,
     /// Folder for what does not fit; the system's temporary folder if none is given.
     pub scratch: Option<PathBuf>,

@@ -175,7 +175,7 @@ fn prune_groups(
         phases.enter(Some(group));
         crew.ask_on(group);
         let cut = cut_into_blocks(place, crew.layer(), (group, members), pattern)?;
-        let Gathered { stats, laying } = crew.gather(group, &cut, phases)?;
+        let Gathered { stats, laying } = crew.gather(group, cut.iter().map(Vec::len).sum(), phases)?;
         if run.method.reconstruct.is_some() {
             draft = draft.or_else(|| Draft::begin(group, crew.alone().lanes()));
         }

@@ -21,9 +21,9 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use crate::calibrate::cache::ActivationCache;
-use crate::crew::LayerSizes;
 use crate::crew::assistant::{OwnerLine, Part, assist};
 use crate::crew::owner::{Help, LEAST_PATIENCE};
+use crate::crew::{LayerSizes, Paces};
 use crate::device::{DeviceError, DeviceThread};
 use crate::evaluation::{Evaluation, evaluate};
 use crate::holdings::Holdings;
@@ -190,6 +190,7 @@ pub struct Session {
     peers: Peers,
     tracer: Tracer,
     bytes_received: AtomicU64,
+    paces: Paces,
     metrics: WorkerMetrics,
     /// Whether the coordinator knows this worker, as far as it is known here.
     readiness: Readiness,
@@ -232,6 +233,7 @@ impl Session {
             peers,
             tracer,
             bytes_received: AtomicU64::new(0),
+            paces: Paces::default(),
             metrics: WorkerMetrics::default(),
             readiness: Readiness::not_yet("it is not registered yet"),
             state: Mutex::new(state),
@@ -251,6 +253,11 @@ impl Session {
     /// Bytes received from peers so far.
     pub fn bytes_received(&self) -> u64 {
         self.bytes_received.load(Ordering::Relaxed)
+    }
+
+    /// How fast others were that helped with this worker's layers.
+    pub fn paces(&self) -> &Paces {
+        &self.paces
     }
 
     /// Bytes of hidden states that are kept, in memory and on disk.
@@ -430,7 +437,8 @@ impl Session {
             Work::Survey(layer, source, sparsities) => survey_layer(&place?, *layer, source, sparsities),
             Work::Try(patterns) => try_patterns(&place?, patterns),
             Work::Prune { layer, source, pattern, keeps_output, assistants, gflops, shares } => {
-                let help = Help { lease, assistants: assistants.clone(), gflops: gflops.clone(), leaves: None };
+                let speeds = self.paces.speeds(assistants).unwrap_or_else(|| gflops.clone());
+                let help = Help { lease, assistants: assistants.clone(), speeds, leaves: None };
                 prune_layer(&place?, *layer, (source, shares.as_ref()), *pattern, *keeps_output, help)
             }
         }
@@ -447,6 +455,7 @@ impl Session {
             joining: self.peers.joining.as_ref(),
             patience: self.peers.patience,
             bytes_received: &self.bytes_received,
+            paces: &self.paces,
             is_survey,
         }
     }

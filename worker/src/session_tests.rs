@@ -456,7 +456,7 @@ impl TestWorker {
         for layer in (0..2).map(LayerIndex) {
             let source = if layer.0 == 0 { embedded(&[]) } else { held(layer.0) };
             let assistants = assistants.to_vec();
-            // Shares that differ; the results must not.
+            // Shares that differ, by this in the first layer and by what it took in the second; the results must not.
             let gflops = (0..=assistants.len()).map(|hand| 10.0 * (1 + hand) as f64).collect();
             let (pattern, shares) = (HALF, None);
             let work = Work::Prune { layer, source, pattern, keeps_output: false, assistants, gflops, shares };
@@ -502,6 +502,8 @@ async fn assistants_change_no_byte_whatever_the_method() {
             let mut owner = TestWorker::prepared(&run, 1 << 20);
             assert_eq!(owner.with_assistants(&run, &endpoints[..count]).await, alone, "{name}, {method}, {count}");
             assert!(owner.session.bytes_received() > 0, "nobody helped with {method}");
+            let paces = owner.session.paces().speeds(&endpoints[..count]);
+            assert!(paces.is_some(), "{method}: nobody looked at how fast {count} were");
         }
         assert!(tasks.shut_down(Duration::from_secs(5)).await);
     }

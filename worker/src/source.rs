@@ -19,6 +19,7 @@ use crate::artifact;
 use crate::boundary;
 use crate::calibrate::cache::{ActivationCache, Entry};
 use crate::calibrate::capture::{forward_layer, map_batches};
+use crate::crew::Paces;
 use crate::cut_task::cut_tensors;
 use crate::holdings::{HiddenStates, Holdings};
 use crate::model::DecoderLayer;
@@ -47,6 +48,8 @@ pub struct Workplace<'a> {
     pub patience: Duration,
     /// Bytes received from peers so far.
     pub bytes_received: &'a AtomicU64,
+    /// How fast assistants were.
+    pub paces: &'a Paces,
     /// Whether the unit looks at the dense model before anything is pruned: on fewer sequences, and on dense inputs whatever
     /// the job's propagation.
     pub is_survey: bool,

@@ -194,16 +194,18 @@ impl<'a> Assistant<'a> {
     fn gather(&mut self, group: usize) -> Result<(), TaskError> {
         self.prepared = None;
         self.phases.enter(Some(group));
+        let watch = Stopwatch::start();
         let forest = self.share.gather(self.place, group, &self.outline.groups[group], &mut self.phases)?;
         let first = &self.outline.groups[group][0];
         let failed = |source| TaskError::Gram { tensor: first.tensor.clone(), source };
         let sampling = sampling(self.place.run, first.columns);
         let (grams, rests) = self.phases.time("gram", || forest.split()).map_err(failed)?;
+        let seconds = watch.seconds();
         for (portion, forest) in Portion::EACH.into_iter().zip([grams, rests]) {
             for (branch, sums) in forest.into_branches() {
                 if sampling.values(branch, portion) > 0 {
                     let (first_leaf, leaves) = (branch.first as u32, branch.leaves as u32);
-                    let told = pb::Sums { group: group as u32, first_leaf, leaves, rest: portion.is_rest() };
+                    let told = pb::Sums { group: group as u32, first_leaf, leaves, rest: portion.is_rest(), seconds };
                     let values = self.phases.time("gram", || sums.into_values()).map_err(failed)?;
                     self.answer(Outgoing::with_values(Matter::Sums(told), values))?;
                 }

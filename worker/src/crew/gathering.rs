@@ -9,13 +9,13 @@ use espalier_common::clock::Stopwatch;
 use espalier_proto::v1 as pb;
 use espalier_proto::v1::head::Matter;
 
-use super::groundwork::{Late, Laying};
+use super::groundwork::Laying;
 use super::owner::{Crew, GLANCE, Step};
 use super::share::sampling;
 use super::statistics;
 use crate::calibrate::gram::GramError;
-use crate::calibrate::tree::{Branch, Forest, Portion, Sampling, Sums};
-use crate::prune::{Groundwork, InputStats, Problem, RowBlock, Statistics};
+use crate::calibrate::tree::{Branch, Forest, Portion, Sampling, Sums, sequences_of};
+use crate::prune::{InputStats, Statistics};
 use crate::source::Workplace;
 use crate::transport::Outgoing;
 use crate::transport::parcel::{Body, bytes_of, numbers};
@@ -42,12 +42,7 @@ impl Crew<'_> {
     ///
     /// # Errors
     /// See [`TaskError`].
-    pub(crate) fn gather(
-        &mut self,
-        group: usize,
-        cut: &[Vec<RowBlock>],
-        phases: &mut Phases,
-    ) -> Result<Gathered, TaskError> {
+    pub(crate) fn gather(&mut self, group: usize, blocks: usize, phases: &mut Phases) -> Result<Gathered, TaskError> {
         let first = &self.outline.groups[group][0];
         let failed = |source| TaskError::Gram { tensor: first.tensor.clone(), source };
         let unsolved = |source| TaskError::Solve { tensor: first.tensor.clone(), source };
@@ -60,6 +55,9 @@ impl Crew<'_> {
             return Ok(Gathered { stats: Arc::new(stats), laying: None });
         }
         let own = (leaves, watch.seconds());
+        let all = self.place.run.tokens.sequences();
+        let sequences = self.shares.iter().map(|share| sequences_of(share.leaves(), all).len()).sum();
+        self.pace.add(sequences, own.1);
         let gathering = Gathering { group, sampling: sampling(self.place.run, first.columns), own };
         let (mut grams, mut rests) = phases.time("gram", || forest.split()).map_err(failed)?;
 
@@ -68,16 +66,15 @@ impl Crew<'_> {
         self.gather_of_the_lost(here, group, (Some(&mut grams), &mut rests), phases)?;
         let gram = phases.time("gram", || grams.finish(&Device::Cpu)).map_err(failed)?;
 
-        let is_shared = self.is_shared(cut.iter().map(Vec::len).sum());
+        let is_shared = self.is_shared(blocks);
         let mut laying = None;
         if is_shared {
             self.send_statistics(gathering, Portion::Gram, || statistics::pack_gram(&gram.gram))?;
             let ctx = self.place.control.solve_ctx();
             let groundwork = phases.time("solve", || self.place.run.method.solver.groundwork(&gram.gram, &ctx));
-            laying = groundwork.map_err(unsolved)?.map(|groundwork| {
-                let late = self.late(gathering, &*groundwork, cut);
-                self.lend_parts(group, groundwork, late)
-            });
+            let gram_bytes = statistics::bytes(&gathering.sampling, Portion::Gram);
+            let groundwork = groundwork.map_err(unsolved)?;
+            laying = groundwork.map(|groundwork| self.lend_parts(group, groundwork, gram_bytes));
         }
 
         let here = self.shares.len();
@@ -89,24 +86,18 @@ impl Crew<'_> {
             self.send_statistics(gathering, Portion::Rest, || statistics::pack_rest(&gathering.sampling, &stats))?;
             self.statistics_of = Some(group);
         }
+        if group + 1 == self.outline.groups.len() {
+            self.note_paces();
+        }
         self.take_waiting().book(phases);
         Ok(Gathered { stats: Arc::new(stats), laying })
     }
 
-    /// What hands have to do before the blocks of a group, besides its groundwork.
-    fn late(
-        &self,
-        Gathering { group, sampling, .. }: Gathering,
-        groundwork: &dyn Groundwork,
-        cut: &[Vec<RowBlock>],
-    ) -> Late {
-        let members = self.outline.groups[group].iter().zip(cut).enumerate();
-        let dealing = members.map(|(member, (sublayer, blocks))| {
-            let weight = self.layer().weight(group, member);
-            let problem = Problem { tensor: &sublayer.tensor, weight, pattern: self.pattern, imported: None };
-            groundwork.deal_flops(&problem, blocks)
-        });
-        Late { dealing: dealing.sum(), gram_bytes: statistics::bytes(&sampling, Portion::Gram) }
+    /// Notes how fast everyone brought their share through the layer.
+    fn note_paces(&self) {
+        for assistant in self.assistants.iter().filter(|assistant| !assistant.leaves.is_empty()) {
+            self.place.paces.note(&assistant.endpoint, self.pace, assistant.pace);
+        }
     }
 
     /// Takes a portion of the sums of everyone who is there; while it is on its way, the owner makes its parts of the groundwork.
@@ -122,17 +113,20 @@ impl Crew<'_> {
         let mut wanted = branches.clone();
         wanted.iter_mut().for_each(|wanted| wanted.retain(|branch| sampling.values(*branch, portion) > 0));
         let mut bodies: Vec<Vec<(Branch, Vec<u8>)>> = vec![Vec::new(); wanted.len()];
+        let mut took: Vec<f64> = vec![0.0; wanted.len()];
         let mut collection = self.collection(own, (wanted.iter().map(Vec::len).collect(), false));
         loop {
             let mut take = |number: usize, matter, body| {
                 let Matter::Sums(told) = matter else { return false };
-                if told.group as usize != group || Portion::told(told.rest) != portion {
+                let is_asked = told.group as usize == group && Portion::told(told.rest) == portion;
+                if !is_asked || !told.seconds.is_finite() {
                     return false;
                 }
                 let branch = Branch { first: told.first_leaf as usize, leaves: told.leaves as usize };
                 let Some(place) = wanted[number].iter().position(|wanted| *wanted == branch) else { return false };
                 wanted[number].swap_remove(place);
                 bodies[number].push((branch, body));
+                took[number] = told.seconds;
                 true
             };
             let has_parts = laying.as_ref().is_some_and(|laying| laying.has_own());
@@ -150,13 +144,18 @@ impl Crew<'_> {
         }
         let failed = |source| TaskError::Gram { tensor: first.tensor.clone(), source };
         let unpacking = Stopwatch::start();
-        for number in (0..bodies.len()).filter(|&number| self.is_there(number)) {
+        let there: Vec<usize> = (0..bodies.len()).filter(|&number| self.is_there(number)).collect();
+        for number in there {
             for (branch, body) in std::mem::take(&mut bodies[number]) {
                 self.place.received(body.len() as u64);
                 forest.insert_values(&sampling, (branch, portion), &numbers::<f64>(&body)).map_err(failed)?;
             }
             for branch in branches[number].iter().filter(|branch| sampling.values(**branch, portion) == 0) {
                 forest.insert(*branch, Sums::default()).map_err(failed)?;
+            }
+            if portion == Portion::Gram {
+                let assistant = &mut self.assistants[number];
+                assistant.pace.add(sequences_of(&assistant.leaves, sampling.sequences).len(), took[number]);
             }
             tracing::trace!(number, group, ?portion, "sums are there");
         }

@@ -13,8 +13,6 @@ use crate::prune::{Groundwork, SolveError};
 use crate::transport::Outgoing;
 use crate::transport::parcel::{Body, bytes_of, numbers};
 
-/// The speed at which parts are made, as a share of that of products: measured with inverses 576 and 1536 wide.
-const SPEED_OF_PARTS: f64 = 0.5;
 /// Operations of making parts in the time in which a byte of statistics is sent, unpacked and conditioned: measured over loopback,
 /// 50 GFLOP/s and a third of a GB/s.
 const OPERATIONS_A_BYTE: f64 = 150.0;
@@ -45,35 +43,26 @@ impl Laying {
     }
 }
 
-/// What else hands have to do before a group's blocks.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Late {
-    /// Operations in which the owner deals out zeros.
-    pub(super) dealing: f64,
-    /// Bytes of the gram that assistants must have first.
-    pub(super) gram_bytes: u64,
-}
-
-/// Shares of so many parts: each goes to the hand that is through first, where the owner, the first hand, and the others begin as
-/// many parts later. The owner has the first one whatever comes: it needs it at once.
-fn deal(parts: usize, [owner, others]: [f64; 2], hands: usize) -> Vec<Vec<usize>> {
+/// Shares of so many parts: each goes to the hand that is through first, where all but the owner, the first hand, begin so many
+/// parts later.
+fn deal(parts: usize, later: f64, hands: usize) -> Vec<Vec<usize>> {
     let mut dealt = vec![Vec::new(); hands];
     for part in 0..parts {
-        let ends = |hand: usize| dealt[hand].len() as f64 + if hand == 0 { owner } else { others };
+        let ends = |hand: usize| dealt[hand].len() as f64 + if hand == 0 { 0.0 } else { later };
         let first = (0..hands).min_by(|&a, &b| ends(a).total_cmp(&ends(b))).unwrap_or(0);
-        dealt[if part == 0 { 0 } else { first }].push(part);
+        dealt[first].push(part);
     }
     dealt
 }
 
 impl Crew<'_> {
-    /// Asks assistants, which were sent the gram, for their shares of what all blocks of a group need, by what else each has to do.
-    pub(super) fn lend_parts(&mut self, group: usize, groundwork: Arc<dyn Groundwork>, late: Late) -> Laying {
+    /// Asks assistants, which were sent the gram in so many bytes, for their shares of what all blocks of a group need.
+    pub(super) fn lend_parts(&mut self, group: usize, groundwork: Arc<dyn Groundwork>, gram_bytes: u64) -> Laying {
         let there: Vec<usize> = (0..self.assistants.len()).filter(|&number| self.is_there(number)).collect();
-        let later = [late.dealing * SPEED_OF_PARTS, late.gram_bytes as f64 * OPERATIONS_A_BYTE];
-        let mut dealt = deal(groundwork.parts(), later.map(|flops| flops / groundwork.flops()), 1 + there.len());
+        let later = gram_bytes as f64 * OPERATIONS_A_BYTE / groundwork.flops();
+        let mut dealt = deal(groundwork.parts(), later, 1 + there.len());
         let mut wanted: Vec<Vec<usize>> = self.assistants.iter().map(|_| Vec::new()).collect();
-        for (&number, lent) in there.iter().zip(dealt.drain(1..)) {
+        for (&number, lent) in there.iter().zip(dealt.drain(1..)).filter(|(_, lent)| !lent.is_empty()) {
             let parts = lent.iter().map(|&part| part as u32).collect();
             self.send(number, Outgoing::of(Matter::Make(pb::Make { group: group as u32, parts })));
             wanted[number] = lent;
@@ -150,10 +139,9 @@ mod tests {
 
     #[test]
     fn parts_are_dealt_evenly_and_who_is_late_makes_fewer() {
-        assert_eq!(deal(5, [0.0, 0.0], 2), [vec![0, 2, 4], vec![1, 3]]);
-        assert_eq!(deal(5, [2.0, 0.0], 2), [vec![0, 4], vec![1, 2, 3]]);
-        assert_eq!(deal(5, [2.0, 2.5], 2), [vec![0, 2, 4], vec![1, 3]]);
-        assert_eq!(deal(5, [9.0, 0.0], 3), [vec![0], vec![1, 3], vec![2, 4]]);
-        assert_eq!(deal(2, [0.0, 1.0], 1), [vec![0, 1]]);
+        assert_eq!(deal(5, 0.0, 2), [vec![0, 2, 4], vec![1, 3]]);
+        assert_eq!(deal(5, 1.5, 2), [vec![0, 1, 3], vec![2, 4]]);
+        assert_eq!(deal(5, 9.0, 3), [vec![0, 1, 2, 3, 4], vec![], vec![]]);
+        assert_eq!(deal(2, 1.0, 1), [vec![0, 1]]);
     }
 }

@@ -22,6 +22,7 @@ use tokio::sync::mpsc;
 use super::LayerSizes;
 use super::input::Input;
 use super::measuring::Tiles;
+use super::paces::Pace;
 use super::share::{Share, deal};
 use super::waiting::Waiting;
 use crate::calibrate::tree::{Branch, Forest, LEAVES, Portion};
@@ -54,8 +55,8 @@ pub struct Help {
     pub lease: Lease,
     /// Endpoints of workers that are idle meanwhile.
     pub assistants: Vec<String>,
-    /// Speeds of the owner and of these, in GFLOP/s, by which sequences are lent out; all alike if they are not as many.
-    pub gflops: Vec<f64>,
+    /// Speeds of the owner and of these, in whatever unit, by which sequences are lent out; all alike if they are not as many.
+    pub speeds: Vec<f64>,
     /// With the strategy `data`: the share that each of them keeps. Otherwise they are lent theirs.
     pub leaves: Option<Vec<Range<usize>>>,
 }
@@ -63,7 +64,7 @@ pub struct Help {
 impl Help {
     /// Help of nobody.
     pub fn none(lease: Lease) -> Self {
-        Self { lease, assistants: Vec::new(), gflops: Vec::new(), leaves: None }
+        Self { lease, assistants: Vec::new(), speeds: Vec::new(), leaves: None }
     }
 
     /// Who helps, and with which leaves: each with some, which are of no sequence only where there are fewer sequences than leaves.
@@ -73,7 +74,7 @@ impl Help {
             return self.assistants.iter().zip(leaves.iter().cloned()).collect();
         }
         let hands = (1 + self.assistants.len()).min(LEAVES).min(sequences);
-        let dealt = deal(&self.gflops, hands, sequences);
+        let dealt = deal(&self.speeds, hands, sequences);
         let first_of = |hand: usize| dealt[1..hand].iter().sum::<usize>();
         let leaves_of = |hand: usize| first_of(hand)..first_of(hand + 1);
         self.assistants.iter().zip((1..hands).map(leaves_of)).collect()
@@ -115,6 +116,8 @@ pub(crate) struct Crew<'a> {
     pub(super) next_order: u32,
     /// Groups that assistants were asked to gather.
     asked: usize,
+    /// The owner's, with its share of this layer.
+    pub(super) pace: Pace,
     /// Sums and parts of assistants that were through with a group before others.
     early: VecDeque<(usize, Matter, Vec<u8>)>,
     /// The group whose statistics assistants have.
@@ -161,11 +164,13 @@ pub(super) enum Step {
 
 /// An assistant, as long as it is one.
 pub(super) struct Assistant {
-    endpoint: String,
+    pub(super) endpoint: String,
     pub(super) leaves: Range<usize>,
     letters: mpsc::Sender<Outgoing>,
     /// What joins it with the owner, once that is agreed on.
     joined_by: Arc<OnceLock<LinkUse>>,
+    /// With its share of this layer.
+    pub(super) pace: Pace,
     /// Blocks that it solves at a time; `None` until it has its share and says so.
     pub(super) threads: Option<usize>,
     is_there: bool,
@@ -207,6 +212,7 @@ impl<'a> Crew<'a> {
             on_its_way: 0.0,
             next_order: 0,
             asked: 0,
+            pace: Pace::default(),
             early: VecDeque::new(),
             statistics_of: None,
             laid: None,
@@ -248,6 +254,7 @@ impl<'a> Crew<'a> {
                 leaves,
                 letters,
                 joined_by,
+                pace: Pace::default(),
                 threads: None,
                 is_there: true,
                 is_through: false,

@@ -30,9 +30,9 @@ pub(crate) fn sampling(run: &Run, columns: usize) -> Sampling {
 }
 
 /// Leaves of the owner and of each assistant: the faster has more, if there are sequences in each.
-pub(crate) fn deal(gflops: &[f64], hands: usize, sequences: usize) -> Vec<usize> {
-    let known = gflops.get(..hands).filter(|_| sequences >= LEAVES);
-    known.map_or_else(|| shares(&vec![1.0; hands], LEAVES), |gflops| shares(gflops, LEAVES))
+pub(crate) fn deal(speeds: &[f64], hands: usize, sequences: usize) -> Vec<usize> {
+    let known = speeds.get(..hands).filter(|_| sequences >= LEAVES);
+    known.map_or_else(|| shares(&vec![1.0; hands], LEAVES), |speeds| shares(speeds, LEAVES))
 }
 
 /// Brings the sequences of some leaves before a group and sums up its inputs; `constant` puts a 1 after each input.

@@ -15,7 +15,7 @@ use espalier_common::pattern::Pattern;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use self::footing::{Footing, UNCONSTRAINED, deals, is_laid};
+use self::footing::{Footing, UNCONSTRAINED, is_laid};
 pub use self::ramp::Profile;
 pub(super) use self::ramp::Ramp;
 use super::admm::{self, Budget, Inverses, Search};
@@ -34,7 +34,7 @@ use crate::linalg::{held, select, slices, transposed};
 /// This method's row in the table.
 pub const METHOD: Method = Method {
     name: NAME,
-    version: "8",
+    version: "9",
     summary: "the default: ADMM on a continuation ramp, then a refit on its support",
     build,
 };
@@ -45,8 +45,12 @@ const RAMP_STEPS: usize = 16;
 /// Steps of the ramp whose inverses a block makes rather than wait for another's.
 const LOOK_AHEAD: usize = 3;
 pub(super) const MOST_ITERATIONS: u32 = 300;
-/// Rows that a processor solves together: enough for its products, few enough for many workers.
+/// Rows that a processor solves together: enough for its products.
 const ROWS: usize = 144;
+/// Fewer than this make its products slower.
+const LEAST_ROWS: usize = 96;
+/// Blocks of a matrix that has the rows: whoever is through first waits for others with a part of one.
+const BLOCKS: usize = 6;
 /// The same of a GPU: products of fewer rows do not fill it. An H100 reaches 28 TFLOP/s with 144 rows of 4096 columns, 50 with these.
 const ROWS_ON_DEVICE: usize = 1024;
 /// The largest block of rows: no matrix has as many.
@@ -64,7 +68,8 @@ pub struct Params {
     /// Share of the gram's mean diagonal added to it, pulling towards the dense weight.
     pub damping: f64,
     /// Most rows that are solved together, which is what workers share; 0 for the whole matrix, however large. Where it is not
-    /// said: [`ROWS`], or [`ROWS_ON_DEVICE`] for a weight that is on another device than the CPU.
+    /// said: [`ROWS`], fewer where that would be fewer than six blocks; [`ROWS_ON_DEVICE`] for a weight that is on another device than
+    /// the CPU.
     pub row_block: Option<usize>,
     /// Most steps of the refit.
     pub refit_steps: usize,
@@ -121,7 +126,7 @@ impl Solver for Espalier {
     /// whole ramp cannot be remembered: each block would make them anew.
     fn blocks(&self, problem: &Problem<'_>) -> Result<Vec<RowBlock>, SolveError> {
         let (rows, columns) = problem.weight.dims2()?;
-        let usual = if problem.weight.device().is_cpu() { ROWS } else { ROWS_ON_DEVICE };
+        let usual = if problem.weight.device().is_cpu() { usual_rows(rows) } else { ROWS_ON_DEVICE };
         let height = match self.params.row_block.unwrap_or(usual) {
             most if most > 0 && Inverses::remembers(columns, RAMP_STEPS) => {
                 rows.div_ceil(rows.div_ceil(most).max(1)).next_multiple_of(16)
@@ -159,9 +164,8 @@ impl Solver for Espalier {
         let parts = if is_laid(columns) { inverses - steps + profile.least_steps().min(steps) } else { 0 };
         // A look at the gradient comes before the refit, and one at the end.
         let products = steps * Ramp::CHECK_EVERY as usize + refit_steps + 2;
-        // A target blend: what it is and where it would lead, once to deal out zeros and once in a block; a second refit, and two
-        // products with held-out inputs.
-        let blended = if alpha > 0.0 { 2 * 2 + refit_steps + 2 + 2 } else { 0 };
+        // A target blend: what it is and where it would lead; a second refit, and two products with held-out inputs.
+        let blended = if alpha > 0.0 { 2 + refit_steps + 2 + 2 } else { 0 };
         let effort = admm::effort(columns, inverses, products + blended);
         Effort {
             common_flops: (inverses - parts) as u64 * effort.part_flops,
@@ -172,6 +176,11 @@ impl Solver for Espalier {
             ..effort
         }
     }
+}
+
+/// Rows that a processor solves together of a matrix of so many.
+fn usual_rows(rows: usize) -> usize {
+    (rows / BLOCKS).clamp(LEAST_ROWS, ROWS)
 }
 
 /// `(K − G)ᵀD⁻¹ [n, n]`, so that `α·W` times it is `T = (C_α − W·G)D⁻¹`; zero for dead channels.
@@ -319,36 +328,24 @@ fn shifted(alpha: f64, mut shift: Vec<f32>) -> Vec<f32> {
     shift
 }
 
-impl Group {
-    /// Deals zeros out to blocks by what `project` lets stay of a whole weight that must lose so many, if there is a choice.
-    pub(super) fn deal_by(
-        &self,
-        problem: &Problem<'_>,
-        blocks: &mut [RowBlock],
-        project: impl FnOnce(&[f32], usize) -> Result<Vec<u8>, SolveError>,
-    ) -> Result<(), SolveError> {
-        if deals(problem, blocks.len()) {
-            let (rows, n) = problem.weight.dims2()?;
-            let weight = admit(NAME, problem, self.conditioned().n)?.weight;
-            let keep = project(&weight, problem.pattern.zeros(rows, n))?;
-            for block in blocks {
-                let keep = &keep[block.first * n..(block.first + block.rows) * n];
-                block.zeros = keep.iter().filter(|keep| **keep == 0).count();
-            }
+impl GroupSolver for Group {
+    /// A block gets as many as it has among the smallest values of the whole Ŵ, its weights by the length of their inputs.
+    ///
+    /// Deviation: the search begins with V̂°. Dealing by that would take two products more with the whole matrix, and let other workers
+    /// wait.
+    fn deal(&self, problem: &Problem<'_>, blocks: &mut [RowBlock]) -> Result<(), SolveError> {
+        if blocks.len() <= 1 || matches!(problem.pattern, Pattern::NofM { .. }) {
+            return Ok(());
+        }
+        let (rows, n) = problem.weight.dims2()?;
+        let scaled = self.conditioned().scaled_alive(&admit(NAME, problem, self.conditioned().n)?.weight);
+        let mut keep = vec![1; scaled.len()];
+        select::keep_largest(&scaled, problem.pattern.zeros(rows, n), &mut keep);
+        for block in blocks {
+            let keep = &keep[block.first * n..(block.first + block.rows) * n];
+            block.zeros = keep.iter().filter(|keep| **keep == 0).count();
         }
         Ok(())
-    }
-}
-
-impl GroupSolver for Group {
-    /// A block gets as many as it has among the smallest values of the whole V̂°, which is what the search begins with.
-    fn deal(&self, problem: &Problem<'_>, blocks: &mut [RowBlock]) -> Result<(), SolveError> {
-        self.deal_by(problem, blocks, |weight, zeros| {
-            let mut keep = vec![1; weight.len()];
-            let free = self.start(self.footing.params.alpha, weight)?.free;
-            select::keep_largest(&free, zeros, &mut keep);
-            Ok(keep)
-        })
     }
 
     fn solve_block(&self, problem: &Problem<'_>, zeros: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {

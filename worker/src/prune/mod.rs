@@ -156,9 +156,7 @@ pub trait Groundwork: Send + Sync {
     /// # Errors
     /// As [`Solver::prepare`].
     fn complete(self: Arc<Self>, stats: Arc<InputStats>) -> Result<Box<dyn GroupSolver>, SolveError>;
-    /// Operations of [`GroupSolver::deal`] for a sublayer that is cut into these blocks.
-    fn deal_flops(&self, problem: &Problem<'_>, blocks: &[RowBlock]) -> f64;
-    /// How many parts are worth making before the first block; at most [`MOST_PARTS`]. What dealing out zeros takes comes first.
+    /// How many parts are worth making before the first block; at most [`MOST_PARTS`]. What is needed first comes first.
     fn parts(&self) -> usize;
     /// Operations that a part takes.
     fn flops(&self) -> f64;

@@ -3,12 +3,11 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use espalier_common::pattern::Pattern;
 
 use super::{Group, Params, RAMP_STEPS, Ramp};
 use crate::prune::admm::Inverses;
 use crate::prune::condition::Conditioned;
-use crate::prune::{Groundwork, GroupSolver, InputStats, Problem, RowBlock, SolveError};
+use crate::prune::{Groundwork, GroupSolver, InputStats, SolveError};
 
 /// From this width on an inverse takes longer to make than to send: n³ operations at 100 GFLOP/s against 2n² bytes at 1 GB/s,
 /// and as much again for what sending costs the processors. Models of tests are narrow, and are to go this way too.
@@ -56,21 +55,10 @@ impl Footing {
     }
 }
 
-/// Whether zeros are dealt out by where the whole matrix would go.
-pub(super) fn deals(problem: &Problem<'_>, blocks: usize) -> bool {
-    blocks > 1 && !matches!(problem.pattern, Pattern::NofM { .. })
-}
-
 /// The inverse that leads to V̂° where there is a target blend, and those of the ramp's first steps.
 impl Groundwork for Footing {
     fn complete(self: Arc<Self>, stats: Arc<InputStats>) -> Result<Box<dyn GroupSolver>, SolveError> {
         Ok(Box::new(Group::new(self, &stats)?))
-    }
-
-    /// What the target is, and where it would lead.
-    fn deal_flops(&self, problem: &Problem<'_>, blocks: &[RowBlock]) -> f64 {
-        let is_dealt = self.is_blended() && deals(problem, blocks.len());
-        if is_dealt { 4.0 * (problem.weight.elem_count() * self.conditioned.n) as f64 } else { 0.0 }
     }
 
     fn parts(&self) -> usize {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use super::search::{DeviceGram, DeviceSearch};
-use crate::linalg::{matrix, on_host, ops, values};
+use crate::linalg::{matrix, on_host, values};
 use crate::prune::admm::Budget;
 use crate::prune::blend::{between, least_held_out};
 use crate::prune::condition::{Conditioned, admit};
@@ -85,10 +85,7 @@ impl GroupSolver for DeviceGroup {
     }
 
     fn deal(&self, problem: &Problem<'_>, blocks: &mut [RowBlock]) -> Result<(), SolveError> {
-        self.host.deal_by(problem, blocks, |weight, zeros| {
-            let keep = ops::keep_largest(&self.start(weight)?.free, zeros)?;
-            Ok(on_host(&keep)?.flatten_all()?.to_vec1::<u8>()?)
-        })
+        self.host.deal(problem, blocks)
     }
 
     fn solve_block(&self, problem: &Problem<'_>, zeros: usize, ctx: &SolveCtx) -> Result<Solution, SolveError> {
