@@ -1,10 +1,11 @@
 //! One second moment, summed on the host in f64.
 
+use bytemuck::Zeroable as _;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::linalg::factor::mirror_upper;
-use crate::linalg::kernel::{self, TILE_ROWS, tile};
+use crate::linalg::kernel::{self, LINE, Line, TILE_ROWS, tile};
 
 /// Numbers that a thread adds at a time.
 const CHUNK: usize = 1 << 15;
@@ -52,21 +53,24 @@ fn tiles(columns: usize, symmetric: bool) -> impl Iterator<Item = Tile> {
 pub(super) struct Strips {
     tokens: usize,
     left: Vec<f32>,
-    right: Vec<f32>,
+    right: Vec<Line>,
 }
 
 impl Strips {
     /// Takes other inputs, `[tokens, columns]` row-major.
     pub(super) fn fill(&mut self, rows: &[f32], columns: usize) {
         self.tokens = rows.len() / columns.max(1);
+        let length = |width: usize| columns.next_multiple_of(width) * self.tokens;
+        let [left, right] = [TILE_ROWS, kernel::tile_columns()].map(length);
+        self.left.resize(left, 0.0);
+        self.right.resize(right.div_ceil(LINE), Line::zeroed());
         cut(&mut self.left, TILE_ROWS, rows, columns);
-        cut(&mut self.right, kernel::tile_columns(), rows, columns);
+        cut(&mut bytemuck::cast_slice_mut(&mut self.right)[..right], kernel::tile_columns(), rows, columns);
     }
 }
 
-fn cut(strips: &mut Vec<f32>, width: usize, rows: &[f32], columns: usize) {
+fn cut(strips: &mut [f32], width: usize, rows: &[f32], columns: usize) {
     let tokens = rows.len() / columns.max(1);
-    strips.resize(columns.div_ceil(width) * width * tokens, 0.0);
     strips.par_chunks_mut((width * tokens).max(1)).enumerate().for_each(|(index, strip)| {
         let first = index * width;
         let known = width.min(columns - first);
@@ -94,10 +98,16 @@ impl WithSimd for AddAbreast<'_, '_> {
         let (columns, width) = (first.left..last.left + last.width, kernel::columns_of::<S>());
         let rows = first.top..first.top + first.height;
         let (left_strips, right_strips) = (TILE_ROWS * left.tokens, width * right.tokens);
+        let all: &[f32] = bytemuck::cast_slice(&right.right);
+        let share = right_strips.div_ceil(rows.len().div_ceil(TILE_ROWS)).max(1).next_multiple_of(LINE);
         for strip in columns.start / width..columns.end.div_ceil(width) {
-            let (from, strip) = (strip * width, &right.right[strip * right_strips..][..right_strips]);
+            let from = strip * width;
+            // What comes after this strip is what is needed next.
+            let (strip, rest) = all[strip * right_strips..].split_at(right_strips);
+            let mut ahead = rest.chunks(share);
             for top in rows.clone().step_by(TILE_ROWS) {
-                let sums = tile(simd, &left.left[top / TILE_ROWS * left_strips..][..left_strips], strip);
+                let left = &left.left[top / TILE_ROWS * left_strips..][..left_strips];
+                let sums = tile(simd, left, strip, ahead.next().unwrap_or_default());
                 for (row, sums) in (top - rows.start..rows.len()).zip(&sums) {
                     let sums: &[f32] = bytemuck::cast_slice(sums);
                     for (tile, values) in tiles.iter_mut() {

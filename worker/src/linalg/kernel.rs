@@ -1,5 +1,6 @@
 //! The innermost loop of products that a library would lay out anew each time: a tile of sums that stays in registers.
 
+use bytemuck::{Pod, Zeroable};
 use pulp::{Arch, Simd, WithSimd};
 
 /// Rows of a tile. With two vectors of columns its sums take 12 registers, which is what hides the latency of two fused operations
@@ -30,10 +31,19 @@ pub(crate) const fn columns_of<S: Simd>() -> usize {
 /// The sums of a tile of the product.
 pub(crate) type Sums<S> = [[<S as Simd>::f32s; TILE_VECTORS]; TILE_ROWS];
 
+/// Numbers of a line of the cache.
+pub(crate) const LINE: usize = 16;
+
+/// Numbers that begin where a line of the cache does: no vector among them lies in two lines.
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+#[repr(C, align(64))]
+pub(crate) struct Line([f32; LINE]);
+
 /// The sums of `left`, a run of [`TILE_ROWS`] numbers for each step of the inner dimension, times `right`, a run of
-/// [`tile_columns`] for each. Each is summed in the order of the steps.
+/// [`tile_columns`] for each. Each is summed in the order of the steps. Meanwhile what lies `ahead`, a line for each four steps at most,
+/// is brought into the second cache: it is of no account to the sums.
 #[inline(always)]
-pub(crate) fn tile<S: Simd>(simd: S, left: &[f32], right: &[f32]) -> Sums<S> {
+pub(crate) fn tile<S: Simd>(simd: S, left: &[f32], right: &[f32], ahead: &[f32]) -> Sums<S> {
     /// Steps that are written out: what counts them would take a sixth as long as they do.
     const STEPS: usize = 4;
     let (left, _) = left.as_chunks::<TILE_ROWS>();
@@ -41,7 +51,11 @@ pub(crate) fn tile<S: Simd>(simd: S, left: &[f32], right: &[f32]) -> Sums<S> {
     assert_eq!(left.len(), right.len(), "as many steps on both sides");
     let ((left_runs, left), (right_runs, right)) = (left.as_chunks::<STEPS>(), right.as_chunks::<STEPS>());
     let mut sums = [[simd.splat_f32s(0.0); TILE_VECTORS]; TILE_ROWS];
+    let mut ahead = ahead.chunks(LINE);
     for (left, right) in left_runs.iter().zip(right_runs) {
+        if let Some(line) = ahead.next() {
+            fetch(line);
+        }
         left.iter().zip(right).for_each(
             #[inline(always)]
             |(left, right)| add(simd, &mut sums, left, right),
@@ -51,6 +65,20 @@ pub(crate) fn tile<S: Simd>(simd: S, left: &[f32], right: &[f32]) -> Sums<S> {
         add(simd, &mut sums, left, right);
     }
     sums
+}
+
+/// Has a line brought into the second cache, where the machine can be asked to, and goes on at once.
+#[inline(always)]
+fn fetch(line: &[f32]) {
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code, reason = "asking for memory takes a pointer")]
+    // SAFETY: the pointer is that of a slice; and it is a hint, which reads nothing and faults on no address.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
 }
 
 /// Adds the outer product of a column of rows and a row of vectors.
