@@ -1,11 +1,10 @@
 //! One second moment, summed on the host in f64.
 
-use bytemuck::Zeroable as _;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::linalg::factor::mirror_upper;
-use crate::linalg::kernel::{self, LINE, Line, TILE_ROWS, tile};
+use crate::linalg::kernel::{self, LINE, Lines, TILE_ROWS, tile};
 
 /// Numbers that a thread adds at a time.
 const CHUNK: usize = 1 << 15;
@@ -53,7 +52,7 @@ fn tiles(columns: usize, symmetric: bool) -> impl Iterator<Item = Tile> {
 pub(super) struct Strips {
     tokens: usize,
     left: Vec<f32>,
-    right: Vec<Line>,
+    right: Lines,
 }
 
 impl Strips {
@@ -63,9 +62,11 @@ impl Strips {
         let length = |width: usize| columns.next_multiple_of(width) * self.tokens;
         let [left, right] = [TILE_ROWS, kernel::tile_columns()].map(length);
         self.left.resize(left, 0.0);
-        self.right.resize(right.div_ceil(LINE), Line::zeroed());
+        if self.right.get().len() != right {
+            self.right = Lines::zeros(right);
+        }
         cut(&mut self.left, TILE_ROWS, rows, columns);
-        cut(&mut bytemuck::cast_slice_mut(&mut self.right)[..right], kernel::tile_columns(), rows, columns);
+        cut(self.right.get_mut(), kernel::tile_columns(), rows, columns);
     }
 }
 
@@ -98,7 +99,7 @@ impl WithSimd for AddAbreast<'_, '_> {
         let (columns, width) = (first.left..last.left + last.width, kernel::columns_of::<S>());
         let rows = first.top..first.top + first.height;
         let (left_strips, right_strips) = (TILE_ROWS * left.tokens, width * right.tokens);
-        let all: &[f32] = bytemuck::cast_slice(&right.right);
+        let all = right.right.get();
         let share = right_strips.div_ceil(rows.len().div_ceil(TILE_ROWS)).max(1).next_multiple_of(LINE);
         for strip in columns.start / width..columns.end.div_ceil(width) {
             let from = strip * width;

@@ -1,6 +1,7 @@
 //! The innermost loop of products that a library would lay out anew each time: a tile of sums that stays in registers.
 
-use bytemuck::{Pod, Zeroable};
+use std::ops::Range;
+
 use pulp::{Arch, Simd, WithSimd};
 
 /// Rows of a tile. With two vectors of columns its sums take 12 registers, which is what hides the latency of two fused operations
@@ -34,10 +35,31 @@ pub(crate) type Sums<S> = [[<S as Simd>::f32s; TILE_VECTORS]; TILE_ROWS];
 /// Numbers of a line of the cache.
 pub(crate) const LINE: usize = 16;
 
-/// Numbers that begin where a line of the cache does: no vector among them lies in two lines.
-#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
-#[repr(C, align(64))]
-pub(crate) struct Line([f32; LINE]);
+/// Numbers that begin where a line of the cache does: no vector among them lies in two lines. An allocator that is asked for such a
+/// place leaves gaps; these take a line more instead.
+#[derive(Debug, Default)]
+pub(crate) struct Lines {
+    values: Vec<f32>,
+    range: Range<usize>,
+}
+
+impl Lines {
+    /// So many zeros.
+    pub(crate) fn zeros(length: usize) -> Self {
+        let values = vec![0.0; length + LINE];
+        // Where it does not know, it says usize::MAX.
+        let first = values.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
+        Self { values, range: first..first + length }
+    }
+
+    pub(crate) fn get(&self) -> &[f32] {
+        &self.values[self.range.clone()]
+    }
+
+    pub(crate) fn get_mut(&mut self) -> &mut [f32] {
+        &mut self.values[self.range.clone()]
+    }
+}
 
 /// The sums of `left`, a run of [`TILE_ROWS`] numbers for each step of the inner dimension, times `right`, a run of
 /// [`tile_columns`] for each. Each is summed in the order of the steps. Meanwhile what lies `ahead`, a line for each four steps at most,

@@ -12,12 +12,11 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use bytemuck::Zeroable as _;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::gemm::row_tile;
-use super::kernel::{self, LINE, Line, TILE_ROWS, tile};
+use super::kernel::{self, LINE, Lines, TILE_ROWS, tile};
 
 /// Most of the inner dimension that is summed up before it is added to the product: so much of a panel, and of the rows it meets,
 /// stays in the second cache. The bits of a product depend on it.
@@ -26,13 +25,19 @@ const MOST_DEPTH: usize = 1536;
 const MOST_ROWS: usize = 192;
 
 /// A symmetric matrix `[n, n]`, in panels of so many columns as a tile of a product has.
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 pub struct Symmetric {
     n: usize,
     /// Columns of a panel, which are whole vectors.
     width: usize,
     /// One panel after another, each by rows; the last is filled up with zeros.
-    lines: Vec<Line>,
+    panels: Lines,
+}
+
+impl PartialEq for Symmetric {
+    fn eq(&self, other: &Self) -> bool {
+        (self.n, self.width) == (other.n, other.width) && self.panels() == other.panels()
+    }
 }
 
 impl Symmetric {
@@ -51,8 +56,8 @@ impl Symmetric {
     fn of_rows<'a>(n: usize, row: impl Fn(usize) -> &'a [f32]) -> Self {
         let width = kernel::tile_columns();
         let length = n.div_ceil(width) * width * n;
-        let mut lines = vec![Line::zeroed(); length.div_ceil(LINE)];
-        let panels = &mut bytemuck::cast_slice_mut(&mut lines)[..length];
+        let mut laid_out = Lines::zeros(length);
+        let panels = laid_out.get_mut();
         // Loops of a length that the compiler knows: of any other they take twice as long.
         match width {
             2 => lay_out_panels::<2>(panels, n, row),
@@ -61,11 +66,11 @@ impl Symmetric {
             32 => lay_out_panels::<32>(panels, n, row),
             _ => unreachable!("vectors have 1, 4, 8 or 16 numbers"),
         }
-        Self { n, width, lines }
+        Self { n, width, panels: laid_out }
     }
 
     fn panels(&self) -> &[f32] {
-        &bytemuck::cast_slice(&self.lines)[..self.n.div_ceil(self.width) * self.width * self.n]
+        self.panels.get()
     }
 
     /// What lies on and below the diagonal, row by row.
