@@ -111,3 +111,16 @@ fn add<S: Simd>(simd: S, sums: &mut Sums<S>, left: &[f32; TILE_ROWS], right: &[S
         sums.iter_mut().zip(right).for_each(|(sum, vector)| *sum = simd.mul_add_e_f32s(value, *vector, *sum));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_begin_where_those_of_the_cache_do() {
+        for length in [0, 1, 15, 16, 1000] {
+            let lines = Lines::zeros(length);
+            assert_eq!((lines.get().len(), lines.get().as_ptr().align_offset(64)), (length, 0));
+        }
+    }
+}

@@ -389,6 +389,11 @@ mod tests {
     }
 
     #[test]
+    fn matrices_are_cut_into_six_blocks_unless_these_were_too_small_or_too_large() {
+        assert_eq!([192, 576, 768, 1536, 4096].map(usual_rows), [96, 96, 128, 144, 144]);
+    }
+
+    #[test]
     fn zeros_are_dealt_out_to_the_last_and_blocks_are_even() {
         let (problem, _) = fixture::golden("smollm2_layer2_v_proj", "alps");
         let pattern = Pattern::Unstructured { sparsity: 0.5 };
