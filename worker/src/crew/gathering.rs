@@ -72,9 +72,9 @@ impl Crew<'_> {
             self.send_statistics(gathering, Portion::Gram, || statistics::pack_gram(&gram.gram))?;
             let ctx = self.place.control.solve_ctx();
             let groundwork = phases.time("solve", || self.place.run.method.solver.groundwork(&gram.gram, &ctx));
-            let gram_bytes = statistics::bytes(&gathering.sampling, Portion::Gram);
+            let [gram, rest] = Portion::EACH.map(|portion| statistics::bytes(&gathering.sampling, portion));
             let groundwork = groundwork.map_err(unsolved)?;
-            laying = groundwork.map(|groundwork| self.lend_parts(group, groundwork, gram_bytes));
+            laying = groundwork.map(|groundwork| self.lend_parts(group, groundwork, (gram, rest)));
         }
 
         let here = self.shares.len();

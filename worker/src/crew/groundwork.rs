@@ -13,9 +13,12 @@ use crate::prune::{Groundwork, SolveError};
 use crate::transport::Outgoing;
 use crate::transport::parcel::{Body, bytes_of, numbers};
 
-/// Operations of making parts in the time in which a byte of statistics is sent, unpacked and conditioned: measured over loopback,
+/// Operations of making parts in the time in which a byte of the gram is sent, unpacked and conditioned: measured over loopback,
 /// 50 GFLOP/s and a third of a GB/s.
 const OPERATIONS_A_BYTE: f64 = 150.0;
+/// The same of a byte of the other statistics, which the owner sums up and packs before its first part, less what assistants take to
+/// unpack it after their last: 70 GFLOP/s and 0.7 GB/s.
+const OPERATIONS_A_BYTE_OF_REST: f64 = 100.0;
 
 /// Groundwork that is being laid, and who makes which parts of it.
 pub(crate) struct Laying {
@@ -43,12 +46,12 @@ impl Laying {
     }
 }
 
-/// Shares of so many parts: each goes to the hand that is through first, where all but the owner, the first hand, begin so many
-/// parts later.
-fn deal(parts: usize, later: f64, hands: usize) -> Vec<Vec<usize>> {
+/// Shares of so many parts: each goes to the hand that is through first, where the owner, the first hand, begins so many parts later
+/// and so do all others.
+fn deal(parts: usize, (owner, others): (f64, f64), hands: usize) -> Vec<Vec<usize>> {
     let mut dealt = vec![Vec::new(); hands];
     for part in 0..parts {
-        let ends = |hand: usize| dealt[hand].len() as f64 + if hand == 0 { 0.0 } else { later };
+        let ends = |hand: usize| dealt[hand].len() as f64 + if hand == 0 { owner } else { others };
         let first = (0..hands).min_by(|&a, &b| ends(a).total_cmp(&ends(b))).unwrap_or(0);
         dealt[first].push(part);
     }
@@ -56,10 +59,17 @@ fn deal(parts: usize, later: f64, hands: usize) -> Vec<Vec<usize>> {
 }
 
 impl Crew<'_> {
-    /// Asks assistants, which were sent the gram in so many bytes, for their shares of what all blocks of a group need.
-    pub(super) fn lend_parts(&mut self, group: usize, groundwork: Arc<dyn Groundwork>, gram_bytes: u64) -> Laying {
+    /// Asks assistants for their shares of what all blocks of a group need. They were sent the gram; the sizes in bytes are its own, and
+    /// that of the other statistics.
+    pub(super) fn lend_parts(
+        &mut self,
+        group: usize,
+        groundwork: Arc<dyn Groundwork>,
+        (gram, rest): (u64, u64),
+    ) -> Laying {
         let there: Vec<usize> = (0..self.assistants.len()).filter(|&number| self.is_there(number)).collect();
-        let later = gram_bytes as f64 * OPERATIONS_A_BYTE / groundwork.flops();
+        let parts_of = |bytes: u64, operations: f64| bytes as f64 * operations / groundwork.flops();
+        let later = (parts_of(rest, OPERATIONS_A_BYTE_OF_REST), parts_of(gram, OPERATIONS_A_BYTE));
         let mut dealt = deal(groundwork.parts(), later, 1 + there.len());
         let mut wanted: Vec<Vec<usize>> = self.assistants.iter().map(|_| Vec::new()).collect();
         for (&number, lent) in there.iter().zip(dealt.drain(1..)).filter(|(_, lent)| !lent.is_empty()) {
@@ -139,9 +149,10 @@ mod tests {
 
     #[test]
     fn parts_are_dealt_evenly_and_who_is_late_makes_fewer() {
-        assert_eq!(deal(5, 0.0, 2), [vec![0, 2, 4], vec![1, 3]]);
-        assert_eq!(deal(5, 1.5, 2), [vec![0, 1, 3], vec![2, 4]]);
-        assert_eq!(deal(5, 9.0, 3), [vec![0, 1, 2, 3, 4], vec![], vec![]]);
-        assert_eq!(deal(2, 1.0, 1), [vec![0, 1]]);
+        assert_eq!(deal(5, (0.0, 0.0), 2), [vec![0, 2, 4], vec![1, 3]]);
+        assert_eq!(deal(5, (0.0, 1.5), 2), [vec![0, 1, 3], vec![2, 4]]);
+        assert_eq!(deal(5, (1.5, 0.0), 2), [vec![2, 4], vec![0, 1, 3]]);
+        assert_eq!(deal(5, (0.0, 9.0), 3), [vec![0, 1, 2, 3, 4], vec![], vec![]]);
+        assert_eq!(deal(2, (0.0, 1.0), 1), [vec![0, 1]]);
     }
 }
