@@ -84,14 +84,14 @@ pub struct StoredTensor {
 ///
 /// # Errors
 /// `Store`, `Format`.
-pub fn write_layer(
+pub fn write_layer<'a>(
     store: &dyn BlobStore,
     layer: LayerIndex,
-    tensors: &[StoredTensor],
+    tensors: impl IntoIterator<Item = &'a StoredTensor>,
 ) -> Result<Artifact, ArtifactError> {
     let format = |source| ArtifactError::Format { name: format!("layers/{:05}", layer.0), source };
     let views = tensors
-        .iter()
+        .into_iter()
         .map(|tensor| {
             let view = TensorView::new(spelled(tensor.dtype), tensor.shape.clone(), &tensor.bytes)?;
             Ok((tensor.name.as_str(), view))

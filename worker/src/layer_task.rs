@@ -9,12 +9,12 @@ use espalier_common::clock::Stopwatch;
 use espalier_common::ids::{Boundary, LayerIndex};
 use espalier_common::outline::{LayerOutline, SublayerOutline};
 use espalier_common::pattern::Pattern;
-use espalier_common::report::{Outcome, SublayerReport};
+use espalier_common::report::{Artifact, Outcome, SublayerReport};
 use espalier_common::wire::{Shares, Source};
 use rayon::prelude::*;
 
 use crate::apply::as_loaded;
-use crate::artifact::{self, StoredTensor};
+use crate::artifact::{self, ArtifactError, StoredTensor};
 use crate::boundary;
 use crate::calibrate::capture::{Lane, finish_layer, forward_layer};
 use crate::calibrate::tree::LEAVES;
@@ -26,7 +26,6 @@ use crate::keeping::Keeping;
 use crate::linalg::on_host;
 use crate::mask::MaskError;
 use crate::model::DecoderLayer;
-use crate::prune::measure::relative;
 use crate::prune::verify::{check, verify};
 use crate::prune::{InputStats, Problem, RowBlock, Solution};
 use crate::reconstruct::{self, Draft};
@@ -60,14 +59,13 @@ pub fn prune_layer(
     }
     let input = place.input(layer, source, &mut phases)?;
     let outline = run.model.decoder.outline(layer)?;
-    let loaded = place.load(layer, &mut phases)?;
     let is_last = layer.0 as usize + 1 == run.model.decoder.layers();
     let is_run = place.is_chain() && !is_last;
     let (mut assistants_lost, mut links) = (0, Vec::new());
     let (artifact, reports, kept, output);
     if let Some((solver, structure)) = run.method.solver.structured().zip(run.structure.as_ref()) {
         let pairs = structure.layers.get(layer.0 as usize).ok_or(TaskError::NoStructure { layer })?;
-        let mut lanes = lanes(place, loaded, input);
+        let mut lanes = lanes(place, place.load(layer, &mut phases)?, input);
         let cut = cut_layer(place, &mut lanes, &outline, pairs, solver, pattern, &mut phases)?;
         (reports, kept) = (cut.reports, Some(cut.kept));
         place.read_ahead(layer);
@@ -79,24 +77,18 @@ pub fn prune_layer(
         let is_shared = place.is_chain() && run.method.reconstruct.is_none();
         let help = if is_shared { help } else { Help::none(help.lease) };
         let input = Input::Lent(with_dense(place, input));
-        let mut crew = Crew::assemble(place, (layer, &outline, loaded), pattern, input, &help, &mut phases)?;
-        let done = prune_groups(place, &mut crew, &outline, pattern, &mut phases)?;
-        let stored: Vec<StoredTensor>;
-        (stored, reports) = done.into_iter().map(|done| (done.stored, done.report)).unzip();
+        let mut crew = Crew::assemble(place, (layer, &outline), pattern, input, &help, &mut phases)?;
+        let mut done = prune_groups(place, &mut crew, &outline, pattern, &mut phases)?;
         kept = None;
         place.read_ahead(layer);
         if is_run {
             crew.send_off();
         }
-        artifact = phases.time("store", || artifact::write_layer(&*run.store, layer, &stored))?;
+        artifact = phases.time("store", || store(place, layer, &done))?;
+        output = is_run.then(|| crew.finish(&mut phases)).transpose()?;
+        note_errors(&mut done, &mut crew, &mut phases)?;
+        reports = done.into_iter().map(|done| done.report).collect();
         (assistants_lost, links) = (crew.lost(), crew.links());
-        output = if is_run {
-            let (finished, lost) = crew.finish(&mut phases)?;
-            assistants_lost = lost;
-            Some(finished)
-        } else {
-            None
-        };
     }
     let mut boundary = None;
     if let Some(output) = output {
@@ -128,29 +120,42 @@ fn prune_kept(
     let mut phases = Phases::of(place.control);
     let shortages = place.cache.shortages();
     let outline = run.model.decoder.outline(layer)?;
-    let loaded = place.load(layer, &mut phases)?;
     let input = Input::Kept(keeping, place.streams());
-    let mut crew = Crew::assemble(place, (layer, &outline, loaded), pattern, input, help, &mut phases)?;
+    let mut crew = Crew::assemble(place, (layer, &outline), pattern, input, help, &mut phases)?;
     place.let_go_before(layer);
-    let done = prune_groups(place, &mut crew, &outline, pattern, &mut phases)?;
-    let (stored, sublayers): (Vec<StoredTensor>, _) = done.into_iter().map(|done| (done.stored, done.report)).unzip();
+    let mut done = prune_groups(place, &mut crew, &outline, pattern, &mut phases)?;
     place.read_ahead(layer);
     let is_last = layer.0 as usize + 1 == run.model.decoder.layers();
     if !is_last {
         crew.send_off();
     }
-    let artifact = phases.time("store", || artifact::write_layer(&*run.store, layer, &stored))?;
-    let links = crew.links();
-    let (boundary, assistants_lost) = match is_last {
-        true => (None, crew.lost()),
-        false => {
-            phases.add("forward", 0.0, place.forward_flops(&outline) * place.streams() as f64);
-            crew.keep(&artifact, keeps_output, &mut phases)?
-        }
-    };
+    let artifact = phases.time("store", || store(place, layer, &done))?;
+    let mut boundary = None;
+    if !is_last {
+        phases.add("forward", 0.0, place.forward_flops(&outline) * place.streams() as f64);
+        boundary = crew.keep(&artifact, keeps_output, &mut phases)?;
+    }
+    note_errors(&mut done, &mut crew, &mut phases)?;
+    let sublayers = done.into_iter().map(|done| done.report).collect();
+    let (assistants_lost, links) = (crew.lost(), crew.links());
     note_shortages(place, shortages, &mut phases);
     let phases = phases.finish();
     Ok(Outcome::Pruned { artifact, sublayers, kept: None, phases, boundary, assistants_lost, links })
+}
+
+/// Writes what a layer became.
+fn store(place: &Workplace<'_>, layer: LayerIndex, done: &[Pruned]) -> Result<Artifact, ArtifactError> {
+    artifact::write_layer(&*place.run.store, layer, done.iter().map(|done| &done.stored))
+}
+
+/// Puts into the reports of pruned sublayers what was measured of them.
+fn note_errors(done: &mut [Pruned], crew: &mut Crew<'_>, phases: &mut Phases) -> Result<(), TaskError> {
+    for (group, errors) in crew.measured(phases)? {
+        for pruned in done.iter_mut().filter(|pruned| pruned.group == group) {
+            (pruned.report.rel_error, pruned.report.held_out_error) = errors[pruned.member];
+        }
+    }
+    Ok(())
 }
 
 /// Books the time that went into making room on a device, by what the cache said before.
@@ -181,6 +186,7 @@ fn prune_groups(
         }
         done.extend(prune_group(place, crew, (group, members), (pattern, cut), (&stats, laying), phases)?);
         if draft.is_some() {
+            note_errors(&mut done, crew, phases)?;
             gathered.push(stats);
         }
         if let Some((draft, options)) = draft.take_if(|draft| draft.ends_with(group)).zip(run.method.reconstruct) {
@@ -334,19 +340,19 @@ fn prune_group(
     };
     let zeros: Vec<u64> =
         problems.par_iter().zip(members).zip(&weights).map(checked).collect::<Result<_, TaskError>>()?;
-    let pairs: Vec<(&Tensor, &Tensor)> = weights.iter().zip(&dense).collect();
-    let measured = crew.measure(tiles, &pairs, stats)?;
+    let pairs = weights.into_iter().zip(dense.iter().cloned()).collect();
+    crew.measure(tiles, pairs, stats)?;
     let (seconds, waiting) = (watch.seconds(), crew.take_waiting());
     phases.add("verify", seconds - waiting.seconds(), 0.0);
     waiting.book(phases);
     let mut done = Vec::new();
-    let parts = members.iter().zip(solved).zip(stored).zip(zeros).zip(&measured).enumerate();
-    for (member, ((((sublayer, (solution, seconds)), stored), zeros), measured)) in parts {
-        let (rel_error, held_out_error) = relative(measured, stats);
+    let parts = members.iter().zip(solved).zip(stored).zip(zeros).enumerate();
+    for (member, (((sublayer, (solution, seconds)), stored), zeros)) in parts {
         let report = SublayerReport {
             tensor: sublayer.tensor.clone(),
-            rel_error,
-            held_out_error,
+            // Once it is measured.
+            rel_error: f64::NAN,
+            held_out_error: None,
             zeros,
             elements: sublayer.elements() as u64,
             seconds,

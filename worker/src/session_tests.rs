@@ -443,16 +443,19 @@ fn listening(worker: TestWorker, tasks: &TaskGroup) -> (TestWorker, String) {
     (worker, endpoint)
 }
 
+/// What comes of a layer, and what was measured of its sublayers.
+type Layer = (Artifact, Vec<(f64, Option<f64>)>);
+
 impl TestWorker {
     /// Prunes two layers of a chain with these assistants: what comes of them, and how many were given up on.
-    async fn with_assistants(&mut self, run: &TestRun, assistants: &[String]) -> (Vec<Artifact>, u32) {
-        let (artifacts, lost, _) = self.with_links(run, assistants).await;
-        (artifacts, lost)
+    async fn with_assistants(&mut self, run: &TestRun, assistants: &[String]) -> (Vec<Layer>, u32) {
+        let (layers, lost, _) = self.with_links(run, assistants).await;
+        (layers, lost)
     }
 
     /// As above, with what joined the worker with its assistants.
-    async fn with_links(&mut self, run: &TestRun, assistants: &[String]) -> (Vec<Artifact>, u32, Vec<LinkUse>) {
-        let (mut artifacts, mut lost, mut joined) = (Vec::new(), 0, Vec::new());
+    async fn with_links(&mut self, run: &TestRun, assistants: &[String]) -> (Vec<Layer>, u32, Vec<LinkUse>) {
+        let (mut layers, mut lost, mut joined) = (Vec::new(), 0, Vec::new());
         for layer in (0..2).map(LayerIndex) {
             let source = if layer.0 == 0 { embedded(&[]) } else { held(layer.0) };
             let assistants = assistants.to_vec();
@@ -461,15 +464,16 @@ impl TestWorker {
             let (pattern, shares) = (HALF, None);
             let work = Work::Prune { layer, source, pattern, keeps_output: false, assistants, gflops, shares };
             match self.outcome(run, Unit::Prune(layer), work).await {
-                Outcome::Pruned { artifact, assistants_lost, links, .. } => {
-                    artifacts.push(artifact);
+                Outcome::Pruned { artifact, sublayers, assistants_lost, links, .. } => {
+                    let errors = sublayers.iter().map(|sublayer| (sublayer.rel_error, sublayer.held_out_error));
+                    layers.push((artifact, errors.collect()));
                     lost += assistants_lost;
                     joined.extend(links);
                 }
                 other => panic!("{other:?}"),
             }
         }
-        (artifacts, lost, joined)
+        (layers, lost, joined)
     }
 }
 
@@ -544,9 +548,9 @@ async fn an_assistant_that_is_gone_costs_nothing_whenever_it_goes() {
     let within_a_layer = (1..12).map(|step| step * 80_000);
     for after in [0, 100, 5_000].into_iter().chain(within_a_layer).chain([1 << 30]) {
         let endpoint = cut_off(&tasks, &endpoint, after).await;
-        let (artifacts, given_up) =
+        let (layers, given_up) =
             TestWorker::prepared(&run, u64::MAX).with_assistants(&run, std::slice::from_ref(&endpoint)).await;
-        assert_eq!(artifacts, alone, "cut off after {after} bytes");
+        assert_eq!(layers, alone, "cut off after {after} bytes");
         lost.push(given_up);
     }
     assert_eq!((lost[0], lost[1], *lost.last().unwrap()), (2, 2, 0), "{lost:?}");
@@ -557,8 +561,8 @@ async fn an_assistant_that_is_gone_costs_nothing_whenever_it_goes() {
     let (unprepared, session, group) = (listener.endpoint(), Arc::clone(&stranger.session), tasks.clone());
     tasks.spawn(async move { listener.serve(session, group.clone(), group.token()).await.unwrap() });
     let useless = ["http://127.0.0.1:1".to_owned(), unprepared, endpoint];
-    let (artifacts, given_up) = TestWorker::prepared(&run, u64::MAX).with_assistants(&run, &useless).await;
-    assert_eq!((artifacts, given_up), (alone, 4));
+    let (layers, given_up) = TestWorker::prepared(&run, u64::MAX).with_assistants(&run, &useless).await;
+    assert_eq!((layers, given_up), (alone, 4));
     drop(helper);
     assert!(tasks.shut_down(Duration::from_secs(5)).await);
 }
@@ -571,7 +575,7 @@ async fn a_unit_of_its_own_ends_an_assistance() {
     let mut owner = TestWorker::prepared(&run, u64::MAX);
     let assistants = [endpoint];
     let (shared, own) = tokio::join!(owner.with_assistants(&run, &assistants), helper.prune(&run, 0, embedded(&[])));
-    assert_eq!((&shared.0, &own.0), (&alone, &alone[0]));
+    assert_eq!((&shared.0, &own.0), (&alone, &alone[0].0));
     assert!(tasks.shut_down(Duration::from_secs(5)).await);
 }
 

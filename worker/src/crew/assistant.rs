@@ -15,6 +15,7 @@ use espalier_proto::v1 as pb;
 use espalier_proto::v1::head::Matter;
 use rayon::prelude::*;
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TryRecvError;
 
 use super::measuring::tiles_of;
 use super::share::{Share, sampling};
@@ -24,7 +25,7 @@ use crate::calibrate::cache::Entry;
 use crate::calibrate::tree::{Portion, Sampling};
 use crate::keeping::{Keeping, by_sequence};
 use crate::linalg::{matrix, on_host, values};
-use crate::prune::measure::measure;
+use crate::prune::measure::Measuring;
 use crate::prune::{Groundwork, GroupSolver, InputStats, Problem, RowBlock, Solution};
 use crate::run::Run;
 use crate::source::Workplace;
@@ -80,6 +81,8 @@ struct Assistant<'a> {
     share: Share,
     /// The group whose gram came last.
     prepared: Option<Prepared>,
+    /// What it was asked to measure last, while it does so, and the seconds that it took so far.
+    measuring: Option<(pb::Measure, Measuring, f64)>,
     phases: Phases,
 }
 
@@ -112,16 +115,20 @@ fn next(place: &Workplace<'_>, line: &mut OwnerLine) -> Result<Option<Letter>, T
             () = token.cancelled() => Err(TaskError::Cancelled),
         }
     });
-    match received?.map(|received| received.letter) {
-        Some(Ok(letter)) => {
+    Ok(received?.and_then(|received| heard(place, received)))
+}
+
+/// The letter that was received; `None` if the owner is gone.
+fn heard(place: &Workplace<'_>, received: Received) -> Option<Letter> {
+    match received.letter {
+        Ok(letter) => {
             place.received(letter.body.len() as u64);
-            Ok(Some(letter))
+            Some(letter)
         }
-        Some(Err(error)) => {
+        Err(error) => {
             tracing::debug!(%error, "the owner is gone");
-            Ok(None)
+            None
         }
-        None => Ok(None),
     }
 }
 
@@ -143,7 +150,8 @@ impl<'a> Assistant<'a> {
         };
         let share = Share::new(leaves, streams.into_iter().map(|entries| (loaded.share(), entries)));
         let keeps = keeping.is_some();
-        let assistant = Self { place, layer, line, outline, sizes, keeps, share, prepared: None, phases };
+        let assistant =
+            Self { place, layer, line, outline, sizes, keeps, share, prepared: None, measuring: None, phases };
         assistant.answer(Outgoing::of(Matter::Ready(pb::Ready { threads: rayon::current_num_threads() as u32 })))?;
         Ok(assistant)
     }
@@ -173,7 +181,7 @@ impl<'a> Assistant<'a> {
     }
 
     fn serve(mut self) -> Result<(), TaskError> {
-        while let Some(Letter { matter, body }) = next(self.place, &mut self.line)? {
+        while let Some(Letter { matter, body }) = self.next()? {
             self.place.control.check_cancelled()?;
             match matter {
                 Matter::Gather(group) => self.gather(group as usize)?,
@@ -189,6 +197,18 @@ impl<'a> Assistant<'a> {
             }
         }
         Ok(())
+    }
+
+    /// The owner's next letter. As long as there is none, it measures.
+    fn next(&mut self) -> Result<Option<Letter>, TaskError> {
+        while self.measuring.is_some() {
+            match self.line.orders.try_recv() {
+                Ok(received) => return Ok(heard(self.place, received)),
+                Err(TryRecvError::Disconnected) => return Ok(None),
+                Err(TryRecvError::Empty) => self.measure_some()?,
+            }
+        }
+        next(self.place, &mut self.line)
     }
 
     fn gather(&mut self, group: usize) -> Result<(), TaskError> {
@@ -338,19 +358,46 @@ impl<'a> Assistant<'a> {
         Ok(())
     }
 
-    /// Measures rows of a group that was applied, after which its statistics are not needed any more.
+    /// Begins to measure rows of a group that was applied, for which alone its statistics are needed from here on. What is left of
+    /// the group before is measured first.
     fn measure(&mut self, order: pb::Measure) -> Result<(), TaskError> {
+        self.measure_all()?;
         let prepared = self.prepared.take().filter(|prepared| prepared.group == order.group as usize);
         let applied = prepared.and_then(|prepared| prepared.complete).filter(|ready| !ready.applied.is_empty());
         let Complete { stats, dense, applied, .. } =
             applied.ok_or(TaskError::OutOfTurn { what: "an order to measure" })?;
-        let pairs: Vec<_> = applied.iter().zip(&dense).collect();
-        let measured = self.phases.time("verify", || measure(&tiles_of(&order), &pairs, &stats))?;
-        self.answer(Outgoing::with_values(Matter::Measured(order), measured.concat()))
+        let pairs = applied.into_iter().zip(dense).collect();
+        let measuring = Measuring::new(tiles_of(&order), pairs, stats);
+        self.measuring = Some((order, measuring, 0.0));
+        Ok(())
     }
 
-    fn finish(self) -> Result<(), TaskError> {
-        let Self { place, layer, mut line, outline: _, sizes, keeps, share, prepared, mut phases } = self;
+    /// Measures a piece, and answers once all is measured.
+    fn measure_some(&mut self) -> Result<(), TaskError> {
+        self.place.control.check_cancelled()?;
+        let Some((_, measuring, seconds)) = &mut self.measuring else { return Ok(()) };
+        let watch = Stopwatch::start();
+        let goes_on = measuring.go_on()?;
+        *seconds += watch.seconds();
+        if !goes_on && let Some((order, measuring, seconds)) = self.measuring.take() {
+            self.phases.add("verify", seconds, 0.0);
+            let numbers: Vec<f64> = measuring.into_measured().flat_map(|(_, numbers)| numbers).collect();
+            self.answer(Outgoing::with_values(Matter::Measured(order), numbers))?;
+        }
+        Ok(())
+    }
+
+    fn measure_all(&mut self) -> Result<(), TaskError> {
+        while self.measuring.is_some() {
+            self.measure_some()?;
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<(), TaskError> {
+        // Nobody waits for an assistant that is through with its share.
+        self.measure_all()?;
+        let Self { place, layer, mut line, outline: _, sizes, keeps, share, prepared, measuring: _, mut phases } = self;
         drop(prepared);
         phases.enter(None);
         place.read_ahead(layer);

@@ -31,11 +31,11 @@ impl Crew<'_> {
         self.send_all(|| Outgoing::of(Matter::Finish(pb::Finish {})));
     }
 
-    /// Runs what is left of the layer on all sequences; returns the layer's output, and how many assistants were given up on.
+    /// Runs what is left of the layer on all sequences; returns the layer's output.
     ///
     /// # Errors
     /// See [`TaskError`].
-    pub(crate) fn finish(mut self, phases: &mut Phases) -> Result<(HiddenStates, u32), TaskError> {
+    pub(crate) fn finish(&mut self, phases: &mut Phases) -> Result<HiddenStates, TaskError> {
         let (place, device) = (self.place, &self.place.run.device);
         let sequences = place.run.tokens.sequences();
         self.adopt(phases)?;
@@ -92,21 +92,20 @@ impl Crew<'_> {
         let whole = |stream: Vec<Option<Entry>>| {
             stream.into_iter().map(|entry| entry.expect("every share was finished by somebody")).collect()
         };
-        Ok((HiddenStates { streams: output.into_iter().map(whole).collect() }, self.lost))
+        Ok(HiddenStates { streams: output.into_iter().map(whole).collect() })
     }
 
     /// Runs what is left of the layer on the owner's shares, while assistants do so on theirs, and lets everyone keep what
-    /// comes of it beside the layer's digest. Returns the layer's output in the run's store, if it `stores` that, and how many
-    /// assistants were given up on.
+    /// comes of it beside the layer's digest. Returns the layer's output in the run's store, if it `stores` that.
     ///
     /// # Errors
     /// See [`TaskError`].
     pub(crate) fn keep(
-        mut self,
+        &mut self,
         artifact: &Artifact,
         stores: bool,
         phases: &mut Phases,
-    ) -> Result<(Option<Artifact>, u32), TaskError> {
+    ) -> Result<Option<Artifact>, TaskError> {
         let sequences = self.place.run.tokens.sequences();
         let told = pb::Keep { layer_sha256: artifact.sha256.to_string(), stores };
         self.send_all(|| Outgoing::of(Matter::Keep(told.clone())));
@@ -133,7 +132,7 @@ impl Crew<'_> {
         self.take_waiting().book(phases);
         if !stores {
             // What an assistant that is gone did not keep is made again by whoever gets its share.
-            return Ok((None, self.lost));
+            return Ok(None);
         }
         for (number, range) in ranges.iter().enumerate() {
             if range.clone().any(|sequence| stored.iter().any(|stream| stream[sequence].is_none())) {
@@ -148,7 +147,7 @@ impl Crew<'_> {
         };
         let streams = stored.into_iter().map(whole).collect();
         let listed = phases.time("store", || boundary::list(self.place, Boundary(self.layer.0 + 1), streams))?;
-        Ok((Some(listed), self.lost))
+        Ok(Some(listed))
     }
 
     /// Finishes a share of the owner's and keeps its output; stores it too if there is somewhere to note what it is named by.

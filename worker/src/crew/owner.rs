@@ -21,7 +21,7 @@ use tokio::sync::mpsc;
 
 use super::LayerSizes;
 use super::input::Input;
-use super::measuring::Tiles;
+use super::measuring::{Ongoing, Tiles};
 use super::paces::Pace;
 use super::share::{Share, deal};
 use super::waiting::Waiting;
@@ -124,6 +124,8 @@ pub(crate) struct Crew<'a> {
     pub(super) statistics_of: Option<usize>,
     /// The group whose groundwork they make parts of.
     pub(super) laid: Option<usize>,
+    /// Groups whose solutions are being measured, in order.
+    pub(super) ongoing: Vec<Ongoing>,
 }
 
 /// Letters that are waited for.
@@ -181,20 +183,19 @@ pub(super) struct Assistant {
 }
 
 impl<'a> Crew<'a> {
-    /// Calls the assistants of a layer, if there are any, and lends them shares of its input unless they keep their own. What
-    /// no assistant has is the owner's.
+    /// Calls the assistants of a layer, if there are any, and lends them shares of its input unless they keep their own; then
+    /// loads the layer, as they do. What no assistant has is the owner's.
     ///
     /// # Errors
     /// What the model says of the layer; if shares are kept, see [`TaskError`].
     pub(crate) fn assemble(
         place: &'a Workplace<'a>,
-        layer: (LayerIndex, &'a LayerOutline, Box<dyn DecoderLayer>),
+        (index, outline): (LayerIndex, &'a LayerOutline),
         pattern: Pattern,
         input: Input,
         help: &Help,
         phases: &mut Phases,
     ) -> Result<Self, TaskError> {
-        let (index, outline, loaded) = layer;
         let shared = help.shared(place.run.tokens.sequences());
         let (heard, answers) = mpsc::channel(ANSWERS);
         let mut crew = Self {
@@ -216,6 +217,7 @@ impl<'a> Crew<'a> {
             early: VecDeque::new(),
             statistics_of: None,
             laid: None,
+            ongoing: Vec::new(),
         };
         let streams = crew.input.streams();
         for (number, (endpoint, leaves)) in shared.iter().cloned().enumerate() {
@@ -264,6 +266,7 @@ impl<'a> Crew<'a> {
                 crew.send(number, letter);
             }
         }
+        let loaded = place.load(index, phases)?;
         // Assistants make theirs meanwhile, if they have to.
         for leaves in rest(&shared) {
             let own = crew.input.share(place, index, leaves, |_| loaded.share(), phases)?;
@@ -317,6 +320,7 @@ impl<'a> Crew<'a> {
             assistant.letters = mpsc::channel(1).0;
             assistant.span.fail(reason);
             self.lost += 1;
+            self.ongoing.iter_mut().for_each(|ongoing| ongoing.adopt(number));
         }
     }
 
@@ -337,6 +341,11 @@ impl<'a> Crew<'a> {
         match letter {
             Ok(letter) => match letter.matter {
                 Matter::Fault(fault) => self.lose(from, &fault.message),
+                Matter::Measured(measured) => {
+                    if !self.take_measured(from, &measured, &letter.body) {
+                        self.lose(from, "it measured something else than what it was asked for");
+                    }
+                }
                 Matter::Ready(ready) => self.assistants[from].threads = Some((ready.threads as usize).clamp(1, 1024)),
                 matter => return Ok(Some((from, matter, letter.body))),
             },
@@ -371,7 +380,7 @@ impl<'a> Crew<'a> {
         Collection { own, missing, last, early: self.early.len(), watch, busy: 0.0, idle }
     }
 
-    /// A step of [`Self::collect`], which takes no longer than `wait` and a letter.
+    /// A step of [`Self::collect`], which takes no longer than `wait`, a letter and a piece of what is to be measured.
     pub(super) fn collect_one(
         &mut self,
         collection: &mut Collection,
@@ -399,9 +408,17 @@ impl<'a> Crew<'a> {
             collection.early -= 1;
             self.early.pop_front().filter(|(number, ..)| self.is_there(*number))
         } else {
-            self.next_letter(wait)?
+            self.next_letter(if self.has_own_tiles() { Duration::ZERO } else { wait })?
         };
-        let Some((number, matter, body)) = letter else { return Ok(Step::Waited) };
+        let Some((number, matter, body)) = letter else {
+            // Whoever does not want to wait has other things to do.
+            if !wait.is_zero() && self.has_own_tiles() {
+                let watch = Stopwatch::start();
+                self.measure_some()?;
+                collection.was_busy(watch.seconds());
+            }
+            return Ok(Step::Waited);
+        };
         self.waiting.add(collection.idle.seconds(), self.on_its_way);
         let unpacking = Stopwatch::start();
         if missing[number] == 0 && !collection.last && self.may_be_early(number, &matter) {

@@ -1,6 +1,7 @@
 //! The owner's side of solving a group: blocks are lent out, and what comes back is taken.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use candle_core::Device;
 use espalier_common::clock::Stopwatch;
@@ -17,6 +18,8 @@ use crate::transport::Outgoing;
 
 /// Orders to solve that an assistant has at a time: one that it is at, and one on its way.
 const ORDERS: usize = 2;
+/// How long an owner that will soon be through looks for answers at a time, if it has other things to do then.
+const SHORT_GLANCE: Duration = Duration::from_millis(2);
 
 impl Crew<'_> {
     /// Solves the sublayers of a group, block by block: the owner from the first on, assistants from the last. Returns each
@@ -60,7 +63,7 @@ impl Crew<'_> {
                 }
                 if is_shared { self.lend(group, problems, &board) } else { Ok(()) }
             })
-            .map_err(|TaskCancelled| (0, SolveError::Cancelled))?;
+            .map_err(|error| (0, error))?;
         }
         let mut solved = board.finish(problems.len())?;
         solved.iter_mut().take(1).for_each(|(first, _)| first.flops += common);
@@ -68,7 +71,7 @@ impl Crew<'_> {
     }
 
     /// Gives out blocks to assistants until none waits, and takes what they make of them.
-    fn lend(&mut self, group: usize, problems: &[Problem<'_>], board: &Board) -> Result<(), TaskCancelled> {
+    fn lend(&mut self, group: usize, problems: &[Problem<'_>], board: &Board) -> Result<(), SolveError> {
         let mut orders: VecDeque<Order> = VecDeque::new();
         let (mut idle, mut counted): (Option<Stopwatch>, f64) = (None, 0.0);
         loop {
@@ -79,9 +82,17 @@ impl Crew<'_> {
                 self.waiting.add(idle.map_or(0.0, |idle| idle.seconds() - counted), 0.0);
                 return Ok(());
             }
-            let letter = self.next_letter(GLANCE).map_err(|_| TaskCancelled)?;
+            // Who has nothing to solve any more measures what was solved before.
+            let measures = self.has_own_tiles() && board.is_owner_idle();
+            let wait = match self.has_own_tiles() && !board.has_waiting() {
+                true if measures => Duration::ZERO,
+                true => SHORT_GLANCE,
+                false => GLANCE,
+            };
+            let letter = self.next_letter(wait).map_err(|_| SolveError::Cancelled)?;
             self.place.received(letter.as_ref().map_or(0, |(_, _, body)| body.len() as u64));
-            if let Some(idle) = idle.as_ref().filter(|_| letter.is_some()) {
+            let none_came = letter.is_none();
+            if let Some(idle) = idle.as_ref().filter(|_| !none_came) {
                 self.waiting.add(idle.seconds() - counted, self.on_its_way);
                 counted = idle.seconds();
             }
@@ -90,7 +101,7 @@ impl Crew<'_> {
             {
                 self.lose(number, "it gave something else than what was asked for");
             }
-            self.place.control.check_cancelled().map_err(|_| TaskCancelled)?;
+            self.place.control.check_cancelled().map_err(|_| SolveError::Cancelled)?;
             if board.is_owner_idle() {
                 let watch = idle.get_or_insert_with(Stopwatch::start);
                 let rows = |order: &Order| order.tasks.iter().map(|&task| board.task(task).block.rows).sum::<usize>();
@@ -98,6 +109,10 @@ impl Crew<'_> {
                 if watch.seconds() > self.place.patience.as_secs_f64() + PATIENCE * board.own_seconds(most) {
                     let late: Vec<usize> = orders.iter().map(|order| order.assistant).collect();
                     late.into_iter().for_each(|number| self.lose(number, "it is too slow"));
+                } else if measures && none_came {
+                    let piece = Stopwatch::start();
+                    self.measure_some()?;
+                    counted += piece.seconds();
                 }
             }
             orders.retain(|order| {
@@ -133,6 +148,3 @@ impl Crew<'_> {
         self.send(number, Outgoing::of(Matter::Solve(solve)));
     }
 }
-
-/// The unit was cancelled while its blocks were lent out.
-struct TaskCancelled;

@@ -2,13 +2,15 @@
 
 use crate::unit::Phases;
 
-/// Seconds in which an owner had nothing else to do.
+/// Seconds in which an owner had nothing to do that anybody waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub(crate) struct Waiting {
     /// For assistants that compute.
     computed: f64,
     /// For letters on their way, and to pack and unpack them: what other workers cost that a single one has not.
     moved: f64,
+    /// In which solutions were measured meanwhile.
+    measured: f64,
 }
 
 impl Waiting {
@@ -25,14 +27,19 @@ impl Waiting {
         self.moved += seconds;
     }
 
+    /// Notes that it was no waiting: solutions were measured.
+    pub(super) fn add_measuring(&mut self, seconds: f64) {
+        self.measured += seconds;
+    }
+
     /// All of it.
     pub(crate) fn seconds(self) -> f64 {
-        self.computed + self.moved
+        self.computed + self.moved + self.measured
     }
 
     /// Books it, if there was any.
     pub(crate) fn book(self, phases: &mut Phases) {
-        for (phase, seconds) in [("wait", self.computed), ("transfer", self.moved)] {
+        for (phase, seconds) in [("wait", self.computed), ("transfer", self.moved), ("verify", self.measured)] {
             if seconds > 0.0 {
                 phases.add(phase, seconds, 0.0);
             }
@@ -52,7 +59,8 @@ mod tests {
             waiting.add(seconds, on_its_way);
         }
         waiting.add_packing(0.5);
-        assert_eq!(waiting, Waiting { computed: 4.0, moved: 3.5 });
-        assert!((waiting.seconds() - 7.5).abs() < 1e-12);
+        waiting.add_measuring(0.25);
+        assert_eq!(waiting, Waiting { computed: 4.0, moved: 3.5, measured: 0.25 });
+        assert!((waiting.seconds() - 7.75).abs() < 1e-12);
     }
 }

@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 use std::slice::from_ref;
+use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 use super::InputStats;
@@ -41,79 +42,135 @@ pub fn numbers_of_row(has_held_out: bool) -> usize {
 /// # Errors
 /// What the tensor backend says.
 pub fn measure(tiles: &[Tile], pairs: &[(&Tensor, &Tensor)], stats: &InputStats) -> candle_core::Result<Vec<Vec<f64>>> {
-    let width = numbers_of_row(stats.held_out.is_some());
-    let mut measured: Vec<Vec<f64>> = tiles.iter().map(|tile| vec![0.0; tile.rows.len() * width]).collect();
-    let Some(device) = tiles.first().map(|tile| pairs[tile.member].0.device()) else { return Ok(measured) };
-    let put = |side: usize, measured: &mut [f64], found: Vec<[f64; 2]>| {
-        for (row, found) in measured.chunks_mut(width).zip(found) {
-            row[2 * side..2 * side + 2].copy_from_slice(&found);
-        }
-    };
-    let dense_there = match device.is_cpu() {
-        true => Vec::new(),
-        false => pairs.iter().map(|(_, dense)| dense.to_device(device)).collect::<candle_core::Result<Vec<_>>>()?,
-    };
-    // One side after the other: each needs matrices of its own.
-    for (side, stats) in [stats].into_iter().chain(stats.held_out.as_deref()).enumerate() {
-        if device.is_cpu() {
-            let yardstick = Yardstick::of(stats)?;
-            measured.par_iter_mut().zip(tiles).try_for_each(|(measured, tile)| {
-                let (solution, dense) = pairs[tile.member];
-                let rows = |matrix: &Tensor| values(&matrix.narrow(0, tile.rows.start, tile.rows.len())?);
-                put(side, measured, yardstick.rows(&rows(solution)?, &rows(dense)?, stats)?);
-                Ok::<_, candle_core::Error>(())
-            })?;
-        } else {
-            let yardstick = DeviceYardstick::new(stats, device)?;
-            for (measured, tile) in measured.iter_mut().zip(tiles) {
-                put(side, measured, yardstick.rows(pairs[tile.member].0, &dense_there[tile.member], tile)?);
-            }
-        }
-    }
-    Ok(measured)
+    let pairs = pairs.iter().map(|(solution, dense)| ((*solution).clone(), (*dense).clone())).collect();
+    let mut measuring = Measuring::new(tiles.to_vec(), pairs, Arc::new(stats.clone()));
+    while measuring.go_on()? {}
+    Ok(measuring.numbers)
 }
 
-/// The relative error of a whole matrix, and that on held-out inputs, of the numbers of its rows: ‖W'X̂ − Y‖² / ‖Y‖², 0 if ‖Y‖ is.
-pub fn relative(numbers: &[f64], stats: &InputStats) -> (f64, Option<f64>) {
-    let width = numbers_of_row(stats.held_out.is_some());
+/// Tiles that are measured a piece at a time, by somebody who has something more urgent to do in between.
+pub struct Measuring {
+    tiles: Vec<Tile>,
+    pairs: Vec<(Tensor, Tensor)>,
+    stats: Arc<InputStats>,
+    /// Of each tile.
+    numbers: Vec<Vec<f64>>,
+    /// One side after the other, calibration sequences first: each needs matrices of its own.
+    side: usize,
+    /// Those matrices, and how many tiles were measured by them.
+    yardstick: Option<(Yardstick, usize)>,
+}
+
+impl Measuring {
+    /// Begins with tiles of pairs as [`measure`] takes them.
+    pub fn new(tiles: Vec<Tile>, pairs: Vec<(Tensor, Tensor)>, stats: Arc<InputStats>) -> Self {
+        let width = numbers_of_row(stats.held_out.is_some());
+        let numbers = tiles.iter().map(|tile| vec![0.0; tile.rows.len() * width]).collect();
+        Self { tiles, pairs, stats, numbers, side: 0, yardstick: None }
+    }
+
+    /// Does a piece: makes what a side needs, or measures as many tiles as there are threads. False once nothing is left.
+    ///
+    /// # Errors
+    /// What the tensor backend says.
+    pub fn go_on(&mut self) -> candle_core::Result<bool> {
+        let Some(stats) = [Some(&*self.stats), self.stats.held_out.as_deref()].into_iter().flatten().nth(self.side)
+        else {
+            return Ok(false);
+        };
+        let Some(device) = self.tiles.first().map(|tile| self.pairs[tile.member].0.device()) else { return Ok(false) };
+        let Some((yardstick, done)) = &mut self.yardstick else {
+            self.yardstick = Some((Yardstick::of(stats, device)?, 0));
+            let device = device.clone();
+            self.pairs.iter_mut().try_for_each(|(_, dense)| dense.to_device(&device).map(|there| *dense = there))?;
+            return Ok(true);
+        };
+        let (width, side) = (numbers_of_row(self.stats.held_out.is_some()), self.side);
+        let put = |numbers: &mut [f64], found: Vec<[f64; 2]>| {
+            for (row, found) in numbers.chunks_mut(width).zip(found) {
+                row[2 * side..2 * side + 2].copy_from_slice(&found);
+            }
+        };
+        let end = self.tiles.len().min(*done + if device.is_cpu() { rayon::current_num_threads() } else { 1 });
+        let piece = self.numbers[*done..end].par_iter_mut().zip(&self.tiles[*done..end]);
+        match yardstick {
+            Yardstick::OnHost(correction) => piece.try_for_each(|(numbers, tile)| {
+                let (solution, dense) = &self.pairs[tile.member];
+                let rows = |matrix: &Tensor| values(&matrix.narrow(0, tile.rows.start, tile.rows.len())?);
+                put(numbers, rows_on_host(&rows(solution)?, &rows(dense)?, stats, correction.as_ref())?);
+                Ok::<_, candle_core::Error>(())
+            })?,
+            Yardstick::OnDevice(yardstick) => {
+                for (numbers, tile) in self.numbers[*done..end].iter_mut().zip(&self.tiles[*done..end]) {
+                    let (solution, dense) = &self.pairs[tile.member];
+                    put(numbers, yardstick.rows(solution, dense, tile)?);
+                }
+            }
+        }
+        *done = end;
+        if end == self.tiles.len() {
+            (self.side, self.yardstick) = (side + 1, None);
+        }
+        Ok(true)
+    }
+
+    /// The tiles, once all are measured, with the numbers of each.
+    pub fn into_measured(self) -> impl Iterator<Item = (Tile, Vec<f64>)> {
+        self.tiles.into_iter().zip(self.numbers)
+    }
+}
+
+/// The relative error of a whole matrix, and that on held-out inputs if it has them, of the numbers of its rows: ‖W'X̂ − Y‖² / ‖Y‖²,
+/// 0 if ‖Y‖ is.
+pub fn relative(numbers: &[f64], has_held_out: bool) -> (f64, Option<f64>) {
+    let width = numbers_of_row(has_held_out);
     let of_side = |side: usize| {
         let sum = |at: usize| numbers.chunks(width).map(|row| row[2 * side + at]).sum::<f64>();
         let (error, total) = (sum(0), sum(1));
         if total > 0.0 { error.max(0.0) / total } else { 0.0 }
     };
-    (of_side(0), stats.held_out.is_some().then(|| of_side(1)))
+    (of_side(0), has_held_out.then(|| of_side(1)))
 }
 
 /// Statistics of one kind of sequences, made ready for all tiles.
-struct Yardstick {
-    correction: Option<Correction>,
+enum Yardstick {
+    OnHost(Option<Correction>),
+    OnDevice(DeviceYardstick),
 }
 
 impl Yardstick {
-    fn of(stats: &InputStats) -> candle_core::Result<Self> {
-        let Some(dense) = &stats.dense else { return Ok(Self { correction: None }) };
+    fn of(stats: &InputStats, device: &Device) -> candle_core::Result<Self> {
+        if !device.is_cpu() {
+            return Ok(Self::OnDevice(DeviceYardstick::new(stats, device)?));
+        }
+        let Some(dense) = &stats.dense else { return Ok(Self::OnHost(None)) };
         let matrices = [stats.gram.clone(), dense.cross.clone(), dense.gram.clone()];
         let matrices = held(&matrices);
         let [gram, cross, dense] = slices(&matrices)?[..] else { unreachable!("as many slices as tensors") };
         let n = stats.gram.dim(0)?;
-        Ok(Self { correction: Some(Correction::new(gram, cross, dense, n)) })
+        Ok(Self::OnHost(Some(Correction::new(gram, cross, dense, n))))
     }
+}
 
-    /// What each row has of the error and of the total.
-    fn rows(&self, solved: &[f32], dense: &[f32], stats: &InputStats) -> candle_core::Result<Vec<[f64; 2]>> {
-        let n = stats.gram.dim(0)?;
-        let total = stats.dense.as_ref().map_or(&stats.gram, |dense| &dense.gram);
-        let (gram, total) = (held(from_ref(&stats.gram)), held(from_ref(total)));
-        let (gram, total) = (slices(&gram)?[0], slices(&total)?[0]);
-        let errors = quadratic::errors(solved, dense, gram, self.correction.as_ref(), n);
-        Ok(errors.into_iter().zip(quadratic::energies(dense, total, n)).map(|(error, total)| [error, total]).collect())
-    }
+/// What each row has of the error and of the total.
+fn rows_on_host(
+    solved: &[f32],
+    dense: &[f32],
+    stats: &InputStats,
+    correction: Option<&Correction>,
+) -> candle_core::Result<Vec<[f64; 2]>> {
+    let n = stats.gram.dim(0)?;
+    let total = stats.dense.as_ref().map_or(&stats.gram, |dense| &dense.gram);
+    let (gram, total) = (held(from_ref(&stats.gram)), held(from_ref(total)));
+    let (gram, total) = (slices(&gram)?[0], slices(&total)?[0]);
+    let errors = quadratic::errors(solved, dense, gram, correction, n);
+    Ok(errors.into_iter().zip(quadratic::energies(dense, total, n)).map(|(error, total)| [error, total]).collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linalg::matrix;
+    use crate::linalg::{matrix, oracle};
     use crate::prune::fixture;
 
     #[test]
@@ -132,17 +189,44 @@ mod tests {
             let alone = measure(from_ref(tile), &pairs, &problem.stats).unwrap();
             assert_eq!(alone, from_ref(all));
         }
-        let (error, held_out) = relative(&all.concat(), &problem.stats);
+        let (error, held_out) = relative(&all.concat(), true);
         let expected = split.error(&solved) / split.error(&vec![0.0; solved.len()]);
         assert!((error / expected - 1.0).abs() < 1e-4, "{error} {expected}");
         assert!(held_out.is_some_and(|held_out| held_out > 0.0));
     }
 
     #[test]
+    fn it_goes_on_by_pieces_no_larger_than_there_are_threads() {
+        let rows = 300;
+        let (split, _) = fixture::random_corrected(7, rows, 24, 90).split(60);
+        let dense = split.problem.tensor();
+        let solution = (&dense * 0.9).unwrap();
+        let tiles: Vec<Tile> = Tile::of(0, rows).collect();
+        let all = measure(&tiles, &[(&solution, &dense)], &split.problem.stats).unwrap();
+        for threads in [1, 2] {
+            let pairs = vec![(solution.clone(), dense.clone())];
+            let mut measuring = Measuring::new(tiles.clone(), pairs, Arc::clone(&split.problem.stats));
+            let mut pieces = 0;
+            oracle::with_threads(threads, || {
+                while measuring.go_on().unwrap() {
+                    pieces += 1;
+                }
+            });
+            // Of either side what is needed for it, and then the tiles.
+            assert_eq!(pieces, 2 * (1 + tiles.len().div_ceil(threads)), "{threads} threads");
+            assert_eq!(
+                measuring.into_measured().collect::<Vec<_>>(),
+                tiles.iter().cloned().zip(all.clone()).collect::<Vec<_>>()
+            );
+        }
+        let mut nothing = Measuring::new(Vec::new(), Vec::new(), Arc::clone(&split.problem.stats));
+        assert!(!nothing.go_on().unwrap());
+    }
+
+    #[test]
     fn nothing_is_lost_where_there_is_nothing() {
-        let (problem, _) = fixture::random_corrected(7, 3, 8, 20).split(15);
         let numbers = vec![0.0; 3 * numbers_of_row(true)];
-        assert_eq!(relative(&numbers, &problem.problem.stats), (0.0, Some(0.0)));
+        assert_eq!(relative(&numbers, true), (0.0, Some(0.0)));
         assert_eq!(numbers_of_row(false), 2);
     }
 }

@@ -6,8 +6,8 @@ use super::*;
 use crate::transport::SharedMemory;
 use crate::transport::fake::{Hub, Mishap, Plan};
 
-/// Prunes two layers with one assistant, the device of each joined by what `hub` plans: artifacts, assistants lost, links.
-async fn joined(run: &TestRun, hub: &Arc<Hub>) -> (Vec<Artifact>, u32, Vec<LinkUse>) {
+/// Prunes two layers with one assistant, the device of each joined by what `hub` plans: layers, assistants lost, links.
+async fn joined(run: &TestRun, hub: &Arc<Hub>) -> (Vec<Layer>, u32, Vec<LinkUse>) {
     let tasks = TaskGroup::new();
     let assistant = TestWorker::joinable(1 << 20, Some(hub.carrier(1))).attached_to(run);
     let (_assistant, endpoint) = listening(assistant, &tasks);
@@ -40,9 +40,9 @@ async fn a_pair_that_fails_in_the_middle_costs_an_assistant_and_no_byte() {
         // Hidden states come first, and then sums, statistics, weights and the output.
         for (rank, transfer) in [(0, 2), (0, 12), (1, 14), (0, 19)] {
             let hub = Hub::new(Some(Plan { mishap, rank, transfer }));
-            let (artifacts, lost, links) = joined(&run, &hub).await;
+            let (layers, lost, links) = joined(&run, &hub).await;
             let fired = hub.fired();
-            assert_eq!(artifacts, alone, "{mishap:?} of rank {rank} at {transfer}");
+            assert_eq!(layers, alone, "{mishap:?} of rank {rank} at {transfer}");
             assert_eq!((links, lost > 0), (vec![nccl(), nccl()], fired > 0), "{mishap:?} of rank {rank} at {transfer}");
             assert!(fired > 0 || mishap == Mishap::Damages, "only what is sent is damaged");
         }
@@ -55,8 +55,8 @@ async fn a_pair_that_does_not_come_about_is_told_and_does_without() {
     let (alone, _) = TestWorker::prepared(&run, u64::MAX).with_assistants(&run, &[]).await;
     for (mishap, rank) in [Mishap::Refuses, Mishap::Lingers, Mishap::Misplaces].iter().flat_map(|m| [(m, 0), (m, 1)]) {
         let hub = Hub::new(Some(Plan { mishap: *mishap, rank, transfer: 0 }));
-        let (artifacts, lost, links) = joined(&run, &hub).await;
-        assert_eq!((artifacts, lost, hub.fired()), (alone.clone(), 0, 1), "{mishap:?} of rank {rank}");
+        let (layers, lost, links) = joined(&run, &hub).await;
+        assert_eq!((layers, lost, hub.fired()), (alone.clone(), 0, 1), "{mishap:?} of rank {rank}");
         for link in links {
             assert_eq!(link.kind, LinkKind::Grpc);
             assert!(link.declined.as_deref().is_some_and(|why| why.contains("nccl did not come about")), "{link:?}");
