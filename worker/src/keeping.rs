@@ -1,4 +1,5 @@
-//! The strategy `data`: a worker's own share of the hidden states before a layer, kept since the layer before it, or made again.
+//! A worker's own share of the hidden states before a layer: kept since the layer before it, which is the strategy `data`, or made
+//! again, which `layers` too has done by all where committed layers lie between.
 //!
 //! A share is kept with the digest of the layer that it came of, and used only where that is what the run has committed. So what
 //! an attempt left behind whose layer was never committed is no input of anything, whoever died meanwhile.
@@ -23,6 +24,9 @@ pub struct Keeping {
     pub source: Source,
     /// What the layer before became, if there is one.
     pub predecessor: Option<Artifact>,
+    /// Whether what comes of a share goes back to the layer's owner and nothing is kept: shares are made by whoever helps only
+    /// because committed layers lie between the layer and what there is (strategy `layers`).
+    pub given_back: bool,
 }
 
 impl Keeping {
@@ -70,7 +74,7 @@ impl Workplace<'_> {
     }
 
     /// The hidden states of some sequences before `layer`, stream by stream. Each sequence begins at the last boundary at which
-    /// it was kept, or where the source does, and is kept before `layer` from now on.
+    /// it was kept, or where the source does, and is kept before `layer` from now on unless it is to be given back.
     ///
     /// # Errors
     /// See [`TaskError`].
@@ -120,7 +124,9 @@ impl Workplace<'_> {
             states = by_sequence(sequences, after.streams);
         }
         states.extend(kept.remove(&layer.0).unwrap_or_default());
-        self.holdings.keep(&self.run.id, Boundary(layer.0), keeping.origin(), states.clone());
+        if !keeping.given_back {
+            self.holdings.keep(&self.run.id, Boundary(layer.0), keeping.origin(), states.clone());
+        }
         Ok(by_stream(states, self.streams()))
     }
 }

@@ -10,7 +10,7 @@ use espalier_common::ids::{Boundary, LayerIndex};
 use espalier_common::outline::{LayerOutline, SublayerOutline};
 use espalier_common::pattern::Pattern;
 use espalier_common::report::{Artifact, Outcome, SublayerReport};
-use espalier_common::wire::{Shares, Source};
+use espalier_common::wire::{Shares, Source, SourceFrom};
 use rayon::prelude::*;
 
 use crate::apply::as_loaded;
@@ -46,7 +46,7 @@ pub fn prune_layer(
     help: Help,
 ) -> Result<Outcome, TaskError> {
     if let Some(shares) = shares {
-        let keeping = Keeping { source: source.clone(), predecessor: shares.predecessor.clone() };
+        let keeping = Keeping { source: source.clone(), predecessor: shares.predecessor.clone(), given_back: false };
         let help = Help { leaves: Some(shares.leaves.clone()), ..help };
         return prune_kept(place, layer, keeping, pattern, keeps_output, &help);
     }
@@ -57,7 +57,6 @@ pub fn prune_layer(
         // In a chain the layers before the source are committed: nobody asks for what lies before it again.
         place.holdings.release(&run.id, |boundary| boundary < source.boundary());
     }
-    let input = place.input(layer, source, &mut phases)?;
     let outline = run.model.decoder.outline(layer)?;
     let is_last = layer.0 as usize + 1 == run.model.decoder.layers();
     let is_run = place.is_chain() && !is_last;
@@ -65,6 +64,7 @@ pub fn prune_layer(
     let (artifact, reports, kept, output);
     if let Some((solver, structure)) = run.method.solver.structured().zip(run.structure.as_ref()) {
         let pairs = structure.layers.get(layer.0 as usize).ok_or(TaskError::NoStructure { layer })?;
+        let input = place.input(layer, source, &mut phases)?;
         let mut lanes = lanes(place, place.load(layer, &mut phases)?, input);
         let cut = cut_layer(place, &mut lanes, &outline, pairs, solver, pattern, &mut phases)?;
         (reports, kept) = (cut.reports, Some(cut.kept));
@@ -76,7 +76,7 @@ pub fn prune_layer(
         // A reconstruction tunes on all sequences at once.
         let is_shared = place.is_chain() && run.method.reconstruct.is_none();
         let help = if is_shared { help } else { Help::none(help.lease) };
-        let input = Input::Lent(with_dense(place, input));
+        let input = input(place, layer, source, &help, &mut phases)?;
         let mut crew = Crew::assemble(place, (layer, &outline), pattern, input, &help, &mut phases)?;
         let mut done = prune_groups(place, &mut crew, &outline, pattern, &mut phases)?;
         kept = None;
@@ -235,6 +235,23 @@ fn lanes(place: &Workplace<'_>, layer: Box<dyn DecoderLayer>, input: HiddenState
     let streams = with_dense(place, input).streams;
     let copies: Vec<_> = streams.iter().map(|_| layer.share()).collect();
     copies.into_iter().zip(streams).map(|(layer, hidden)| Lane::new(layer, hidden)).collect()
+}
+
+/// The hidden states before a layer: all of them, to lend; or shares that everyone makes, where there are committed layers to run
+/// through first, which would take their owner alone as much longer as there are helpers.
+fn input(
+    place: &Workplace<'_>,
+    layer: LayerIndex,
+    source: &Source,
+    help: &Help,
+    phases: &mut Phases,
+) -> Result<Input, TaskError> {
+    let is_for_all = matches!(source.from, SourceFrom::Tokens | SourceFrom::Stored { .. });
+    if is_for_all && !source.replay.is_empty() && !help.assistants.is_empty() {
+        let keeping = Keeping { source: source.clone(), predecessor: source.replay.last().cloned(), given_back: true };
+        return Ok(Input::Kept(keeping, place.streams()));
+    }
+    Ok(Input::Lent(with_dense(place, place.input(layer, source, phases)?)))
 }
 
 /// The dense stream beside the corrected one, if it is asked for; where they are the same there is but one to begin with.

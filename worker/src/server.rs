@@ -263,6 +263,7 @@ fn keeping(kept: pb::KeptShare) -> Result<Keeping, Status> {
     Ok(Keeping {
         source: source(kept.source)?,
         predecessor: kept.predecessor.map(|made| artifact(Some(made))).transpose()?,
+        given_back: kept.given_back,
     })
 }
 

@@ -46,7 +46,7 @@ pub struct OwnerLine {
 pub struct Part {
     /// Its leaves.
     pub leaves: Range<usize>,
-    /// With the strategy `data`: where it has its share from. Otherwise it is lent that.
+    /// Where it has its share from, or what it makes it from. Otherwise it is lent that.
     pub keeping: Option<Keeping>,
 }
 
@@ -149,7 +149,7 @@ impl<'a> Assistant<'a> {
             None => Self::borrow(place, &mut line, &sizes)?,
         };
         let share = Share::new(leaves, streams.into_iter().map(|entries| (loaded.share(), entries)));
-        let keeps = keeping.is_some();
+        let keeps = keeping.is_some_and(|keeping| !keeping.given_back);
         let assistant =
             Self { place, layer, line, outline, sizes, keeps, share, prepared: None, measuring: None, phases };
         assistant.answer(Outgoing::of(Matter::Ready(pb::Ready { threads: rayon::current_num_threads() as u32 })))?;

@@ -20,7 +20,7 @@ use crate::unit::{Phases, TaskError};
 pub(crate) enum Input {
     /// The owner has all of it (strategy `layers`).
     Lent(HiddenStates),
-    /// Everyone has a share, of so many streams, or makes it (strategy `data`).
+    /// Everyone has a share, of so many streams, or makes it (strategy `data`, or committed layers to run through first).
     Kept(Keeping, usize),
 }
 
@@ -41,13 +41,13 @@ impl Input {
         }
     }
 
-    /// What an assistant is told of a share that it keeps.
+    /// What an assistant is told of a share that it has or makes.
     pub(super) fn told(&self) -> Option<pb::KeptShare> {
         match self {
             Self::Lent(_) => None,
-            Self::Kept(Keeping { source, predecessor }, _) => {
+            Self::Kept(Keeping { source, predecessor, given_back }, _) => {
                 let predecessor = predecessor.clone().map(Into::into);
-                Some(pb::KeptShare { source: Some(source.clone().into()), predecessor })
+                Some(pb::KeptShare { source: Some(source.clone().into()), predecessor, given_back: *given_back })
             }
         }
     }

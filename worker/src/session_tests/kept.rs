@@ -193,6 +193,54 @@ async fn an_assistant_with_a_share_costs_nothing_whenever_it_goes_and_its_output
     assert!(tasks.shut_down(Duration::from_secs(5)).await);
 }
 
+impl TestWorker {
+    /// Prunes a layer whose input is lent, or made by everyone where there are layers to run through; returns what it becomes, and how
+    /// many were given up on.
+    async fn lending(&mut self, run: &TestRun, layer: u32, source: Source, endpoint: &str) -> (Artifact, u32) {
+        let (layer, assistants) = (LayerIndex(layer), vec![endpoint.to_owned()]);
+        let (pattern, gflops, shares) = (HALF, Vec::new(), None);
+        let work = Work::Prune { layer, source, pattern, keeps_output: false, assistants, gflops, shares };
+        match self.outcome(run, Unit::Prune(layer), work).await {
+            Outcome::Pruned { artifact, assistants_lost, .. } => (artifact, assistants_lost),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn layers_that_lie_between_are_run_through_by_everyone_and_their_output_is_given_back() {
+    let (run, tasks) = (in_small_blocks("llama-tiny", "espalier"), TaskGroup::new());
+    let mut lender = TestWorker::prepared(&run, u64::MAX);
+    let alone = lender.chain(&run).await;
+    let (helpers, endpoints) = some(&run, 2, &tasks);
+    let mut owner = TestWorker::prepared(&run, u64::MAX);
+    assert_eq!(owner.lending(&run, 2, embedded(&alone[..2]), &endpoints[0]).await, (alone[2].clone(), 0));
+    let states = helpers[0].session.cached_bytes();
+    let given_back = tokio::time::timeout(Duration::from_secs(5), async {
+        while helpers[0].session.cached_bytes() != (0, 0) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    given_back.await.unwrap_or_else(|_| panic!("{states:?} bytes are kept"));
+    assert_eq!(owner.lending(&run, 3, held(3), &endpoints[1]).await, (alone[3].clone(), 0));
+    // What lies behind all of them is the layer's input alone, which is lent to the other.
+    let mut second = TestWorker::prepared(&run, u64::MAX);
+    second.prune(&run, 0, embedded(&[])).await;
+    second.prune(&run, 1, held(1)).await;
+    let before = helpers[1].session.bytes_received();
+    assert_eq!(second.lending(&run, 2, held(2), &endpoints[1]).await.0, alone[2]);
+    let (lent, made) = (helpers[1].session.bytes_received() - before, helpers[0].session.bytes_received());
+    assert!(made < lent, "{made} against {lent}");
+    // The owner makes what an assistant that goes does not, before the layer and behind it.
+    for after in [0, 5_000, 200_000, 400_000] {
+        let endpoint = cut_off(&tasks, &endpoints[0], after).await;
+        let mut owner = TestWorker::prepared(&run, u64::MAX);
+        assert_eq!(owner.lending(&run, 2, embedded(&alone[..2]), &endpoint).await.0, alone[2], "{after}");
+        assert_eq!(owner.lending(&run, 3, held(3), &endpoint).await.0, alone[3], "{after}");
+    }
+    assert!(tasks.shut_down(Duration::from_secs(5)).await);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_shared_is_refused() {
     let run = TestRun::with("llama-tiny", "wanda", "pruned", true);
