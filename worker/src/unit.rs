@@ -293,12 +293,17 @@ impl Phases {
 
     /// Books seconds and floating-point operations on `phase`.
     pub fn add(&mut self, phase: &'static str, seconds: f64, flops: f64) {
+        self.add_to(self.group, phase, seconds, flops);
+    }
+
+    /// The same for another group than the one that is entered.
+    pub fn add_to(&mut self, group: Option<usize>, phase: &'static str, seconds: f64, flops: f64) {
         let entry = self.booked.entry(phase).or_default();
         *entry = (entry.0 + seconds, entry.1 + flops);
         // Operations that are booked alone took no time of their own.
         if seconds > 0.0 {
-            tracing::debug!(phase, seconds, group = self.group, "booked");
-            let group = self.group.map(|group| ("espalier.group", group.into()));
+            tracing::debug!(phase, seconds, group, "booked");
+            let group = group.map(|group| ("espalier.group", group.into()));
             self.trace.note_past(phase, seconds, group.into_iter().collect());
         }
     }

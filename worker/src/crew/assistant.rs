@@ -380,7 +380,7 @@ impl<'a> Assistant<'a> {
         let goes_on = measuring.go_on()?;
         *seconds += watch.seconds();
         if !goes_on && let Some((order, measuring, seconds)) = self.measuring.take() {
-            self.phases.add("verify", seconds, 0.0);
+            self.phases.add_to(Some(order.group as usize), "verify", seconds, 0.0);
             let numbers: Vec<f64> = measuring.into_measured().flat_map(|(_, numbers)| numbers).collect();
             self.answer(Outgoing::with_values(Matter::Measured(order), numbers))?;
         }

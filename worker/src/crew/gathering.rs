@@ -62,7 +62,7 @@ impl Crew<'_> {
         let (mut grams, mut rests) = phases.time("gram", || forest.split()).map_err(failed)?;
 
         let here = self.shares.len();
-        self.collect_sums(gathering, Portion::Gram, &mut grams, None)?;
+        self.collect_sums(gathering, (Portion::Gram, &mut grams), None, phases)?;
         self.gather_of_the_lost(here, group, (Some(&mut grams), &mut rests), phases)?;
         let gram = phases.time("gram", || grams.finish(&Device::Cpu)).map_err(failed)?;
 
@@ -78,7 +78,7 @@ impl Crew<'_> {
         }
 
         let here = self.shares.len();
-        self.collect_sums(gathering, Portion::Rest, &mut rests, laying.as_mut())?;
+        self.collect_sums(gathering, (Portion::Rest, &mut rests), laying.as_mut(), phases)?;
         phases.add("solve", laying.as_ref().map_or(0.0, Laying::seconds), 0.0);
         self.gather_of_the_lost(here, group, (None, &mut rests), phases)?;
         let stats = phases.time("gram", || rests.complete(gram, &Device::Cpu)).map_err(failed)?;
@@ -104,9 +104,9 @@ impl Crew<'_> {
     fn collect_sums(
         &mut self,
         Gathering { group, sampling, own }: Gathering,
-        portion: Portion,
-        forest: &mut Forest,
+        (portion, forest): (Portion, &mut Forest),
         mut laying: Option<&mut Laying>,
+        phases: &mut Phases,
     ) -> Result<(), TaskError> {
         let first = &self.outline.groups[group][0];
         let branches: Vec<Vec<Branch>> = self.assistants.iter().map(|one| Branch::of(&one.leaves)).collect();
@@ -143,7 +143,8 @@ impl Crew<'_> {
             }
         }
         let failed = |source| TaskError::Gram { tensor: first.tensor.clone(), source };
-        let unpacking = Stopwatch::start();
+        // A worker alone adds up its own branches, too.
+        let adding = Stopwatch::start();
         let there: Vec<usize> = (0..bodies.len()).filter(|&number| self.is_there(number)).collect();
         for number in there {
             for (branch, body) in std::mem::take(&mut bodies[number]) {
@@ -159,7 +160,7 @@ impl Crew<'_> {
             }
             tracing::trace!(number, group, ?portion, "sums are there");
         }
-        self.waiting.add_packing(unpacking.seconds());
+        phases.add("gram", adding.seconds(), 0.0);
         Ok(())
     }
 

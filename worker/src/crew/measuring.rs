@@ -156,7 +156,7 @@ impl Crew<'_> {
         if let Some(ongoing) = self.ongoing.iter_mut().find(|ongoing| !ongoing.own.is_empty()) {
             let watch = Stopwatch::start();
             ongoing.go_on()?;
-            self.waiting.add_measuring(watch.seconds());
+            self.waiting.add_measuring(ongoing.group, watch.seconds());
         }
         Ok(())
     }

@@ -1,16 +1,18 @@
 //! What an owner's waiting for its assistants is made of.
 
+use std::collections::BTreeMap;
+
 use crate::unit::Phases;
 
 /// Seconds in which an owner had nothing to do that anybody waited for.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, PartialEq, Default)]
 pub(crate) struct Waiting {
     /// For assistants that compute.
     computed: f64,
     /// For letters on their way, and to pack and unpack them: what other workers cost that a single one has not.
     moved: f64,
-    /// In which solutions were measured meanwhile.
-    measured: f64,
+    /// In which solutions were measured meanwhile, by group.
+    measured: BTreeMap<usize, f64>,
 }
 
 impl Waiting {
@@ -27,22 +29,25 @@ impl Waiting {
         self.moved += seconds;
     }
 
-    /// Notes that it was no waiting: solutions were measured.
-    pub(super) fn add_measuring(&mut self, seconds: f64) {
-        self.measured += seconds;
+    /// Notes that it was no waiting: solutions of a group were measured.
+    pub(super) fn add_measuring(&mut self, group: usize, seconds: f64) {
+        *self.measured.entry(group).or_default() += seconds;
     }
 
     /// All of it.
-    pub(crate) fn seconds(self) -> f64 {
-        self.computed + self.moved + self.measured
+    pub(crate) fn seconds(&self) -> f64 {
+        self.computed + self.moved + self.measured.values().sum::<f64>()
     }
 
     /// Books it, if there was any.
     pub(crate) fn book(self, phases: &mut Phases) {
-        for (phase, seconds) in [("wait", self.computed), ("transfer", self.moved), ("verify", self.measured)] {
+        for (phase, seconds) in [("wait", self.computed), ("transfer", self.moved)] {
             if seconds > 0.0 {
                 phases.add(phase, seconds, 0.0);
             }
+        }
+        for (group, seconds) in self.measured {
+            phases.add_to(Some(group), "verify", seconds, 0.0);
         }
     }
 }
@@ -59,8 +64,10 @@ mod tests {
             waiting.add(seconds, on_its_way);
         }
         waiting.add_packing(0.5);
-        waiting.add_measuring(0.25);
-        assert_eq!(waiting, Waiting { computed: 4.0, moved: 3.5, measured: 0.25 });
-        assert!((waiting.seconds() - 7.75).abs() < 1e-12);
+        for (group, seconds) in [(1, 0.25), (2, 0.5), (1, 0.5)] {
+            waiting.add_measuring(group, seconds);
+        }
+        assert_eq!(waiting, Waiting { computed: 4.0, moved: 3.5, measured: BTreeMap::from([(1, 0.75), (2, 0.5)]) });
+        assert!((waiting.seconds() - 8.75).abs() < 1e-12);
     }
 }
