@@ -221,3 +221,55 @@ pub(super) fn tiles_of(measure: &pb::Measure) -> Vec<Tile> {
     };
     measure.tiles.iter().map(tile).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::prune::fixture;
+    use crate::prune::measure::measure;
+    use crate::transport::parcel::bytes_of;
+
+    const ROWS: usize = 300;
+
+    /// A group of one matrix whose first tile is lent, and what all of it measures.
+    fn begun() -> (Ongoing, Vec<Tile>, Vec<Vec<f64>>) {
+        let (split, _) = fixture::random_corrected(7, ROWS, 24, 90).split(60);
+        let (dense, stats) = (split.problem.tensor(), Arc::clone(&split.problem.stats));
+        let solution = (&dense * 0.9).unwrap();
+        let tiles: Vec<Tile> = Tile::of(0, ROWS).collect();
+        let all = measure(&tiles, &[(&solution, &dense)], &stats).unwrap();
+        let dealt = Tiles { group: 2, own: tiles[1..].to_vec(), lent: vec![Vec::new(), tiles[..1].to_vec()] };
+        (Ongoing::begin(dealt, vec![(solution, dense)], stats).unwrap(), tiles, all)
+    }
+
+    fn measured_by_the_owner(ongoing: &mut Ongoing) {
+        while !ongoing.own.is_empty() {
+            ongoing.go_on().unwrap();
+        }
+    }
+
+    #[test]
+    fn what_an_assistant_does_not_measure_is_measured_by_the_owner() {
+        let (mut ongoing, _, all) = begun();
+        measured_by_the_owner(&mut ongoing);
+        assert!(!ongoing.is_done());
+        ongoing.adopt(1);
+        ongoing.adopt(1);
+        measured_by_the_owner(&mut ongoing);
+        assert!(ongoing.is_done());
+        assert_eq!(ongoing.errors(), (2, vec![relative(&all.concat(), true)]));
+    }
+
+    #[test]
+    fn an_assistant_is_believed_for_what_it_was_asked_for_and_once() {
+        let (mut ongoing, tiles, all) = begun();
+        let (told, body) = (asked(2, &tiles[..1]), bytes_of(all[0].clone()));
+        assert!(!ongoing.take(0, &told, &body), "another was asked");
+        assert!(!ongoing.take(1, &asked(1, &tiles[..1]), &body) && !ongoing.take(1, &asked(2, &tiles[1..2]), &body));
+        assert!(!ongoing.take(1, &told, &bytes_of(vec![f64::NAN; all[0].len()])));
+        assert!(ongoing.take(1, &told, &body) && !ongoing.take(1, &told, &body));
+        measured_by_the_owner(&mut ongoing);
+        assert!(ongoing.is_done());
+        assert_eq!(ongoing.errors(), (2, vec![relative(&all.concat(), true)]));
+    }
+}

@@ -7,7 +7,7 @@ mod condition;
 pub mod espalier;
 pub mod fista;
 #[cfg(test)]
-mod fixture;
+pub(crate) mod fixture;
 pub mod magnitude;
 pub mod measure;
 pub mod on_device;
