@@ -19,7 +19,8 @@ pub struct Memory {
     /// The layer's weights in f32, those that are pruned as they will be stored, and of the group under way what the weights are, by
     /// row, and what they become; or beside the layer that is finished the next one's.
     pub weights_bytes: u64,
-    /// Statistics of a group's inputs, or the sums that they come from.
+    /// Statistics of a group's inputs, or the sums that they come from; and what the group before is measured by meanwhile, where
+    /// several do.
     pub gram_bytes: u64,
     /// What the method holds while it solves.
     pub solver_bytes: u64,
@@ -54,6 +55,11 @@ impl Memory {
     /// The same beside so many bytes of hidden states that wait for other layers.
     pub fn beside(self, waiting_bytes: u64) -> Self {
         Self { activation_bytes: self.activation_bytes.saturating_add(waiting_bytes), ..self }
+    }
+
+    /// The same while a group is measured that takes so many bytes.
+    fn while_measuring(self, measured_bytes: u64) -> Self {
+        Self { gram_bytes: self.gram_bytes.saturating_add(measured_bytes), ..self }
     }
 
     /// The one of which more cannot go to disk, with the most hidden states of both.
@@ -105,14 +111,26 @@ impl Part {
 impl LayerCost {
     /// What it takes of a worker that has a part in it.
     pub fn memory(&self, part: &Part) -> Memory {
-        let mut stored_bytes = 0;
+        let (mut stored_bytes, mut measured_bytes) = (0, 0);
         let mut most = Memory::default();
         for (group, &input_bytes) in self.groups.iter().zip(&self.room.input_bytes) {
             stored_bytes += group.stored_bytes;
-            most = most.larger(self.while_gathered(group, input_bytes, part));
-            most = most.larger(self.while_solved(group, (input_bytes, stored_bytes), part));
+            let steps = [
+                self.while_gathered(group, input_bytes, part),
+                self.while_solved(group, (input_bytes, stored_bytes), part),
+            ];
+            most = steps.into_iter().fold(most, |most, step| most.larger(step.while_measuring(measured_bytes)));
+            measured_bytes = self.measured_bytes(group, part);
         }
-        most.larger(self.while_finished(stored_bytes, part))
+        most.larger(self.while_finished(stored_bytes, part).while_measuring(measured_bytes))
+    }
+
+    /// What a group is measured by while whoever has a part of that goes on: its statistics, and its weights as they were, by row,
+    /// and as they became. Whoever is alone measures at once.
+    fn measured_bytes(&self, group: &GroupCost, part: &Part) -> u64 {
+        let is_shared = part.others > 0 && group.solving_bytes(part.others) > 0;
+        let statistics = group.sums_bytes.saturating_mul(self.room.split.sides() as u64);
+        if is_shared { statistics.saturating_add(group.weights().saturating_mul(2 * F32)) } else { 0 }
     }
 
     /// The last group's weights are in place, and the sequences go through them.
@@ -253,5 +271,27 @@ mod tests {
         assert_eq!(owner.activation_bytes, assistant.activation_bytes + 320 * 4 * 64);
         assert!(assistant.resident_bytes() <= owner.resident_bytes());
         assert!(owner.activation_bytes < layer.memory(&Part::ALONE).activation_bytes);
+    }
+
+    #[test]
+    fn a_group_that_several_measure_is_kept_beside_the_next() {
+        let mut layer = layer();
+        layer.groups.iter_mut().for_each(|group| group.effort.block_rows = 16);
+        let two = Part { others: 1, ..Part::ALONE };
+        for is_shared in [false, true] {
+            layer.groups.iter_mut().for_each(|group| group.effort.is_shared = is_shared);
+            for group in &layer.groups {
+                let kept = group.sums_bytes * layer.room.split.sides() as u64 + 8 * group.weights();
+                assert_eq!(layer.measured_bytes(group, &two), if is_shared { kept } else { 0 });
+                assert_eq!(layer.measured_bytes(group, &Part::ALONE), 0);
+            }
+        }
+        // What takes most is the last group, and what it takes is more by what the one before it is measured by.
+        let before = layer.measured_bytes(&layer.groups[layer.groups.len() - 2], &two);
+        let shared = layer.memory(&two).gram_bytes;
+        let last = layer.groups.pop().unwrap();
+        layer.groups = vec![last];
+        layer.room.input_bytes.drain(..layer.room.input_bytes.len() - 1);
+        assert_eq!(shared, layer.memory(&two).gram_bytes + before);
     }
 }

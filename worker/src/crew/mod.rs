@@ -12,6 +12,7 @@ mod finish;
 mod gathering;
 mod groundwork;
 mod input;
+mod measurements;
 mod measuring;
 mod order;
 pub mod owner;

@@ -21,7 +21,8 @@ use tokio::sync::mpsc;
 
 use super::LayerSizes;
 use super::input::Input;
-use super::measuring::{Ongoing, Tiles};
+use super::measurements::Measurements;
+use super::measuring::Tiles;
 use super::paces::Pace;
 use super::share::{Share, deal};
 use super::waiting::Waiting;
@@ -124,8 +125,8 @@ pub(crate) struct Crew<'a> {
     pub(super) statistics_of: Option<usize>,
     /// The group whose groundwork they make parts of.
     pub(super) laid: Option<usize>,
-    /// Groups whose solutions are being measured, in order.
-    pub(super) ongoing: Vec<Ongoing>,
+    /// Of solutions, by group.
+    pub(super) measurements: Measurements,
 }
 
 /// Letters that are waited for.
@@ -217,7 +218,7 @@ impl<'a> Crew<'a> {
             early: VecDeque::new(),
             statistics_of: None,
             laid: None,
-            ongoing: Vec::new(),
+            measurements: Measurements::default(),
         };
         let streams = crew.input.streams();
         for (number, (endpoint, leaves)) in shared.iter().cloned().enumerate() {
@@ -320,7 +321,7 @@ impl<'a> Crew<'a> {
             assistant.letters = mpsc::channel(1).0;
             assistant.span.fail(reason);
             self.lost += 1;
-            self.ongoing.iter_mut().for_each(|ongoing| ongoing.adopt(number));
+            self.measurements.adopt(number);
         }
     }
 
@@ -342,7 +343,8 @@ impl<'a> Crew<'a> {
             Ok(letter) => match letter.matter {
                 Matter::Fault(fault) => self.lose(from, &fault.message),
                 Matter::Measured(measured) => {
-                    if !self.take_measured(from, &measured, &letter.body) {
+                    self.place.received(letter.body.len() as u64);
+                    if !self.measurements.take(from, &measured, &letter.body) {
                         self.lose(from, "it measured something else than what it was asked for");
                     }
                 }
